@@ -1,0 +1,66 @@
+# Two commands carry a bare machine (Python 3.11 to 3.13, g++, make) to a result: `make train` and `make test`.
+# VENV, PYTHON, ARGS and LOGDIR can be given: make train VENV=/big/disk/venv ARGS="seed=1 trainer.max_epochs=3"
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+LOGDIR ?= logs
+ARGS ?=
+
+# The first Python that is in range. Deferred, so that only an install pays for the search.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { echo "$$python"; break; }; done)
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install train test lint format lint-fix type tensorboard clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@echo '  Variables: VENV=$(VENV)  PYTHON=python3.12  ARGS="trainer.max_epochs=3"  LOGDIR=$(LOGDIR)'
+
+install: $(STAMP) ## Create the virtual environment and install the pinned packages into it
+
+# Where no Python is in range, plain python3 runs the checks: they name its version and what to type.
+# The PATH of the install: fast-downward's build calls `python`, a name that a bare machine may lack.
+$(STAMP): pyproject.toml constraints.txt
+	@python="$(PYTHON)"; python="$${python:-python3}"; \
+	if ! command -v "$$python" >/dev/null; then \
+		echo "preflight: $$python is missing. Install Python 3.11 to 3.13, then type: make install PYTHON=python3.11" >&2; exit 1; \
+	fi; \
+	"$$python" scripts/preflight.py check --venv "$(VENV)" || exit 1; \
+	if [ ! -x "$(BIN)/python" ]; then "$$python" -m venv "$(VENV)" || exit 1; fi
+	@echo "Installing into $(VENV): five to ten minutes the first time (log: $(VENV)/install.log)"
+	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/python" scripts/preflight.py run --log "$(VENV)/install.log" -- \
+		"$(BIN)/python" -m pip install -c constraints.txt -e '.[all]'
+	@touch "$(STAMP)"
+
+train: install ## Train the quickstart on this machine's CPU: ARGS="..." adds Hydra overrides
+	@"$(BIN)/python" train.py experiment=quickstart $(ARGS)
+
+test: install ## Run the tests with coverage: ARGS="-m 'not slow'" adds pytest arguments
+	@"$(BIN)/python" -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+lint: install ## Check style and format
+	@"$(BIN)/python" -m ruff check .
+	@"$(BIN)/python" -m ruff format --check .
+
+format: install ## Mend style and format where a machine can
+	@"$(BIN)/python" -m ruff check --fix .
+	@"$(BIN)/python" -m ruff format .
+
+lint-fix: format ## The same as format
+
+type: install ## Check types (mypy, strict on src)
+	@"$(BIN)/python" -m mypy
+
+tensorboard: install ## Show the curves of every run below LOGDIR
+	@"$(BIN)/python" -m tensorboard.main --logdir "$(LOGDIR)" $(ARGS)
+
+clean: ## Remove caches and build leftovers; runs, data and the virtual environment stay
+	@rm -rf build dist .coverage .coverage.* coverage.xml htmlcov .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	@find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,7 @@
+"""Estimators, modulations and losses: thin settings over the pure functions of `aem_lightning.functional`."""
+
+from aem_lightning.algorithms.estimators import GRPO, Estimator
+from aem_lightning.algorithms.losses import ClippedLoss
+from aem_lightning.algorithms.modulations import AEM, Modulation, NoModulation
+
+__all__ = ["AEM", "GRPO", "ClippedLoss", "Estimator", "Modulation", "NoModulation"]

@@ -1,0 +1,182 @@
+"""The monitor of adaptive entropy modulation: what it did, and where entropy went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from aem_lightning.callbacks.loggers import log_histogram, log_scalars
+from aem_lightning.callbacks.outputs import iteration_of
+from aem_lightning.types import Iteration
+
+_SIGNS = ("positive", "negative", "zero")
+
+
+class AEMMonitor(Callback):
+    r"""Curves of the entropies, of :math:`\alpha`, and of the predicted and measured drift.
+
+    Besides the names of :func:`aem_statistics` it logs ``aem/entropy_drift``, the difference of
+    ``aem/entropy`` to the iteration before, and the histogram ``aem/alpha``. Entropies are measured
+    before the update, so ``aem/predicted_drift`` at iteration ``i`` speaks of ``aem/entropy_drift``
+    at ``i + 1``, in sign and trend only: the prediction (arXiv 2605.00425) is of response entropy
+    under a natural-gradient step.
+
+    With several ranks the scalars count the responses of all of them (one ``all_gather`` an
+    iteration, which every rank joins); the histogram shows those of rank zero, which alone writes.
+    """
+
+    def __init__(self) -> None:
+        self._previous: tuple[int, float] | None = None
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Log the statistics of the iteration that ended."""
+        iteration = iteration_of(outputs)
+        if iteration is None:
+            return
+        sums = _sums(iteration)
+        if trainer.world_size > 1:
+            sums = _gather(trainer, pl_module, sums)
+        metrics = _statistics(sums)
+        metrics.update(self._drift(iteration.index, metrics.get("aem/entropy")))
+        log_scalars(trainer, metrics, step=iteration.index)
+        alpha = iteration.alpha.detach()[_counted(iteration)]
+        log_histogram(trainer, "aem/alpha", alpha, step=iteration.index)
+
+    def _drift(self, index: int, entropy: float | None) -> dict[str, float]:
+        previous, self._previous = self._previous, None if entropy is None else (index, entropy)
+        if entropy is None or previous is None or previous[0] != index - 1:
+            return {}
+        return {"aem/entropy_drift": entropy - previous[1]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The iteration and entropy that the next drift is measured from."""
+        if self._previous is None:
+            return {}
+        return {"index": self._previous[0], "entropy": self._previous[1]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the drift curve of an earlier run."""
+        found = "entropy" in state_dict
+        self._previous = (state_dict["index"], state_dict["entropy"]) if found else None
+
+
+def aem_statistics(iteration: Iteration) -> dict[str, float]:
+    r"""Scalars that say what modulation did to one iteration.
+
+    Responses of masked trajectories and responses without tokens are left out. Below, ``A`` is the
+    base advantage of a response, ``S`` its surprisal, :math:`\Lambda` the sum of its token
+    entropies (nats). A name whose mean would be over nothing is left out of the result.
+
+    ================================ ===============================================================
+    name                             meaning
+    ================================ ===============================================================
+    ``aem/entropy``                  mean token entropy, over response tokens
+    ``aem/response_entropy``         mean of :math:`\Lambda`, over responses
+    ``aem/predicted_drift_base``     mean of :math:`A (S - \Lambda)`
+    ``aem/predicted_drift``          mean of :math:`\alpha A (S - \Lambda)`
+    ``aem/alpha_{mean,min,max}``     of :math:`\alpha`, over responses
+    ``aem/gated_groups``             share of groups whose entropy range was under the gate
+    ``aem/share_{sign}``             share of responses whose ``A`` is positive, negative, zero
+    ``aem/mass_base_{sign}``         :math:`\sum |A|` of the positive, the negative ones
+    ``aem/mass_{sign}``              :math:`\sum \alpha |A|` of the positive, the negative ones
+    ``aem/entropy_{sign}``           mean token entropy of the responses of that sign of ``A``
+    ``aem/effect_{sign}``            share of responses by sign of :math:`A (\alpha - 1)`
+    ================================ ===============================================================
+
+    Source: arXiv 2605.00425, the drift theorem and the analyses of masks and dynamics.
+    """
+    return _statistics(_sums(iteration))
+
+
+def _counted(iteration: Iteration) -> Tensor:
+    batch = iteration.batch
+    return (batch.response_mask & (batch.length > 0)).to(iteration.alpha.device)
+
+
+def _sums(iteration: Iteration) -> dict[str, float]:
+    """Sums that add up over ranks (minima and maxima aside), in a fixed order of names."""
+    batch = iteration.batch
+    counted = _counted(iteration).cpu()
+
+    def column(values: Tensor) -> Tensor:
+        return values.detach().cpu()[counted].double()  # [R'], the counted responses
+
+    advantage, alpha = column(iteration.advantages), column(iteration.alpha)
+    length = column(batch.length)
+    compensator = column(batch.entropy) * length
+    drift = advantage * (column(batch.surprisal) - compensator)
+    groups = float(len(set(batch.group.tolist())))
+    sums = {
+        "responses": float(advantage.numel()),
+        "alpha": alpha.sum().item(),
+        "alpha_min": alpha.min().item() if alpha.numel() else math.inf,
+        "alpha_max": alpha.max().item() if alpha.numel() else -math.inf,
+        "drift_base": drift.sum().item(),
+        "drift": (alpha * drift).sum().item(),
+        "groups": groups,
+        "gated": iteration.gated * groups,
+    }
+    effect = (advantage * (alpha - 1)).sign()
+    for sign, value in zip(_SIGNS, (1, -1, 0), strict=True):
+        chosen = advantage.sign() == value
+        sums[f"responses_{sign}"] = chosen.sum().item()
+        sums[f"tokens_{sign}"] = length[chosen].sum().item()
+        sums[f"compensator_{sign}"] = compensator[chosen].sum().item()
+        sums[f"mass_base_{sign}"] = advantage[chosen].abs().sum().item()
+        sums[f"mass_{sign}"] = (alpha * advantage)[chosen].abs().sum().item()
+        sums[f"effect_{sign}"] = (effect == value).sum().item()
+    return sums
+
+
+def _gather(
+    trainer: Trainer, pl_module: LightningModule, sums: Mapping[str, float]
+) -> dict[str, float]:
+    vector = torch.tensor(list(sums.values()), dtype=torch.float64, device=pl_module.device)
+    ranks = trainer.strategy.all_gather(vector).reshape(-1, len(sums)).cpu()  # [ranks, names]
+    total = dict(zip(sums, ranks.sum(dim=0).tolist(), strict=True))
+    names = list(sums)
+    total["alpha_min"] = ranks[:, names.index("alpha_min")].min().item()
+    total["alpha_max"] = ranks[:, names.index("alpha_max")].max().item()
+    return total
+
+
+def _statistics(sums: Mapping[str, float]) -> dict[str, float]:
+    responses = sums["responses"]
+    tokens = sum(sums[f"tokens_{sign}"] for sign in _SIGNS)
+    compensator = sum(sums[f"compensator_{sign}"] for sign in _SIGNS)
+    statistics: dict[str, float] = {}
+
+    def mean(name: str, total: float, count: float) -> None:
+        if count > 0:
+            statistics[f"aem/{name}"] = total / count
+
+    mean("entropy", compensator, tokens)
+    mean("response_entropy", compensator, responses)
+    mean("predicted_drift_base", sums["drift_base"], responses)
+    mean("predicted_drift", sums["drift"], responses)
+    mean("alpha_mean", sums["alpha"], responses)
+    mean("gated_groups", sums["gated"], sums["groups"])
+    if responses > 0:
+        statistics["aem/alpha_min"] = sums["alpha_min"]
+        statistics["aem/alpha_max"] = sums["alpha_max"]
+    for sign in _SIGNS:
+        mean(f"share_{sign}", sums[f"responses_{sign}"], responses)
+        mean(f"effect_{sign}", sums[f"effect_{sign}"], responses)
+        mean(f"entropy_{sign}", sums[f"compensator_{sign}"], sums[f"tokens_{sign}"])
+    for sign in ("positive", "negative"):
+        statistics[f"aem/mass_base_{sign}"] = sums[f"mass_base_{sign}"]
+        statistics[f"aem/mass_{sign}"] = sums[f"mass_{sign}"]
+    return statistics

@@ -1,0 +1,178 @@
+"""The cost table of a run: where the seconds of an iteration go, beside the paper's shares."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from aem_lightning.callbacks.loggers import log_scalars, log_text
+from aem_lightning.callbacks.outputs import iteration_of
+
+logger = logging.getLogger(__name__)
+
+INSIDE_ROLLOUT = "environment"
+
+# arXiv 2605.00425, the cost analysis; it does not tell the environment apart from the rollout.
+PAPER_SHARES: Mapping[str, float] = {
+    "rollout": 0.459,
+    "old_logprobs": 0.082,
+    "ref_logprobs": 0.086,
+    "advantage": 0.002,
+    "modulation": 0.011,
+    "update": 0.360,
+}
+
+_LABELS: Mapping[str, str] = {
+    "rollout": "rollout",
+    INSIDE_ROLLOUT: "environment (inside rollout)",
+    "old_logprobs": "old log-prob",
+    "ref_logprobs": "reference log-prob",
+    "advantage": "base advantage",
+    "modulation": "AEM",
+    "update": "update",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CostRow:
+    """One stage of the cost table.
+
+    Attributes:
+        stage: Key of ``Iteration.seconds``.
+        label: The stage in words.
+        seconds: Wall time over all iterations so far.
+        share: Part of the total, 0 to 1. The environment is inside rollout, not counted again.
+        paper_share: The paper's part, ``None`` where it gives none.
+    """
+
+    stage: str
+    label: str
+    seconds: float
+    share: float
+    paper_share: float | None
+
+
+class StepTime(Callback):
+    """The paper's cost table: a curve an iteration, a text and ``step_time.json`` at the end.
+
+    Curves: ``time/{stage}`` in seconds, ``time/total`` and ``time/share_{stage}``. Seconds are
+    those of rank zero. The running totals are part of the checkpoint, so a resumed run's table
+    covers the whole run.
+
+    Args:
+        folder: Where ``step_time.json`` goes; the trainer's ``default_root_dir`` when ``None``.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._folder = folder
+        self._totals: dict[str, float] = {}
+        self._iterations = 0
+        self._index = 0
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Log and add up the seconds of the iteration that ended."""
+        iteration = iteration_of(outputs)
+        if iteration is None:
+            return
+        self._iterations += 1
+        self._index = iteration.index
+        for stage, seconds in iteration.seconds.items():
+            self._totals[stage] = self._totals.get(stage, 0.0) + seconds
+        rows = cost_table(iteration.seconds)
+        metrics = {f"time/{row.stage}": row.seconds for row in rows}
+        metrics |= {f"time/share_{row.stage}": row.share for row in rows}
+        metrics["time/total"] = total_seconds(iteration.seconds)
+        log_scalars(trainer, metrics, step=iteration.index)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the table of the run."""
+        self._write(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Write the table of what was done before the run broke or was stopped."""
+        self._write(trainer)
+
+    def table(self) -> list[CostRow]:
+        """The cost table over all iterations so far; empty before the first."""
+        return cost_table(self._totals)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running totals."""
+        return {
+            "totals": dict(self._totals),
+            "iterations": self._iterations,
+            "index": self._index,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the totals of an earlier run."""
+        self._totals = dict(state_dict["totals"])
+        self._iterations = state_dict["iterations"]
+        self._index = state_dict["index"]
+
+    def _write(self, trainer: Trainer) -> None:
+        rows = self.table()
+        if not rows or not trainer.is_global_zero:
+            return
+        markdown = table_markdown(rows)
+        log_text(trainer, "time/table", markdown, step=self._index)
+        path = Path(self._folder or trainer.default_root_dir) / "step_time.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "iterations": self._iterations,
+            "seconds": total_seconds(self._totals),
+            "stages": [asdict(row) for row in rows],
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        logger.info("Cost table over %d iterations, in %s:\n%s", self._iterations, path, markdown)
+
+
+def total_seconds(seconds: Mapping[str, float]) -> float:
+    """Seconds of all stages, with the environment counted once (inside rollout)."""
+    return sum(value for stage, value in seconds.items() if stage != INSIDE_ROLLOUT)
+
+
+def cost_table(seconds: Mapping[str, float]) -> list[CostRow]:
+    """Rows in the order of the paper's table, then any stage that it does not know.
+
+    Args:
+        seconds: Wall time by stage, as ``Iteration.seconds``.
+    """
+    total = total_seconds(seconds)
+    known = [stage for stage in _LABELS if stage in seconds]
+    others = [stage for stage in seconds if stage not in _LABELS]
+    return [
+        CostRow(
+            stage=stage,
+            label=_LABELS.get(stage, stage),
+            seconds=seconds[stage],
+            share=seconds[stage] / total if total > 0 else 0.0,
+            paper_share=PAPER_SHARES.get(stage),
+        )
+        for stage in known + others
+    ]
+
+
+def table_markdown(rows: Sequence[CostRow]) -> str:
+    """The cost table as a markdown table."""
+    lines = ["| stage | seconds | share | paper |", "|---|---:|---:|---:|"]
+    for row in rows:
+        paper = "–" if row.paper_share is None else f"{100 * row.paper_share:.1f} %"
+        lines.append(f"| {row.label} | {row.seconds:.2f} | {100 * row.share:.2f} % | {paper} |")
+    return "\n".join(lines)

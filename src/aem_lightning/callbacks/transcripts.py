@@ -1,0 +1,295 @@
+"""Transcripts: sampled episodes for people to read, as TensorBoard text and JSON lines."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from aem_lightning.callbacks.loggers import log_text
+from aem_lightning.callbacks.outputs import iteration_of, trajectories_of
+from aem_lightning.types import Iteration, Trajectory, Turn
+
+Scores = Mapping[tuple[int, int], tuple[float, float, float]]
+"""Entropy, advantage and alpha by (trajectory, turn)."""
+
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
+
+
+class Transcripts(Callback):
+    """Sampled episodes of training, validation and test.
+
+    Each goes as a text (``transcripts/train_0``, ``transcripts/validate_0``, …) to the loggers that
+    show texts, and as one line to ``transcripts.jsonl``, which is appended to and complete after
+    each episode. Which episodes are shown is a function of (seed, stage, iteration) through a
+    generator of its own; the global random states are not touched. A resumed run appends:
+    iterations after its checkpoint are played, and written, again. With several ranks the episodes
+    are those of rank zero.
+
+    Args:
+        episodes: Episodes shown each time.
+        every_n_iterations: Training episodes are shown at iterations 0, n, 2n, …
+        validation_episodes: Episodes shown after a validation or test; ``episodes`` when ``None``.
+        seed: Chooses other episodes.
+        folder: Where ``transcripts.jsonl`` goes; the trainer's ``default_root_dir`` when ``None``.
+        max_chars: Longest observation or response in a logger's text; JSON lines hold all of it.
+
+    Raises:
+        ValueError: A number is negative, or ``every_n_iterations`` is 0.
+    """
+
+    def __init__(
+        self,
+        episodes: int = 2,
+        every_n_iterations: int = 10,
+        validation_episodes: int | None = None,
+        seed: int = 0,
+        folder: str | Path | None = None,
+        max_chars: int = 4000,
+    ) -> None:
+        shown_in_validation = episodes if validation_episodes is None else validation_episodes
+        for name, value, least in (
+            ("episodes", episodes, 0),
+            ("every_n_iterations", every_n_iterations, 1),
+            ("validation_episodes", shown_in_validation, 0),
+            ("max_chars", max_chars, 1),
+        ):
+            if value < least:
+                raise ValueError(f"Transcripts: {name} is {value}; it must be {least} or more.")
+        self._episodes = episodes
+        self._every = every_n_iterations
+        self._validation_episodes = shown_in_validation
+        self._seed = seed
+        self._folder = folder
+        self._max_chars = max_chars
+        self._iteration: int | None = None
+        self._pending: list[Trajectory] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Show episodes of the iteration that ended, if it is one of every n."""
+        iteration = iteration_of(outputs)
+        if iteration is None:
+            return
+        self._iteration = iteration.index
+        if iteration.index % self._every == 0 and trainer.is_global_zero:
+            scores = _scores(iteration)
+            self._show(trainer, "train", iteration.trajectories, self._episodes, scores)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget episodes of a validation that did not end."""
+        self._pending = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the episodes until the validation ends."""
+        self._keep(trainer, outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show episodes of the validation."""
+        self._show_pending(trainer, "validate")
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget episodes of a test that did not end."""
+        self._pending = []
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the episodes until the test ends."""
+        self._keep(trainer, outputs)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show episodes of the test."""
+        self._show_pending(trainer, "test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The iteration that a validation's episodes are filed under."""
+        return {"iteration": self._iteration}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the numbering of an earlier run."""
+        self._iteration = state_dict["iteration"]
+
+    def _keep(self, trainer: Trainer, outputs: Any) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            self._pending.extend(trajectories_of(outputs))
+
+    def _show_pending(self, trainer: Trainer, stage: str) -> None:
+        pending, self._pending = self._pending, []
+        if pending:
+            self._show(trainer, stage, pending, self._validation_episodes, {})
+
+    def _show(
+        self,
+        trainer: Trainer,
+        stage: str,
+        trajectories: Sequence[Trajectory],
+        episodes: int,
+        scores: Scores,
+    ) -> None:
+        generator = random.Random(f"{self._seed} {stage} {self._iteration}")
+        chosen = generator.sample(range(len(trajectories)), min(episodes, len(trajectories)))
+        path = Path(self._folder or trainer.default_root_dir) / "transcripts.jsonl"
+        for slot, index in enumerate(sorted(chosen)):
+            record = episode_record(trajectories[index], index, scores)
+            record = {"stage": stage, "iteration": self._iteration, **record}
+            append_json_line(path, record)
+            text = episode_markdown(record, self._max_chars)
+            log_text(trainer, f"transcripts/{stage}_{slot}", text, step=self._iteration or 0)
+
+
+def episode_record(
+    trajectory: Trajectory, index: int = 0, scores: Scores | None = None
+) -> dict[str, Any]:
+    """One episode as plain data for JSON; a number that is not finite becomes ``None``.
+
+    Args:
+        trajectory: The episode.
+        index: Its number in the rollout batch, by which ``scores`` knows it.
+        scores: Entropy, advantage and alpha of its turns, where there was training. Without them
+            the entropy is the mean of the turn's own token entropies.
+    """
+    scores = scores or {}
+    return {
+        "task": trajectory.task.id,
+        "task_type": trajectory.task.type,
+        "split": trajectory.task.split,
+        "group": trajectory.group,
+        "copy": trajectory.copy,
+        "won": bool(trajectory.won),
+        "score": _finite(trajectory.score),
+        "returns": _finite(trajectory.total_reward),
+        "truncated": bool(trajectory.truncated),
+        "infra_error": trajectory.infra_error,
+        "turns": [
+            _turn_record(turn, scores.get((index, number)))
+            for number, turn in enumerate(trajectory.turns)
+        ],
+    }
+
+
+def episode_markdown(record: Mapping[str, Any], max_chars: int = 4000) -> str:
+    """An episode's record as markdown in which nothing of the episode acts as markup.
+
+    Args:
+        record: What :func:`episode_record` gives.
+        max_chars: Longest observation or response; the rest is cut and counted.
+    """
+    outcome = "won" if record["won"] else "not won"
+    turns = record["turns"]
+    lines = [
+        f"### {_escape(record['task_type'] or 'task')}: {outcome}, return "
+        f"{_number(record['returns'])}, {len(turns)} turns",
+        "",
+        f"task {_escape(record['task'])}, split {_escape(record['split'])}, "
+        f"group {record['group']}, copy {record['copy']}",
+        "",
+    ]
+    if record["infra_error"]:
+        lines += ["The environment broke:", "", _block(str(record["infra_error"]), max_chars), ""]
+    for number, turn in enumerate(turns):
+        numbers = ", ".join(
+            f"{name} {_number(turn[name])}"
+            for name in ("reward", "entropy", "advantage", "alpha")
+            if turn[name] is not None
+        )
+        lines += [f"**Turn {number}**: {numbers}", "", _block(turn["observation"], max_chars), ""]
+        lines += ["response", "", _block(turn["response"], max_chars), "", _verdict(turn), ""]
+    return "\n".join(lines)
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append ``record`` as one line; a half line that a killed run left is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        size = file.seek(0, 2)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode("utf-8", errors="backslashreplace"))
+        file.flush()
+
+
+def _scores(iteration: Iteration) -> Scores:
+    batch = iteration.batch
+    keys = zip(batch.trajectory.tolist(), batch.turn.tolist(), strict=True)
+    values = zip(
+        batch.entropy.tolist(), iteration.advantages.tolist(), iteration.alpha.tolist(), strict=True
+    )
+    return dict(zip(keys, values, strict=True))
+
+
+def _turn_record(turn: Turn, scores: tuple[float, float, float] | None) -> dict[str, Any]:
+    entropy = sum(turn.entropies) / len(turn.entropies) if turn.entropies else None
+    advantage: float | None = None
+    alpha: float | None = None
+    if scores is not None:
+        entropy, advantage, alpha = scores
+    return {
+        "observation": turn.observation,
+        "response": turn.response,
+        "action": turn.action,
+        "valid": bool(turn.is_valid),
+        "tokens": turn.length,
+        "finish_reason": turn.finish_reason,
+        "reward": _finite(turn.reward),
+        "entropy": _finite(entropy),
+        "advantage": _finite(advantage),
+        "alpha": _finite(alpha),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3g}"
+
+
+def _verdict(turn: Mapping[str, Any]) -> str:
+    if turn["action"] is None:
+        return "no action found: malformed"
+    return f"action {_escape(turn['action'])}" + ("" if turn["valid"] else " (not admissible)")
+
+
+def _escape(text: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _block(text: str, max_chars: int) -> str:
+    """An indented code block: unlike a fence, no text can end it."""
+    if len(text) > max_chars:
+        text = f"{text[:max_chars]}\n… {len(text) - max_chars} more characters"
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])

@@ -1,0 +1,6 @@
+"""Environments as DataModules: which tasks there are, and which environment plays them."""
+
+from aem_lightning.datamodules.agent import AgentDataModule
+from aem_lightning.datamodules.alfworld import AlfworldDataModule
+
+__all__ = ["AgentDataModule", "AlfworldDataModule"]

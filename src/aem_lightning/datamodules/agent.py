@@ -1,0 +1,172 @@
+"""The contract between an environment and the training loop."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader, Sampler
+
+from aem_lightning.envs import EnvPool, TextEnv
+from aem_lightning.types import Task
+
+
+class TaskSampler(Sampler[int]):
+    """The tasks of an epoch: a pure function of (seed, epoch, rank), so a resumed run sees what it would have.
+
+    Tasks come in passes over the whole split, each pass in an order of its own. Iteration ``i`` takes the next
+    ``tasks_per_iteration`` tasks; ranks take disjoint, equal shares of them.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        tasks_per_iteration: int,
+        iterations_per_epoch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if tasks_per_iteration % world_size:
+            raise ValueError(
+                f"tasks_per_iteration={tasks_per_iteration} cannot be shared by {world_size} ranks: a group lives on "
+                f"one rank. Type tasks_per_iteration={world_size * max(1, tasks_per_iteration // world_size)}."
+            )
+        self._num_tasks = num_tasks
+        self._per_iteration = tasks_per_iteration
+        self._iterations = iterations_per_epoch
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._epoch = 0
+
+    @property
+    def share(self) -> int:
+        """Tasks of one iteration on this rank."""
+        return self._per_iteration // self._world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._iterations * self.share
+
+    def __iter__(self) -> Iterator[int]:
+        for i in range(self._iterations):
+            first = (self._epoch * self._iterations + i) * self._per_iteration + self._rank * self.share
+            yield from (self._task(position) for position in range(first, first + self.share))
+
+    def _task(self, position: int) -> int:
+        passes, place = divmod(position, self._num_tasks)
+        order = list(range(self._num_tasks))
+        random.Random(f"{self._seed}/{passes}").shuffle(order)
+        return order[place]
+
+
+class AgentDataModule(L.LightningDataModule):
+    """Tasks and their environment; a new environment implements `tasks` and `env_factory`.
+
+    Args:
+        tasks_per_iteration: Tasks of one iteration, over all ranks.
+        iterations_per_epoch: Iterations between two validations (and checkpoints).
+        validation_tasks: Tasks of the validation during training: a fixed, evenly spaced choice of the sorted
+            evaluation tasks.
+        evaluation_batch: Tasks that one evaluation step plays.
+        evaluation_splits: Splits that an evaluation plays, every task once.
+        workers: Environment processes on each rank.
+        timeout_s: Seconds after which a worker that does not answer is replaced.
+        seed: Key of the task order.
+    """
+
+    train_split = "train"
+
+    def __init__(
+        self,
+        *,
+        tasks_per_iteration: int = 16,
+        iterations_per_epoch: int = 5,
+        validation_tasks: int = 64,
+        evaluation_batch: int = 128,
+        evaluation_splits: Sequence[str] = ("valid_seen", "valid_unseen"),
+        workers: int = 2,
+        timeout_s: float = 120.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tasks_per_iteration = tasks_per_iteration
+        self.iterations_per_epoch = iterations_per_epoch
+        self.validation_tasks = validation_tasks
+        self.evaluation_batch = evaluation_batch
+        self.evaluation_splits = tuple(evaluation_splits)
+        self.workers = workers
+        self.timeout_s = timeout_s
+        self.seed = seed
+        self._pool: EnvPool | None = None
+
+    @abstractmethod
+    def tasks(self, split: str) -> list[Task]:
+        """Every task of ``split``, sorted by id."""
+
+    @abstractmethod
+    def env_factory(self) -> Callable[[], TextEnv]:
+        """A picklable function that makes one environment, in a worker process."""
+
+    def make_expert(self, task: Task, seed: int) -> Any:
+        """An `Expert` for ``task``, for the warm start of a model that cannot play yet."""
+        raise ValueError(
+            f"{type(self).__name__} has no expert, so there is nothing to warm-start from on {task.id!r}: implement "
+            "make_expert(task, seed), or start from a model that plays already: policy=qwen2_5_1_5b_lora"
+        )
+
+    def vocabulary(self) -> list[str]:
+        """Texts that hold every word the environment can say, for a word-level tokenizer."""
+        return []
+
+    def task_types(self) -> list[str]:
+        """The types that results are broken down by, sorted."""
+        splits = (self.train_split, *self.evaluation_splits)
+        return sorted({task.type for split in splits for task in self.tasks(split)})
+
+    @property
+    def pool(self) -> EnvPool:
+        """The environment pool; its workers start at the first reset."""
+        if self._pool is None:
+            self._pool = EnvPool(self.env_factory(), workers=self.workers, timeout_s=self.timeout_s)
+        return self._pool
+
+    def close(self) -> None:
+        """Stop the environment workers."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    # --------------------------------------------------------------------------------------- dataloaders
+
+    def train_dataloader(self) -> DataLoader[Task]:
+        """Batches of tasks, one batch an iteration."""
+        tasks = self.tasks(self.train_split)
+        rank, world_size = self._rank_and_world_size()
+        sampler = TaskSampler(
+            len(tasks), self.tasks_per_iteration, self.iterations_per_epoch, self.seed, rank, world_size
+        )
+        return DataLoader(tasks, batch_size=sampler.share, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Task]:
+        """The fixed subset that validation plays."""
+        tasks = [task for split in self.evaluation_splits for task in self.tasks(split)]
+        count = min(self.validation_tasks, len(tasks))
+        return self._evaluation_loader([tasks[i * len(tasks) // count] for i in range(count)])
+
+    def test_dataloader(self) -> list[DataLoader[Task]]:
+        """Every task of every evaluation split, once; one loader a split."""
+        return [self._evaluation_loader(self.tasks(split)) for split in self.evaluation_splits]
+
+    def _evaluation_loader(self, tasks: list[Task]) -> DataLoader[Task]:
+        rank, world_size = self._rank_and_world_size()
+        mine = tasks[rank::world_size]
+        return DataLoader(mine, batch_size=self.evaluation_batch, collate_fn=list)  # type: ignore[arg-type]
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,0 +1,146 @@
+"""ALFWorld's text engine as a `TextEnv`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from aem_lightning.envs.alfworld.cache import apply_engine_caches
+from aem_lightning.envs.alfworld.package import import_optional
+from aem_lightning.envs.base import TextEnv
+from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
+
+logger = logging.getLogger(__name__)
+
+BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"
+GOAL = re.compile(r"Your task is to: (.*?)\.?\s*$", re.MULTILINE)
+
+
+class AlfworldEnv:
+    """An ALFWorld game, played in text: official and generated games alike.
+
+    ``reset(options={"task_id": id})`` starts a game of the folder; the seed changes nothing, since
+    a game file is one start state. The reward is 1.0 for the step that wins, else 0.0. ``info`` has
+    all reserved keys except ``infra_error``.
+
+    Args:
+        root: The data folder, with ``json_2.1.1/<split>/...`` inside.
+        cached: Speed the engine up and remember transitions (`cache`, `transition_cache`); what is
+            shown stays the same. This patches the engine in this process: meant for worker
+            processes.
+        max_steps: Steps after which an episode is truncated; None leaves that to the caller.
+
+    Raises:
+        MissingExtraError: alfworld or textworld is not installed.
+        FileNotFoundError: There is no such data folder.
+    """
+
+    def __init__(
+        self, root: str | Path, *, cached: bool = True, max_steps: int | None = None
+    ) -> None:
+        self._max_steps = max_steps
+        self._steps = 0
+        game: TextEnv = _GameEngine(Path(root), cached=cached)
+        self._game = TransitionCache(game, shared_store(), seeded=False) if cached else game
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Start the game ``options["task_id"]``.
+
+        Raises:
+            ValueError: No task id was given.
+            FileNotFoundError: The data folder has no such game.
+        """
+        self._steps = 0
+        if not options or "task_id" not in options:
+            raise ValueError(
+                f"reset(options={options!r}): give options={{'task_id': id}}, the id of a game "
+                "as in list_games(root, split)"
+            )
+        return self._game.reset(seed=seed, options={"task_id": options["task_id"]})
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Play ``action``; one that is not admissible is answered "Nothing happens."."""
+        observation, reward, terminated, _, info = self._game.step(action)
+        self._steps += 1
+        is_cut = self._max_steps is not None and self._steps >= self._max_steps
+        return observation, reward, terminated, is_cut and not terminated, info
+
+    def close(self) -> None:
+        """Free the game."""
+        self._game.close()
+
+
+class _GameEngine:
+    """One textworld environment, loaded with one game after the other.
+
+    It is made once: every further one would load another copy of the planner's library.
+    """
+
+    def __init__(self, root: Path, *, cached: bool) -> None:
+        self._games = root / "json_2.1.1"
+        if not self._games.is_dir():
+            raise FileNotFoundError(f"No ALFWorld games in {root}: {self._games} is not a folder")
+        self._env = _stack_engine(cached=cached)
+        self._task_id: str | None = None
+        self._constant: dict[str, Any] = {}
+        self._admissible: tuple[str, ...] = ()
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        task_id = str((options or {})["task_id"])
+        if task_id != self._task_id:
+            path = self._games / task_id / "game.tw-pddl"
+            if not path.is_file():
+                raise FileNotFoundError(f"No game {task_id!r}: {path} is missing")
+            self._task_id = None  # until the load has succeeded
+            self._env.load(str(path))
+            self._task_id = task_id
+        state = self._env.reset()
+        observation = state.feedback.removeprefix(BANNER)
+        found = GOAL.search(observation)
+        self._constant = {"task_id": task_id, "goal": found.group(1) if found else ""}
+        return observation, self._info(state, is_valid=True)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        is_valid = action.strip() in self._admissible
+        state, _, _ = self._env.step(action)
+        info = self._info(state, is_valid=is_valid)
+        return state.feedback, float(info["won"]), info["won"], False, info
+
+    def _info(self, state: Any, *, is_valid: bool) -> dict[str, Any]:
+        self._admissible = tuple(sys.intern(command) for command in state["admissible_commands"])
+        won = bool(state["won"])
+        return self._constant | {
+            "admissible_actions": self._admissible,
+            "is_action_valid": is_valid,
+            "won": won,
+            "score": float(won),
+        }
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def _stack_engine(*, cached: bool) -> Any:
+    """The engine in the wrappers that ``AlfredTWEnv`` puts around it, without its batch layer."""
+    textworld = import_optional("textworld")
+    pddl = import_optional("textworld.envs")
+    wrappers = import_optional("alfworld.agents.environment.alfred_tw_env")
+    if cached:
+        apply_engine_caches()
+    wanted = textworld.EnvInfos(won=True, admissible_commands=True, extras=["gamefile"])
+    return wrappers.AlfredInfos(wrappers.AlfredDemangler(pddl.PddlEnv(wanted), shuffle=False))
+
+
+@cache
+def shared_store() -> TransitionStore:
+    """The transitions that all ALFWorld environments of this process share."""
+    return TransitionStore()

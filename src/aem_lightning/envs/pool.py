@@ -1,0 +1,342 @@
+"""A pool of environments: a few worker processes with many env slots each, which it outlives.
+
+Episodes are known by a key. All keys of one affinity (a group) live on one worker, where the copies
+of a game share what its engine has worked out. Every call sends one message to each worker that is
+concerned.
+
+A worker that dies or hangs is killed and replaced, and its live episodes are played again from
+their reset and their actions: environments are deterministic, so nothing changes for the caller. An
+episode that breaks its worker once more while it is replayed ends as truncated, with
+``infra_error`` in its ``info``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from aem_lightning.envs.base import EnvPoolError, TextEnv
+from aem_lightning.envs.orders import Broken, Order, Outcome
+from aem_lightning.envs.process import WorkerLostError, WorkerProcess, reraise
+from aem_lightning.types import EnvStep, ResetRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Episode:
+    """An episode in a slot: all that it takes to play it again."""
+
+    key: str
+    request: ResetRequest
+    worker: int
+    slot: int
+    actions: list[str] = field(default_factory=list)
+    last: EnvStep | None = None  # None until the reset is answered
+
+    @property
+    def is_over(self) -> bool:
+        return self.last is not None and (self.last.terminated or self.last.truncated)
+
+    def next_order(self, action: str | None) -> Order:
+        """The order that continues the episode: its reset where ``action`` is None."""
+        if action is None:
+            return Order(self.slot, self.request)
+        return Order(self.slot, None, (action,))
+
+    def replay_order(self, actions: Sequence[str]) -> Order:
+        """The order that plays the episode from its start, then ``actions``."""
+        return Order(self.slot, self.request, (*self.actions, *actions))
+
+    def record(self, action: str | None, step: EnvStep) -> None:
+        """Take ``step`` as the answer to ``action``."""
+        if action is not None:
+            self.actions.append(action)
+        self.last = step
+
+    def fail(self, reason: str) -> None:
+        """End the episode for a reason outside the policy's doing."""
+        logger.warning("Episode %s of task %s ends: %s", self.key, self.request.task_id, reason)
+        observation = self.last.observation if self.last else ""
+        info = {"task_id": self.request.task_id, "infra_error": reason}
+        self.last = EnvStep(observation, truncated=True, info=info)
+
+
+class EnvPool:
+    """Environments in worker processes, played in lock-step.
+
+    Workers start with the first `reset`; a pickled pool is its arguments. POSIX only.
+
+    Args:
+        make_env: Makes one environment. It goes to the workers pickled: a class or function of an
+            importable module, or a ``functools.partial`` of one.
+        workers: Processes; one a core is enough.
+        slots_per_worker: Episodes that a worker hosts at most; by default as many as are asked for.
+        timeout_s: A worker that gives no sign of life for so long, while it has work, counts as
+            hung.
+
+    Attributes:
+        restarts: Workers replaced so far.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[], TextEnv],
+        *,
+        workers: int = 2,
+        slots_per_worker: int | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers={workers}; a pool needs at least 1")
+        if slots_per_worker is not None and slots_per_worker < 1:
+            raise ValueError(f"slots_per_worker={slots_per_worker}; allowed: None, or at least 1")
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s={timeout_s}; it must be positive")
+        self.make_env = make_env
+        self.workers = workers
+        self.slots_per_worker = slots_per_worker
+        self.timeout_s = timeout_s
+        self.restarts = 0
+        self._processes: list[WorkerProcess] = []
+        self._episodes: dict[str, _Episode] = {}
+        self._finalizer = weakref.finalize(self, _end, self._processes, os.getpid())
+
+    def reset(self, requests: Mapping[str, ResetRequest]) -> dict[str, EnvStep]:
+        """Start an episode for every key; a key that is in play starts anew.
+
+        Raises:
+            EnvPoolError: More episodes than slots, or workers that cannot be started.
+            Exception: What making the environment raised.
+        """
+        self._start()
+        self.release(requests)
+        for key, worker in list(self._placed(requests)):
+            taken = {e.slot for e in self._episodes.values() if e.worker == worker}
+            slot = next(i for i in range(len(taken) + 1) if i not in taken)
+            self._episodes[key] = _Episode(key, requests[key], worker, slot)
+        return self._play(dict.fromkeys(requests))
+
+    def step(self, actions: Mapping[str, str]) -> dict[str, EnvStep]:
+        """Send every key's action to its episode.
+
+        Raises:
+            EnvPoolError: A key without an episode, or whose episode is over.
+        """
+        for key in actions:
+            if key not in self._episodes:
+                raise EnvPoolError(f"step: no episode has the key {key!r}; reset it first")
+            episode = self._episodes[key]
+            if episode.is_over and not (episode.last and episode.last.infra_error):
+                raise EnvPoolError(f"step: episode {key!r} is over; reset or release it")
+        return self._play(actions)
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Forget the episodes of ``keys``; their slots are free. Unknown keys are passed over."""
+        for key in keys:
+            self._episodes.pop(key, None)
+
+    def close(self) -> None:
+        """End the workers. A later `reset` starts new ones."""
+        self._episodes.clear()
+        _end(self._processes, os.getpid())
+
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids of the running workers."""
+        return tuple(process.pid for process in self._processes)
+
+    def worker_of(self, key: str) -> int:
+        """Index of the worker that plays ``key``."""
+        return self._episodes[key].worker
+
+    def __enter__(self) -> EnvPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("make_env", "workers", "slots_per_worker", "timeout_s")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _start(self) -> None:
+        """Start the workers, all at once, where they do not run yet."""
+        if self._processes:
+            for process in self._processes:
+                process.trim_stderr()
+            return
+        try:
+            factory = pickle.dumps(self.make_env)
+        except Exception as error:
+            raise EnvPoolError(
+                f"make_env={self.make_env!r} cannot be pickled ({error}); give a class or function "
+                "of an importable module, or a functools.partial of one"
+            ) from error
+        self._processes.extend(WorkerProcess(factory) for _ in range(self.workers))
+        try:
+            for process in self._processes:
+                process.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def _placed(self, requests: Mapping[str, ResetRequest]) -> Iterator[tuple[str, int]]:
+        """A worker for every key: its affinity's, else the least loaded one."""
+        load = Counter(episode.worker for episode in self._episodes.values())
+        home = {episode.request.affinity: episode.worker for episode in self._episodes.values()}
+        groups: dict[int, list[str]] = {}
+        for key, request in requests.items():
+            groups.setdefault(request.affinity, []).append(key)
+        for affinity, keys in groups.items():
+            worker = home.get(affinity, min(range(self.workers), key=lambda w: (load[w], w)))
+            load[worker] += len(keys)
+            if self.slots_per_worker is not None and load[worker] > self.slots_per_worker:
+                raise EnvPoolError(
+                    f"{load[worker]} episodes for one of {self.workers} workers (a group stays on "
+                    f"one), slots_per_worker={self.slots_per_worker}; release finished keys, or "
+                    "raise slots_per_worker or workers"
+                )
+            yield from ((key, worker) for key in keys)
+
+    def _play(self, pending: Mapping[str, str | None]) -> dict[str, EnvStep]:
+        """One action (None: the reset) for every key of ``pending``, and the answers."""
+        due = {key: action for key, action in pending.items() if not self._episodes[key].is_over}
+        outcomes, lost = self._exchange(due)
+        raised = {}
+        for key, outcome in outcomes.items():
+            action = due.pop(key)
+            if isinstance(outcome, Broken):
+                raised[key] = action, outcome
+            else:
+                self._episodes[key].record(action, outcome[-1])
+        for worker, reason in lost.items():
+            self._revive(worker, due, reason)
+        for key, (action, broken) in raised.items():
+            self._try_again(self._episodes[key], action, broken)
+        return {key: self._answer(key) for key in pending}
+
+    def _answer(self, key: str) -> EnvStep:
+        step = self._episodes[key].last
+        assert step is not None  # every way through _play records an answer or a failure
+        return step
+
+    def _exchange(
+        self, live: Mapping[str, str | None]
+    ) -> tuple[dict[str, Outcome], dict[int, WorkerLostError]]:
+        """Send every worker its orders, then collect: the outcomes, and the workers lost."""
+        keys: dict[int, list[str]] = {}
+        for key in live:
+            keys.setdefault(self._episodes[key].worker, []).append(key)
+        outcomes: dict[str, Outcome] = {}
+        lost: dict[int, WorkerLostError] = {}
+        for worker, names in keys.items():
+            try:
+                orders = [self._episodes[name].next_order(live[name]) for name in names]
+                self._processes[worker].send(orders)
+            except WorkerLostError as error:
+                lost[worker] = error
+        for worker, names in keys.items():
+            if worker in lost:
+                continue
+            try:
+                answer = self._processes[worker].outcomes(self.timeout_s)
+                outcomes.update(zip(names, answer, strict=True))
+            except WorkerLostError as error:
+                lost[worker] = error
+        self._raise_fatal(outcomes.values())
+        return outcomes, lost
+
+    def _raise_fatal(self, outcomes: Iterable[Outcome]) -> None:
+        """Raise here what no episode can do better, such as a missing package."""
+        for outcome in outcomes:
+            if isinstance(outcome, Broken) and outcome.fatal:
+                self.close()
+                reraise(outcome)
+
+    def _try_again(self, episode: _Episode, action: str | None, broken: Broken) -> None:
+        """Replay an episode whose environment raised, in a new one; a second failure ends it."""
+        if episode.is_over:  # given up while its worker was revived
+            return
+        logger.warning("Episode %s raised and is replayed: %s", episode.key, broken.summary)
+        try:
+            self._replay(episode, {episode.key: action})
+        except WorkerLostError as lost:
+            episode.fail(str(lost))
+            self._revive(episode.worker, {}, lost)
+
+    def _revive(self, worker: int, due: dict[str, str | None], reason: Exception) -> None:
+        """Replace ``worker`` and bring its episodes up to date, with the actions that are ``due``.
+
+        They are replayed one by one, so that an episode that breaks the new worker too is known and
+        given up; the others then start over.
+        """
+        while True:
+            self._respawn(worker, reason)
+            episodes = [e for e in self._episodes.values() if e.worker == worker and not e.is_over]
+            for episode in sorted(episodes, key=lambda e: e.slot):
+                try:
+                    self._replay(episode, due)
+                except WorkerLostError as lost:
+                    episode.fail(f"its worker was lost twice: {lost}")
+                    reason = lost
+                    break
+            else:
+                return
+
+    def _respawn(self, worker: int, reason: Exception) -> None:
+        logger.warning("Environment worker %d is replaced: %s", worker, reason)
+        self.restarts += 1
+        self._processes[worker].kill()
+        self._processes[worker] = WorkerProcess(pickle.dumps(self.make_env))
+        self._processes[worker].wait_ready()
+
+    def _replay(self, episode: _Episode, due: dict[str, str | None]) -> None:
+        """Play ``episode`` from its start, with the action that is due for it, if any.
+
+        Raises:
+            WorkerLostError: The worker died or hung.
+        """
+        is_due = episode.key in due
+        action = due.get(episode.key)
+        process = self._processes[episode.worker]
+        process.send([episode.replay_order([] if action is None else [action])])
+        outcome = process.outcomes(self.timeout_s)[0]
+        self._raise_fatal([outcome])
+        if isinstance(outcome, Broken):
+            episode.fail(outcome.summary)
+        elif episode.last and outcome[len(episode.actions)].observation != episode.last.observation:
+            episode.fail("its replay took another course: the environment is not deterministic")
+        elif is_due:
+            episode.record(action, outcome[-1])
+            del due[episode.key]
+
+
+def _end(processes: list[WorkerProcess], owner: int) -> None:
+    """End ``processes`` and empty the list; in a fork of their owner, only forget them."""
+    if os.getpid() == owner:
+        for process in processes:
+            process.hang_up()
+        for process in processes:
+            tail = process.stderr_tail()
+            if tail:
+                logger.debug("Worker %d wrote: %s", process.pid, tail)
+            process.kill(grace_s=1.0)
+    processes.clear()

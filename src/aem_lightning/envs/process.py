@@ -1,0 +1,154 @@
+"""A worker process, seen from its pool: started, spoken to, killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import Connection
+from typing import Any
+
+from aem_lightning.envs.base import EnvPoolError
+from aem_lightning.envs.orders import Beat, Broken, Order, Outcome
+
+START_TIMEOUT_S = 120.0
+STDERR_TAIL = 2_000
+STDERR_LIMIT = 1 << 20
+
+
+class WorkerLostError(Exception):
+    """A worker died, or did not answer in time."""
+
+
+class WorkerProcess:
+    """A fresh interpreter that runs `aem_lightning.envs.worker`.
+
+    It is started by ``Popen`` and not by ``multiprocessing``: neither the trainer's memory nor its
+    imports (torch) come along.
+
+    Args:
+        factory: The pickled environment factory.
+    """
+
+    def __init__(self, factory: bytes) -> None:
+        ours, theirs = socket.socketpair()
+        self._stderr = tempfile.TemporaryFile("a+b", prefix="aem-worker-")  # noqa: SIM115 (lives on)
+        with theirs:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "aem_lightning.envs.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._stderr,
+                stderr=self._stderr,
+                env=_environment(),
+            )
+        self._connection: Connection[Any, Any] = Connection(ours.detach())
+        with contextlib.suppress(OSError):  # a worker that is dead already is found by wait_ready
+            self._connection.send_bytes(factory)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def wait_ready(self) -> None:
+        """Wait until the first environment is made.
+
+        Raises:
+            EnvPoolError: The interpreter ended, or took too long.
+            Exception: What making the environment raised.
+        """
+        try:
+            message = self._receive(START_TIMEOUT_S)
+        except WorkerLostError as lost:
+            self.kill()
+            raise EnvPoolError(f"An environment worker could not be started: {lost}") from None
+        if isinstance(message, Broken):
+            self.kill()
+            reraise(message)
+
+    def send(self, orders: list[Order]) -> None:
+        """Hand ``orders`` over.
+
+        Raises:
+            WorkerLostError: The worker is dead.
+        """
+        try:
+            self._connection.send(orders)
+        except OSError:
+            raise WorkerLostError(self._obituary()) from None
+
+    def outcomes(self, timeout_s: float) -> list[Outcome]:
+        """The answer to the orders sent last.
+
+        Raises:
+            WorkerLostError: The worker died, or gave no sign of life for ``timeout_s``.
+        """
+        while isinstance(message := self._receive(timeout_s), Beat):
+            pass
+        return message  # type: ignore[no-any-return]
+
+    def _receive(self, timeout_s: float) -> Any:
+        try:
+            if not self._connection.poll(timeout_s):
+                raise WorkerLostError(f"no answer within {timeout_s:g} s{self._said()}")
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise WorkerLostError(self._obituary()) from None
+
+    def _obituary(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(1.0)
+        return f"worker {self.pid} ended with exit status {self._popen.returncode}{self._said()}"
+
+    def _said(self) -> str:
+        tail = self.stderr_tail()
+        return f"; its last words: {tail}" if tail else ""
+
+    def stderr_tail(self) -> str:
+        """The last characters that the worker wrote on stdout and stderr."""
+        if self._stderr.closed:
+            return ""
+        size = os.fstat(self._stderr.fileno()).st_size
+        start = max(0, size - STDERR_TAIL)
+        return os.pread(self._stderr.fileno(), STDERR_TAIL, start).decode(errors="replace").strip()
+
+    def trim_stderr(self) -> None:
+        """Keep a talkative engine from filling the disk."""
+        if os.fstat(self._stderr.fileno()).st_size > STDERR_LIMIT:
+            os.ftruncate(self._stderr.fileno(), 0)
+
+    def hang_up(self) -> None:
+        """Close the socket: an idle worker then ends by itself."""
+        self._connection.close()
+
+    def kill(self, grace_s: float = 0.0) -> None:
+        """End the process, after ``grace_s`` for certain; a second call does nothing."""
+        self.hang_up()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(grace_s)
+        self._popen.kill()
+        self._popen.wait()
+        self._stderr.close()
+
+
+def reraise(broken: Broken) -> None:
+    """Raise what a worker could not do, with its own exception where that came across."""
+    context = EnvPoolError(f"In an environment worker:\n{broken.traceback}")
+    if broken.error is None:
+        raise EnvPoolError(broken.summary) from context
+    raise pickle.loads(broken.error) from context
+
+
+def _environment() -> dict[str, str]:
+    """The worker's environment: our import path, one thread, the same hash seed everywhere."""
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }

@@ -1,0 +1,146 @@
+"""Base advantages of the group-based estimators: how much better than its group something was."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aem_lightning.functional.segments import (
+    check_rows,
+    segment_ids,
+    segment_mean,
+    segment_range,
+    segment_sum,
+)
+
+
+def grpo_advantages(
+    returns: Tensor,
+    group: Tensor,
+    *,
+    normalize_std: bool = True,
+    eps: float = 1e-6,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Group-normalised returns: ``A = (R - mean) / (std + eps)`` over the trajectories of a group.
+
+    GRPO (arXiv 2402.03300); without the division Dr.GRPO (arXiv 2503.20783). The standard deviation
+    is the unbiased one. A group whose returns are all equal, a group of one included, has advantage
+    exactly 0.
+
+    Args:
+        returns: One return a trajectory, [N].
+        group: The group of each, [N], any integers.
+        normalize_std: Divide by the standard deviation.
+        eps: Added to the standard deviation.
+        mask: Trajectories that count, [N] bool; the others enter no statistic and have advantage 0.
+
+    Returns:
+        [N].
+
+    Raises:
+        ValueError: Shapes that differ, or a return that is not finite.
+
+    Example:
+        >>> grpo_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1]))
+        tensor([ 1.1547, -0.5773, -0.5773,  0.0000,  0.0000])
+    """
+    keep, values, ids, count = _counted(returns, group, mask=mask)
+    centred, sizes = _centred(values, ids, count)
+    if normalize_std:
+        variance = segment_sum(centred.square(), ids, count) / (sizes - 1).clamp(min=1)
+        centred = centred / (variance.sqrt() + eps)[ids]
+    return _placed(centred, keep, returns)
+
+
+def rloo_advantages(returns: Tensor, group: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Return minus the mean return of the *other* trajectories of the group.
+
+    ``A_i = R_i - mean_{j != i} R_j = G / (G - 1) * (R_i - mean)``: RLOO (arXiv 2402.14740).
+
+    Args:
+        returns: One return a trajectory, [N].
+        group: The group of each, [N], any integers.
+        mask: Trajectories that count, [N] bool; the others enter no statistic and have advantage 0.
+
+    Returns:
+        [N]; 0 for a group of one.
+
+    Raises:
+        ValueError: Shapes that differ, or a return that is not finite.
+
+    Example:
+        >>> rloo_advantages(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([4, 4, 4]))
+        tensor([ 1.0000, -0.5000, -0.5000])
+    """
+    keep, values, ids, count = _counted(returns, group, mask=mask)
+    centred, sizes = _centred(values, ids, count)
+    return _placed(centred * (sizes / (sizes - 1).clamp(min=1))[ids], keep, returns)
+
+
+def gigpo_step_advantages(
+    step_returns: Tensor,
+    group: Tensor,
+    anchor: Tensor,
+    *,
+    normalize_std: bool = True,
+    eps: float = 1e-6,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Step advantages among the turns of a group that answer the same observation.
+
+    The step part ``A_S`` of GiGPO (arXiv 2505.10978): as ``grpo_advantages`` over discounted step
+    returns, with (group, anchor) in place of the group.
+
+    Args:
+        step_returns: Discounted return from each turn on, [R].
+        group: The group of each response, [R], any integers.
+        anchor: Id of the observation that it answers, [R], equal where the observations are.
+        normalize_std: Divide by the standard deviation.
+        eps: Added to the standard deviation.
+        mask: Responses that count, [R] bool; the others enter no statistic and have advantage 0.
+
+    Returns:
+        [R]; 0 for an observation that the group met once.
+
+    Raises:
+        ValueError: Shapes that differ, or a return that is not finite.
+
+    Example:
+        >>> steps, group = torch.tensor([1.0, 0.0, 5.0]), torch.tensor([0, 0, 0])
+        >>> gigpo_step_advantages(steps, group, torch.tensor([8, 8, 9]))
+        tensor([ 0.7071, -0.7071,  0.0000])
+    """
+    check_rows(step_returns=step_returns, group=group, anchor=anchor, mask=mask)
+    ids, _ = segment_ids(group, anchor)
+    return grpo_advantages(step_returns, ids, normalize_std=normalize_std, eps=eps, mask=mask)
+
+
+def _counted(
+    returns: Tensor, group: Tensor, *, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Indices, values and dense group ids of the rows that count, and the number of groups."""
+    check_rows(returns=returns, group=group, mask=mask)
+    if mask is None:
+        mask = torch.ones_like(group, dtype=torch.bool)
+    keep = mask.nonzero()[:, 0]
+    values = returns[keep]
+    broken = keep[~values.isfinite()]
+    if broken.numel():
+        raise ValueError(f"returns must be finite; those at {broken.tolist()} are not")
+    ids, count = segment_ids(group[keep])
+    return keep, values, ids, count
+
+
+def _centred(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values minus the mean of their group, [n], and the group sizes, [K]."""
+    low, high = segment_range(values, ids, count)
+    centred = values - segment_mean(values, ids, count)[ids]
+    # A mean of equal values can be off by a rounding, which a division by std + eps would blow up.
+    centred = torch.where((low == high)[ids], torch.zeros_like(centred), centred)
+    return centred, segment_sum(torch.ones_like(values), ids, count)
+
+
+def _placed(values: Tensor, keep: Tensor, like: Tensor) -> Tensor:
+    """The values at their indices, 0 elsewhere."""
+    return torch.zeros_like(like).index_copy(0, keep, values)

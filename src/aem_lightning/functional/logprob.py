@@ -1,0 +1,130 @@
+"""Log-probability and entropy of tokens straight from hidden states, without a [T, V] tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+
+def token_logprob_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 512
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution, computed in chunks of tokens.
+
+    With ``z = hidden @ weight.T / temperature``: ``log p(y) = z_y - logsumexp(z)`` and
+    ``H = -sum_v p(v) log p(v)``. Both are differentiable, in ``hidden`` and (where it requires
+    grad) ``weight``: ``dz = g_lp (onehot - p) - g_H p (log p + H)``. The logits are recomputed in
+    the backward pass, so the peak is a few [chunk, V] tensors however many tokens there are.
+
+    Args:
+        hidden: Last hidden states, [T, d].
+        weight: Output embedding, [V, d], of the same dtype.
+        targets: Token ids, [T].
+        temperature: Divides the logits; > 0.
+        chunk: Tokens a piece.
+
+    Returns:
+        Log-probabilities [T] and entropies [T], in nats, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: Shapes that do not fit, a temperature or chunk out of range.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 3), torch.ones(4, 3)
+        >>> logprobs, entropies = token_logprob_entropy(hidden, weight, torch.tensor([0, 3]))
+        >>> logprobs, entropies
+        (tensor([-1.3863, -1.3863]), tensor([1.3863, 1.3863]))
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "hidden [T, d] and weight [V, d] are needed, "
+            f"got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"targets must be [{hidden.shape[0]}], one a row, got {list(targets.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature={temperature}: log-probabilities need one > 0 (greedy decoding reports 1)"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: at least 1 token a piece")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        # Cast here, once: autocast is off in the backward pass, whose logits must equal the
+        # forward's.
+        kind = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(kind), weight.to(kind)
+    with torch.autocast(device, enabled=False):
+        outputs: tuple[Tensor, Tensor] = _LogprobEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, targets, 1.0 / temperature, chunk
+        )
+    return outputs
+
+
+def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """Scaled logits [c, V]: the product in the given dtype, what follows at least in float32."""
+    logits = linear(hidden, weight)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return logits.mul_(scale) if scale != 1.0 else logits
+
+
+class _LogprobEntropy(torch.autograd.Function):
+    """Keeps hidden states and two numbers a token; see ``token_logprob_entropy``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logprobs = torch.empty(hidden.shape[0], dtype=kind, device=hidden.device)
+        entropies, normalizers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = _logits(hidden[part], weight, scale)
+            normalizers[part] = torch.logsumexp(logits, dim=-1)
+            logits.sub_(normalizers[part, None])
+            logprobs[part] = logits.gather(1, targets[part, None])[:, 0]
+            entropies[part] = -logits.exp().mul_(logits).sum(dim=-1)
+        ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
+        ctx.scale, ctx.chunk = scale, chunk
+        # An output without a gradient (entropy_coef=0) arrives as None, and its work is skipped.
+        ctx.set_materialize_grads(False)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> Any:
+        hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = (
+            weight.new_zeros(weight.shape, dtype=normalizers.dtype) if needs_weight else None
+        )
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(normalizers)
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logprobs = _logits(hidden[part], weight, ctx.scale).sub_(normalizers[part, None])
+            from_logprob = grad_logprobs[part, None]
+            if grad_entropies is None:
+                grad = logprobs.exp_().mul_(-from_logprob)
+            else:
+                probs = logprobs.exp()
+                grad = logprobs.add_(entropies[part, None]).mul_(grad_entropies[part, None])
+                grad = grad.add_(from_logprob).mul_(probs).neg_()
+            grad.scatter_add_(1, targets[part, None], from_logprob)
+            grad = grad.mul_(ctx.scale).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += (grad.t() @ hidden[part]).to(grad_weight.dtype)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None

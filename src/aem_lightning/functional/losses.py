@@ -1,0 +1,139 @@
+"""Pieces of the policy loss, element by element: how to average them is the caller's business."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aem_lightning.functional.segments import segment_mean
+
+# exp(20) is 5e8, far behind every clip; beyond it the gradient of a clipped ratio would be 0 * inf
+# = NaN.
+_MAX_LOG_RATIO = 20.0
+
+
+def sequence_ratio(
+    logprobs: Tensor, old_logprobs: Tensor, response_index: Tensor, num_responses: int
+) -> Tensor:
+    """Length-normalised probability ratio of each response.
+
+    ``s = exp(mean_l(logp_l - old_logp_l))``: GSPO (arXiv 2507.18071). Differentiable in
+    ``logprobs``.
+
+    Args:
+        logprobs: Log-probability of each token under the policy, [S, L].
+        old_logprobs: The same before the update, [S, L].
+        response_index: The response of each token, [S, L]; -1 outside responses.
+        num_responses: Number of responses R.
+
+    Returns:
+        [R]; 1 for a response without tokens.
+
+    Raises:
+        ValueError: Shapes that differ.
+
+    Example:
+        >>> logprobs, old = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -2.5, 0.0]])
+        >>> sequence_ratio(logprobs, old, torch.tensor([[0, 0, -1]]), 1)
+        tensor([1.6487])
+    """
+    _check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, response_index=response_index)
+    inside = response_index >= 0
+    log_ratio = (logprobs - old_logprobs)[inside]
+    return segment_mean(log_ratio, response_index[inside], num_responses).exp()
+
+
+def clipped_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+) -> tuple[Tensor, Tensor]:
+    """The clipped policy-gradient loss of each element, and where a clip stops its gradient.
+
+    With ``r = exp(logp - old_logp)``::
+
+        loss = -min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A),  and at most -dual_clip * A
+        where A < 0
+
+    PPO (arXiv 1707.06347); a higher ``clip_high`` is DAPO's clip-higher (arXiv 2503.14476); the
+    bound for negative advantages is the dual clip (arXiv 1912.09729). Elements are tokens, or
+    responses with the mean of their log-probabilities (GSPO).
+
+    Args:
+        logprobs: Under the policy, any shape.
+        old_logprobs: Before the update, same shape.
+        advantages: Same shape; no gradient flows through.
+        clip_low: Distance below 1; in [0, 1).
+        clip_high: Distance above 1; >= 0.
+        dual_clip: Bound c > 1 on the ratio where A < 0; ``None`` for no bound.
+
+    Returns:
+        Loss and the bool mask of clipped elements, both of the given shape.
+
+    Raises:
+        ValueError: Shapes that differ, or a clip out of range.
+
+    Example:
+        >>> logprobs = torch.tensor([0.5, 0.5, 2.0]).log()
+        >>> old = torch.tensor([0.5, 0.25, 0.5]).log()
+        >>> clipped_surrogate(logprobs, old, torch.tensor([1.0, 1.0, -1.0]))
+        (tensor([-1.0000, -1.2000,  3.0000]), tensor([False,  True,  True]))
+    """
+    if not (0 <= clip_low < 1 and clip_high >= 0):
+        raise ValueError(
+            f"clip_low={clip_low} and clip_high={clip_high} are not allowed: "
+            "0 <= clip_low < 1 and clip_high >= 0"
+        )
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip={dual_clip}: give a bound > 1, or null for none")
+    _check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    advantages = advantages.detach()
+    log_ratio = (logprobs - old_logprobs).clamp(max=_MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    plain = -ratio * advantages
+    bounded = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = torch.maximum(plain, bounded)
+    clipped = bounded > plain
+    if dual_clip is not None:
+        limit = -dual_clip * advantages
+        beyond = (advantages < 0) & (loss > limit)
+        loss = torch.where(beyond, limit, loss)
+        clipped = clipped | beyond
+    return loss, clipped
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) at each sampled token: unbiased and never negative.
+
+    ``k3 = exp(d) - d - 1`` with ``d = ref_logp - logp`` (Schulman, "Approximating KL divergence";
+    used by GRPO, arXiv 2402.03300). Nats; d is cut at 20.
+
+    Args:
+        logprobs: Of the sampled tokens under the policy, any shape.
+        ref_logprobs: The same under the reference, same shape.
+
+    Returns:
+        Same shape.
+
+    Raises:
+        ValueError: Shapes that differ.
+
+    Example:
+        >>> kl_k3(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -2.0]))
+        tensor([0.0000, 0.3679])
+    """
+    _check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    difference = (ref_logprobs - logprobs).clamp(max=_MAX_LOG_RATIO)
+    # expm1 keeps the digits that exp(d) - 1 loses while policy and reference are close.
+    return torch.expm1(difference) - difference
+
+
+def _check_shapes(**tensors: Tensor) -> None:
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if len({tuple(shape) for shape in shapes.values()}) > 1:
+        given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"one shape is needed, got {given}")

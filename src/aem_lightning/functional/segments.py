@@ -1,0 +1,95 @@
+"""Sums, means and ranges over segments: the rows of a table that share an id."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_ids(*columns: Tensor) -> tuple[Tensor, int]:
+    """Dense ids 0..K-1 of the distinct rows of the columns, and their number K.
+
+    Args:
+        columns: Integer tensors of one shape [N]; rows that agree in all of them share an id.
+
+    Returns:
+        Ids [N] and K.
+
+    Example:
+        >>> segment_ids(torch.tensor([7, 7, 3]), torch.tensor([0, 1, 0]))
+        (tensor([1, 2, 0]), 3)
+    """
+    if len(columns) == 1:
+        values, ids = torch.unique(columns[0], return_inverse=True)
+    else:
+        values, ids = torch.unique(torch.stack(columns), dim=1, return_inverse=True)
+    return ids, int(values.shape[-1])
+
+
+def segment_sum(values: Tensor, ids: Tensor, count: int) -> Tensor:
+    """The sum of each segment; empty ones give 0.
+
+    Args:
+        values: [N].
+        ids: Segment of each value, [N], in 0..count-1.
+        count: Number of segments K.
+
+    Returns:
+        [K].
+
+    Example:
+        >>> segment_sum(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 2]), 3)
+        tensor([3., 0., 5.])
+    """
+    return values.new_zeros(count).index_add(0, ids, values)
+
+
+def segment_mean(values: Tensor, ids: Tensor, count: int) -> Tensor:
+    """The mean of each segment, [K]; empty ones give 0.
+
+    Args:
+        values: [N].
+        ids: Segment of each value, [N], in 0..count-1.
+        count: Number of segments K.
+
+    Example:
+        >>> segment_mean(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 2]), 3)
+        tensor([1.5000, 0.0000, 5.0000])
+    """
+    sizes = segment_sum(torch.ones_like(values), ids, count)
+    return segment_sum(values, ids, count) / sizes.clamp(min=1)
+
+
+def segment_range(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of each segment, [K] each; empty ones give +inf and -inf.
+
+    Args:
+        values: [N], floating point.
+        ids: Segment of each value, [N], in 0..count-1.
+        count: Number of segments K.
+
+    Example:
+        >>> segment_range(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 1]), 2)
+        (tensor([1., 5.]), tensor([2., 5.]))
+    """
+    low = values.new_full((count,), torch.inf).scatter_reduce(0, ids, values, "amin")
+    high = values.new_full((count,), -torch.inf).scatter_reduce(0, ids, values, "amax")
+    return low, high
+
+
+def check_rows(**columns: Tensor | None) -> None:
+    """Raise unless every given column is one-dimensional and as long as the first.
+
+    Raises:
+        ValueError: Naming each column with its shape.
+
+    Example:
+        >>> check_rows(returns=torch.zeros(2), group=torch.zeros(3))
+        Traceback (most recent call last):
+        ValueError: one entry a row is needed, got returns [2], group [3]
+    """
+    shapes = {name: list(column.shape) for name, column in columns.items() if column is not None}
+    first = next(iter(shapes.values()))
+    if len(first) != 1 or any(shape != first for shape in shapes.values()):
+        given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"one entry a row is needed, got {given}")

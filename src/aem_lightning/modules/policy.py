@@ -1,0 +1,214 @@
+"""The policy: any Hugging Face causal LM with LoRA adapters, and what training asks of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from aem_lightning.functional import token_logprob_entropy
+
+FULL_PRECISION = torch.float32
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA settings. ``dropout`` stays 0: with it, sampling and training would be different policies.
+
+    Source: arXiv 2106.09685.
+    """
+
+    r: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+
+    def config(self) -> LoraConfig:
+        """The same as a PEFT configuration."""
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+
+
+class Policy(nn.Module):
+    """A causal LM, its tokenizer, and (for reinforcement learning) its LoRA adapters.
+
+    Args:
+        model: The causal LM; it is frozen when ``lora`` is given.
+        tokenizer: Its tokenizer.
+        lora: Adapter settings; ``None`` trains every weight (the warm start of a tiny model).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: Lora | None = None
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.causal_lm: PreTrainedModel = model
+        self.peft: PeftModel | None = None
+        if lora is not None:
+            self.peft = get_peft_model(model, lora.config())
+            self.causal_lm = self.peft.get_base_model()
+        self.causal_lm.config.use_cache = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        lora: Lora | Mapping[str, Any] | None = None,
+        dtype: str = "float32",
+        quantization: Literal["nf4"] | None = None,
+        chat_template: str | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str = "sdpa",
+    ) -> Self:
+        """A policy from the hub or from a local folder.
+
+        Args:
+            model: Hub name or folder.
+            lora: Adapter settings, or ``None`` to train every weight.
+            dtype: Storage type of the frozen weights; adapters stay in float32.
+            quantization: ``nf4`` loads 4-bit weights through ``BitsAndBytesConfig`` (extra ``quant``).
+            chat_template: A Jinja file in place of the tokenizer's own template.
+            gradient_checkpointing: Trade time for memory in the update.
+            attn_implementation: Passed to transformers.
+
+        Raises:
+            FileNotFoundError: The model is not there; says how to fetch it and how to run without it.
+        """
+        if quantization not in (None, "nf4"):
+            raise ValueError(f"policy.quantization={quantization!r} is unknown; allowed: null, nf4.")
+        settings: dict[str, Any] = {
+            "dtype": getattr(torch, dtype),
+            "attn_implementation": attn_implementation,
+        }
+        if quantization:
+            settings["quantization_config"] = _four_bit(getattr(torch, dtype))
+        try:
+            tokenizer = load_tokenizer(model)
+            causal_lm = AutoModelForCausalLM.from_pretrained(model, **settings)
+        except OSError as error:
+            raise FileNotFoundError(missing_model_message(model)) from error
+        if chat_template is not None:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        if quantization:
+            causal_lm = prepare_model_for_kbit_training(
+                causal_lm, use_gradient_checkpointing=gradient_checkpointing
+            )
+        elif gradient_checkpointing:
+            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            causal_lm.enable_input_require_grads()
+        if isinstance(lora, Mapping):
+            lora = Lora(**lora)
+        return cls(causal_lm, tokenizer, lora)
+
+    def score(
+        self, input_ids: Tensor, mask: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of the masked tokens, given all tokens to their left.
+
+        Args:
+            input_ids: [B, L], padded on the right (causal attention never looks there).
+            mask: [B, L] bool; True at the T tokens to score, False in the first column.
+            temperature: Sampling temperature; 0 (greedy) is scored at 1, as engines report it.
+
+        Returns:
+            Log-probabilities [T] and full-vocabulary entropies [T] in nats, float32, row by row.
+        """
+        decoder = self.causal_lm.get_decoder()
+        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, d]
+        weight = self.causal_lm.get_output_embeddings().weight  # [V, d]
+        predicts = mask[:, 1:]  # the hidden state left of a token predicts it
+        return token_logprob_entropy(
+            hidden[:, :-1][predicts], weight, input_ids[:, 1:][predicts], temperature or 1.0
+        )
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within this context the adapters are off: the reference policy, without a second model."""
+        if self.peft is None:
+            raise RuntimeError("A policy without LoRA has no reference; set policy.lora or loss.kl_coef=0.")
+        with self.peft.disable_adapter():
+            yield
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that require a gradient, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads, tokenizer included."""
+        if self.peft is None:
+            raise RuntimeError("A policy without LoRA has no adapter; use save_model.")
+        self.peft.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+    def save_model(self, folder: str | Path) -> None:
+        """Write the whole model, adapters merged into a copy of it, as a Hugging Face folder."""
+        model = self.causal_lm
+        if self.peft is not None:
+            merged = self.peft.to(FULL_PRECISION).merge_and_unload()
+            model = merged
+        model.config.use_cache = True
+        model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer as it was saved.
+
+    ``AutoTokenizer`` goes by the model's architecture and rebuilds a Qwen2 tokenizer around any vocabulary,
+    which would cut a word-level one into bytes; a generic tokenizer says so in its own config.
+    """
+    generic = get_tokenizer_config(model).get("tokenizer_class")
+    if generic in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return PreTrainedTokenizerFast.from_pretrained(model)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    return tokenizer
+
+
+def missing_model_message(model: str) -> str:
+    """What to type when ``model`` is neither on this machine nor reachable."""
+    return (
+        f"The model {model!r} is neither a folder here nor reachable on the Hugging Face hub.\n"
+        f"  fetch it:        hf download {model}\n"
+        f"  or a local copy: python train.py ... policy.model=/path/to/folder\n"
+        f"  or without it:   python train.py ... policy=tiny datamodule=alfworld_generated"
+    )
+
+
+def _four_bit(compute_dtype: torch.dtype) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401  (transformers reports its absence far less clearly)
+    except ImportError:
+        raise ImportError(
+            "policy.quantization=nf4 needs bitsandbytes: pip install 'aem-lightning[quant]', "
+            "or type policy.quantization=null"
+        ) from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )

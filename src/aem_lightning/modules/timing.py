@@ -1,0 +1,35 @@
+"""A stopwatch for the stages of a training step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+
+STAGES = ("rollout", "environment", "old_logprobs", "ref_logprobs", "advantage", "modulation", "update")
+
+
+class Stopwatch:
+    """Wall seconds by stage; on a GPU the stage's kernels are waited for, so that they count where they belong."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside this context to ``stage``."""
+        start = self._now()
+        yield
+        self.add(stage, self._now() - start)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add ``seconds`` to ``stage``."""
+        self.seconds[stage] += seconds
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

@@ -1,0 +1,41 @@
+"""Rollouts: prompts and their encoding, the engine protocol and its engines, the collector, packing."""
+
+from aem_lightning.rollout.collector import (
+    Collector,
+    EngineResponder,
+    Episode,
+    Live,
+    Responder,
+    make_groups,
+    stable_seed,
+)
+from aem_lightning.rollout.encoder import PromptEncoder
+from aem_lightning.rollout.engine import Request, Result, RolloutEngine, Sampling
+from aem_lightning.rollout.expert import Expert, ExpertResponder
+from aem_lightning.rollout.packing import micro_batches, minibatches, pack
+from aem_lightning.rollout.prompt import Prompt
+from aem_lightning.rollout.rewards import RewardShaping
+from aem_lightning.rollout.slot_engine import SlotEngine
+
+__all__ = [
+    "Collector",
+    "EngineResponder",
+    "Episode",
+    "Expert",
+    "ExpertResponder",
+    "Live",
+    "Prompt",
+    "PromptEncoder",
+    "Request",
+    "Responder",
+    "Result",
+    "RewardShaping",
+    "RolloutEngine",
+    "Sampling",
+    "SlotEngine",
+    "make_groups",
+    "micro_batches",
+    "minibatches",
+    "pack",
+    "stable_seed",
+]

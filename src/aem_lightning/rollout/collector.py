@@ -1,0 +1,227 @@
+"""The collector: plays episodes, turn by turn, with whoever answers (a policy's engine or an expert)."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from aem_lightning.rollout.encoder import PromptEncoder
+from aem_lightning.rollout.engine import Request, Result, RolloutEngine, Sampling
+from aem_lightning.rollout.rewards import RewardShaping
+from aem_lightning.types import EnvStep, ResetRequest, Task, Trajectory, Turn
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on ``parts`` alone: the same in every process, on every machine."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """An episode to play: copy number ``copy`` of ``task``, in group ``group``."""
+
+    task: Task
+    group: int
+    copy: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.group}/{self.copy}"
+
+
+def make_groups(tasks: Iterable[Task], group_size: int) -> list[Episode]:
+    """``group_size`` copies of every task; one group a task."""
+    return [Episode(task, g, copy) for g, task in enumerate(tasks) for copy in range(group_size)]
+
+
+@dataclass(slots=True)
+class Live:
+    """An episode in play: its trajectory, what the environment last showed, and the prompt to answer."""
+
+    episode: Episode
+    trajectory: Trajectory
+    step: EnvStep
+    prompt: list[int]
+
+
+class Responder(Protocol):
+    """Whoever answers prompts."""
+
+    def respond(self, live: Mapping[str, Live]) -> Sequence[Result]:
+        """One result for every key of ``live``."""
+        ...
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """The episodes ``keys`` are over."""
+        ...
+
+
+class EnvironmentPool(Protocol):
+    """The part of `EnvPool` that a collector uses."""
+
+    def reset(self, requests: Mapping[str, ResetRequest]) -> Mapping[str, EnvStep]: ...
+
+    def step(self, actions: Mapping[str, str]) -> Mapping[str, EnvStep]: ...
+
+    def release(self, keys: Iterable[str]) -> None: ...
+
+
+@dataclass(slots=True)
+class EngineResponder:
+    """The policy, through a rollout engine.
+
+    The seed of a response is a function of ``seed`` and of the episode's key and turn alone, so neither the
+    order of the batch nor the number of slots changes what is sampled.
+    """
+
+    engine: RolloutEngine
+    sampling: Sampling
+    seed: tuple[object, ...]
+
+    def respond(self, live: Mapping[str, Live]) -> Sequence[Result]:
+        self.engine.submit(
+            Request(key, item.prompt, self.sampling, self._seed(key, item)) for key, item in live.items()
+        )
+        return self.engine.poll(wait_all=True)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.engine.close(key)
+
+    def _seed(self, key: str, item: Live) -> int:
+        return stable_seed(*self.seed, item.episode.task.id, key, len(item.trajectory.turns))
+
+
+@dataclass(slots=True)
+class Collector:
+    """Plays episodes to their end, at most ``concurrency`` at once; finished ones make room at once.
+
+    Attributes:
+        pool: Where the environments live.
+        encoder: Messages to token ids.
+        responder: Who answers.
+        rewards: The reward shaping.
+        max_turns: Turns after which an episode is cut.
+        max_context: Tokens of prompt and response together after which an episode is cut.
+        max_new_tokens: Room that a response needs.
+        concurrency: Episodes in play at once.
+        environment_seconds: Wall time spent waiting for environments so far.
+    """
+
+    pool: EnvironmentPool
+    encoder: PromptEncoder
+    responder: Responder
+    rewards: RewardShaping
+    max_turns: int
+    max_context: int
+    max_new_tokens: int
+    concurrency: int = 64
+    environment_seconds: float = 0.0
+
+    def collect(self, episodes: Sequence[Episode], *, seed: int = 0) -> list[Trajectory]:
+        """The trajectories of ``episodes``, in their order.
+
+        Args:
+            episodes: What to play; keys must be unique.
+            seed: Seed of the environments' own randomness; the copies of a group share it.
+
+        Raises:
+            ValueError: The opening prompt leaves no room for a response.
+        """
+        waiting = deque(episodes)
+        live: dict[str, Live] = {}
+        played: dict[str, Trajectory] = {}
+        while waiting or live:
+            live |= self._start(waiting, self.concurrency - len(live), seed)
+            playing = {key: item for key, item in live.items() if not self._is_over(item)}
+            results = sorted(self.responder.respond(playing), key=lambda result: result.key)
+            for result in results:
+                self._record(live[result.key], result)
+            actions = {r.key: _sent_to_environment(live[r.key].trajectory.turns[-1]) for r in results}
+            for key, step in self._timed(lambda a=actions: self.pool.step(a)).items():
+                self._observe(live[key], step)
+            over = [key for key, item in live.items() if self._is_over(item)]
+            self.responder.forget(over)
+            self.pool.release(over)
+            played |= {key: live.pop(key).trajectory for key in over}
+        return [played[episode.key] for episode in episodes]
+
+    def _start(self, waiting: deque[Episode], room: int, seed: int) -> dict[str, Live]:
+        new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+        if not new:
+            return {}
+        requests = {
+            e.key: ResetRequest(e.task.id, stable_seed(seed, e.task.id) % 2**31, e.group) for e in new
+        }
+        steps = self._timed(lambda: self.pool.reset(requests))
+        started = {}
+        for episode in new:
+            step = steps[episode.key]
+            prompt = self.encoder.first(step)
+            if len(prompt) + self.max_new_tokens > self.max_context:
+                raise ValueError(
+                    f"The opening prompt of task {episode.task.id!r} has {len(prompt)} tokens; with "
+                    f"max_new_tokens={self.max_new_tokens} it does not fit into max_context={self.max_context}. "
+                    f"Type max_context={len(prompt) + 8 * self.max_new_tokens} or a shorter prompt."
+                )
+            trajectory = Trajectory(episode.task, episode.group, episode.copy)
+            trajectory.infra_error = step.infra_error
+            started[episode.key] = Live(episode, trajectory, step, prompt)
+        return started
+
+    def _record(self, item: Live, result: Result) -> None:
+        """Append a response to its row: the prompt's own row where the prompt extends it, else a new one."""
+        rows, prompt = item.trajectory.rows, item.prompt
+        if rows and len(prompt) >= len(rows[-1]) and prompt[: len(rows[-1])] == rows[-1]:
+            rows[-1] = prompt + list(result.tokens)
+        else:
+            rows.append(prompt + list(result.tokens))
+        response = self.encoder.decode(result.tokens)
+        item.trajectory.turns.append(
+            Turn(
+                observation=item.step.observation,
+                admissible_actions=item.step.admissible_actions,
+                response=response,
+                action=self.encoder.prompt.parse(response),
+                row=len(rows) - 1,
+                start=len(prompt),
+                logprobs=list(result.logprobs),
+                entropies=None if result.entropies is None else list(result.entropies),
+                finish_reason=result.finish_reason,
+            )
+        )
+
+    def _observe(self, item: Live, step: EnvStep) -> None:
+        trajectory, turn = item.trajectory, item.trajectory.turns[-1]
+        turn.reward = self.rewards(step, malformed=turn.action is None)
+        turn.is_valid = turn.action is not None and step.is_action_valid
+        trajectory.won = step.won
+        trajectory.score = float(step.info.get("score", step.won))
+        trajectory.infra_error = step.infra_error
+        item.step = step
+        if step.terminated or step.truncated:
+            trajectory.truncated = step.truncated
+            return
+        item.prompt = self.encoder.next(step, trajectory)
+        too_long = len(item.prompt) + self.max_new_tokens > self.max_context
+        trajectory.truncated = too_long or len(trajectory.turns) >= self.max_turns
+
+    @staticmethod
+    def _is_over(item: Live) -> bool:
+        return item.step.terminated or item.step.truncated or item.trajectory.truncated
+
+    def _timed(self, call: Callable[[], Mapping[str, EnvStep]]) -> Mapping[str, EnvStep]:
+        start = time.perf_counter()
+        answer = call()
+        self.environment_seconds += time.perf_counter() - start
+        return answer
+
+
+def _sent_to_environment(turn: Turn) -> str:
+    """The action, or a malformed response's own words: the environment then says what it makes of them."""
+    return turn.action if turn.action is not None else turn.response[-200:]

@@ -1,0 +1,128 @@
+"""Messages to token ids, through the model's own chat template, without ever tokenising a response again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from aem_lightning.rollout.prompt import Prompt
+from aem_lightning.types import EnvStep, FinishReason, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Memory = Literal["window", "transcript"]
+_PROBE = "probe"
+
+
+class PromptEncoder:
+    """Turns what an environment shows into the token ids that the policy reads.
+
+    ``memory=transcript``: the prompt of a turn is the row so far (prompt, sampled ids, prompt, ...) plus the
+    new user message, so an episode is one growing row. ``memory=window``: the prompt is one fresh user message
+    with the last ``history_length`` turns, so every turn is a row of its own.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with a chat template and an end-of-turn token.
+        prompt: The message templates.
+        memory: ``window`` or ``transcript``.
+        history_length: Past turns inside a window prompt.
+
+    Raises:
+        ValueError: Unknown ``memory``, no chat template, or a template that does not close a reply with the
+            end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Prompt,
+        memory: Memory = "window",
+        history_length: int = 2,
+    ) -> None:
+        if memory not in ("window", "transcript"):
+            raise ValueError(f"memory={memory!r} is unknown; allowed: memory=window, memory=transcript.")
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"The tokenizer of {tokenizer.name_or_path or 'this policy'!r} has no chat template, so turns "
+                "cannot be told apart. Use an instruction-tuned model (policy=qwen2_5_1_5b_lora) or give one: "
+                "policy.chat_template=/path/to/template.jinja"
+            )
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.memory = memory
+        self.history_length = history_length
+        self._closing = self._closing_text()
+        # Observations repeat across the copies of a group, so their ids are worth keeping.
+        self._follow_up = lru_cache(maxsize=8192)(self._encode_follow_up)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response: the tokenizer's end-of-sequence token."""
+        return (int(self.tokenizer.eos_token_id),)
+
+    def first(self, step: EnvStep) -> list[int]:
+        """The prompt of the first turn."""
+        return self._encode(self._render(self._conversation(self.prompt.first_message(step))))
+
+    def next(self, step: EnvStep, trajectory: Trajectory) -> list[int]:
+        """The prompt of the turn after ``trajectory.turns``, whose last row ends with the last response."""
+        turns = trajectory.turns
+        if self.memory == "window":
+            message = self.prompt.window_message(step, turns, self.history_length)
+            return self._encode(self._render(self._conversation(message)))
+        message = self.prompt.next_message(step, turns)
+        return trajectory.rows[-1] + self._follow_up(message, turns[-1].finish_reason)
+
+    def demonstrate(self, action: str) -> list[int]:
+        """The ids of an expert's response, end token included."""
+        text = self.prompt.demonstration.format(action=action)
+        return [*self._encode(text), *self.stop_ids]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """A response as text, without its end token and other special tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    def _conversation(self, message: str) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.prompt.system}] if self.prompt.system else []
+        return [*system, {"role": "user", "content": message}]
+
+    def _render(self, conversation: list[dict[str, str]], reply: bool = True) -> str:
+        text = self.tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=reply
+        )
+        return str(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _finished_conversation(self) -> list[dict[str, str]]:
+        return [*self._conversation(_PROBE), {"role": "assistant", "content": _PROBE}]
+
+    def _closing_text(self) -> str:
+        """What the chat template writes after a reply: the end token and, for some models, a line break."""
+        text = self._render(self._finished_conversation(), reply=False)
+        closing = text[text.rindex(_PROBE) + len(_PROBE) :]
+        if not closing.lstrip().startswith(str(self.tokenizer.eos_token)):
+            raise ValueError(
+                f"The chat template closes a reply with {closing!r}, not with the end-of-sequence token "
+                f"{self.tokenizer.eos_token!r}: the policy would never stop. Set the tokenizer's eos_token to "
+                "the template's end-of-turn token, or give another template: policy.chat_template=..."
+            )
+        return closing
+
+    def _encode_follow_up(self, message: str, finish_reason: FinishReason) -> list[int]:
+        """Ids between a sampled response and the next one."""
+        finished = self._finished_conversation()
+        head = self._render(finished, reply=False)
+        full = self._render([*finished, {"role": "user", "content": message}])
+        if not full.startswith(head):
+            raise ValueError(
+                "The chat template rewrites earlier turns when a new one is added, so a transcript cannot be "
+                "kept as one row. Type memory=window, or give a template that only appends."
+            )
+        closing = self._closing
+        if finish_reason == "stop":  # the sampled ids already hold the end token
+            closing = closing.lstrip().removeprefix(str(self.tokenizer.eos_token))
+        return self._encode(closing + full[len(head) :])

@@ -1,0 +1,117 @@
+"""Trajectories to tensors, and rows to micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from aem_lightning.types import RolloutBatch, Trajectory, Turn
+
+
+def pack(trajectories: Sequence[Trajectory], pad_id: int = 0) -> RolloutBatch:
+    """The rollout batch of ``trajectories``, on the CPU.
+
+    Responses are numbered in the order of trajectories and turns. Token entropies that no engine gave are 0
+    here, and so is ``entropy``: the scoring pass fills them in. A trajectory with an ``infra_error`` or without
+    a response leaves the loss.
+
+    Raises:
+        ValueError: There is no response at all, or a log-probability or entropy is not finite.
+    """
+    responses = [(n, t, turn) for n, tr in enumerate(trajectories) for t, turn in enumerate(tr.turns)]
+    if not responses:
+        raise ValueError(f"None of the {len(trajectories)} trajectories holds a response; nothing to train on.")
+    _check_finite(trajectories, responses)
+    rows = [row for trajectory in trajectories for row in trajectory.rows]
+    first_row = _offsets(len(trajectory.rows) for trajectory in trajectories)
+    shape = (len(rows), max(map(len, rows)))
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    response_index = torch.full(shape, -1, dtype=torch.long)
+    logprobs, entropies = torch.zeros(shape), torch.zeros(shape)
+    for s, row in enumerate(rows):
+        input_ids[s, : len(row)] = torch.tensor(row)
+    for r, (n, _, turn) in enumerate(responses):
+        s, span = first_row[n] + turn.row, slice(turn.start, turn.start + turn.length)
+        response_index[s, span] = r
+        logprobs[s, span] = torch.tensor(turn.logprobs)
+        if turn.entropies is not None:
+            entropies[s, span] = torch.tensor(turn.entropies)
+    turns = [turn for _, _, turn in responses]
+    length = torch.tensor([turn.length for turn in turns])
+    return RolloutBatch(
+        input_ids=input_ids,
+        row_length=torch.tensor([len(row) for row in rows]),
+        response_index=response_index,
+        old_logprobs=logprobs,
+        ref_logprobs=None,
+        entropies=entropies,
+        trajectory=torch.tensor([n for n, _, _ in responses]),
+        turn=torch.tensor([t for _, t, _ in responses]),
+        length=length,
+        entropy=torch.tensor([sum(turn.entropies or (0.0,)) for turn in turns]) / length.clamp(min=1),
+        surprisal=torch.tensor([-sum(turn.logprobs) for turn in turns]),
+        reward=torch.tensor([turn.reward for turn in turns]),
+        valid=torch.tensor([turn.is_valid for turn in turns]),
+        anchor=_anchors(trajectories),
+        group=torch.tensor([trajectory.group for trajectory in trajectories]),
+        returns=torch.tensor([trajectory.total_reward for trajectory in trajectories]),
+        loss_mask=torch.tensor([bool(tr.turns) and tr.infra_error is None for tr in trajectories]),
+    )
+
+
+def micro_batches(rows: Sequence[int], row_length: Tensor, max_tokens: int) -> list[list[int]]:
+    """``rows`` cut into lists whose padded size stays within ``max_tokens``, the longest first.
+
+    A row that is longer than the budget makes a list of its own. The longest comes first, so a budget that
+    does not fit into memory shows at once.
+    """
+    lengths = row_length.tolist()
+    batches: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def minibatches(num_rows: int, count: int, generator: torch.Generator) -> list[list[int]]:
+    """A random partition of the rows into exactly ``count`` minibatches, some empty when rows are few.
+
+    The *number* is fixed, not the size: data-parallel ranks hold different numbers of rows and still take the
+    same number of optimizer steps.
+    """
+    order = torch.randperm(num_rows, generator=generator).tolist()
+    bounds = [round(i * num_rows / count) for i in range(count + 1)]
+    return [order[a:b] for a, b in pairwise(bounds)]
+
+
+def _offsets(counts: Iterable[int]) -> list[int]:
+    offsets = [0]
+    for count in counts:
+        offsets.append(offsets[-1] + count)
+    return offsets
+
+
+def _anchors(trajectories: Sequence[Trajectory]) -> Tensor:
+    """An id for each response: equal exactly where group and observation are equal."""
+    ids: dict[tuple[int, str], int] = {}
+    return torch.tensor(
+        [ids.setdefault((tr.group, turn.observation), len(ids)) for tr in trajectories for turn in tr.turns]
+    )
+
+
+def _check_finite(
+    trajectories: Sequence[Trajectory], responses: Sequence[tuple[int, int, Turn]]
+) -> None:
+    for n, t, turn in responses:
+        values = torch.tensor([*turn.logprobs, *(turn.entropies or ())])
+        if not torch.isfinite(values).all():
+            trajectory = trajectories[n]
+            raise ValueError(
+                f"A log-probability or entropy is not finite in episode {trajectory.group}/{trajectory.copy} "
+                f"(task {trajectory.task.id!r}), turn {t}: the policy has diverged. Go back to the last "
+                "checkpoint with ckpt_path=last and a lower learning rate: optimizer.lr=..."
+            )

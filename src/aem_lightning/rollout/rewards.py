@@ -1,0 +1,35 @@
+"""Reward shaping: from the environment's word to the number that the estimators see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aem_lightning.types import EnvStep
+
+
+@dataclass(frozen=True)
+class RewardShaping:
+    """Reward of one turn.
+
+    ``environment`` times the environment's own reward, plus ``success`` when the episode is won on this turn,
+    plus the penalties (given as negative numbers) for a malformed response (no action in it), an action that
+    is not admissible, and each step. The defaults are the paper's for ALFWorld: 10 for success, -0.1 for each
+    invalid action.
+    """
+
+    success: float = 10.0
+    environment: float = 0.0
+    malformed: float = -0.1
+    inadmissible: float = -0.1
+    step: float = 0.0
+
+    def __call__(self, step: EnvStep, *, malformed: bool) -> float:
+        """The shaped reward of the turn that ``step`` answers."""
+        reward = self.environment * step.reward + self.step
+        if step.won:
+            reward += self.success
+        if malformed:
+            reward += self.malformed
+        elif not step.is_action_valid:
+            reward += self.inadmissible
+        return reward

@@ -1,0 +1,60 @@
+"""Drawing tokens by inverse CDF: one uniform a token, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def request_uniforms(seed: int, count: int) -> list[float]:
+    """The uniforms in [0, 1) that a request spends, one a token.
+
+    All are drawn at once: the number that a response ends up using does not move any other stream.
+    """
+    # The CPU generator reads only the low 32 bits of its seed; folding lets the high ones count
+    # too.
+    folded = (seed ^ (seed >> 32)) & 0xFFFF_FFFF
+    generator = torch.Generator().manual_seed(folded)
+    uniforms: list[float] = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+    return uniforms
+
+
+def draw(logits: Tensor, temperature: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row by inverse CDF, with its log-probability and the entropy of its distribution.
+
+    The token is the first whose cumulative probability exceeds the uniform. The sum runs in
+    float64: in float32 the tail of a large vocabulary would be rounded away.
+
+    Args:
+        logits: Next-token logits, [b, V].
+        temperature: Divides the logits, [b]; 0 takes the most likely token and reports temperature
+            1.
+        uniforms: Values in [0, 1), [b], float64.
+
+    Returns:
+        Tokens [b], log-probabilities [b] and entropies [b], the last two in nats and float32.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 9.0]])
+        >>> uniforms = torch.tensor([0.75, 0.1], dtype=torch.float64)
+        >>> tokens, logprobs, entropies = draw(logits, torch.tensor([1.0, 0.0]), uniforms)
+        >>> tokens.tolist(), round(entropies[0].item(), 4)
+        ([1, 1], 0.6931)
+    """
+    greedy = temperature == 0
+    divisor = torch.where(greedy, torch.ones_like(temperature), temperature)
+    logprobs = torch.log_softmax(logits.float() / divisor[:, None], dim=-1)
+    probs = logprobs.exp()
+    # A logit of -inf has p = 0 and log p = -inf: the clamp makes their product 0 instead of NaN.
+    entropies = -(probs * logprobs.clamp_min(torch.finfo(torch.float32).min)).sum(dim=-1)
+    cdf = probs.double().cumsum(dim=-1)
+    total = cdf[:, -1:]
+    # Staying below the total keeps the index on a token with p > 0 even where u * total rounds up
+    # to it.
+    target = torch.minimum(
+        uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
+    )
+    # Only NaN logits search past the end; the caller sees them in the entropy.
+    sampled = torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    tokens = torch.where(greedy, logprobs.argmax(dim=-1), sampled)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropies

@@ -1,0 +1,82 @@
+"""Keys and values of many episodes in one preallocated block a layer, written and read by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class SlotCache:
+    """A key-value cache of ``slots`` rows, in the place of HF's own cache classes.
+
+    Per layer and for keys and values alike it holds ``[slots, kv_heads, length, head_dim]``,
+    allocated when a layer first writes, in that layer's dtype and on its device. A row keeps its
+    tokens at their own positions from 0 on, without holes. The last position is a bin: the last
+    token of a response is never fed, so only padding lands there, where no valid query looks.
+
+    Args:
+        slots: Number of rows.
+        length: Most tokens of a prompt with its response.
+    """
+
+    is_compileable = False
+
+    def __init__(self, slots: int, length: int) -> None:
+        self.slots = slots
+        self.length = length
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._rows = torch.empty(0, dtype=torch.long)
+        self._span: slice | None = None
+        self._positions = self._rows
+        self._read = 0
+
+    def aim(self, rows: Sequence[int], positions: Tensor, read: int) -> None:
+        """Say where the next forward pass writes and how far it reads.
+
+        Args:
+            rows: The slot of each batch row, ascending.
+            positions: Where each token goes, [b, q].
+            read: Number of leading positions that the queries may look at.
+        """
+        self._rows = torch.tensor(rows, device=positions.device)[:, None]
+        first, last = rows[0], rows[-1]
+        # Neighbouring rows are read as a view; a gather would copy every key and value once a layer
+        # and step.
+        self._span = slice(first, last + 1) if last - first + 1 == len(rows) else None
+        self._positions = positions
+        self._read = read
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values [b, kv_heads, q, head_dim]; return what is read."""
+        return (
+            self._write(self._keys, keys, layer_idx),
+            self._write(self._values, values, layer_idx),
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Always 0: positions are handed to the model, never derived from the cache."""
+        return 0
+
+    def copy(self, source: Sequence[int], target: Sequence[int], tokens: int) -> None:
+        """Copy the first ``tokens`` of the source rows to the target rows, all at once."""
+        for block in (*self._keys.values(), *self._values.values()):
+            block[list(target), :, :tokens] = block[list(source), :, :tokens]
+
+    def _write(self, store: dict[int, Tensor], new: Tensor, layer_idx: int) -> Tensor:
+        block = store.get(layer_idx)
+        if block is None:
+            _, heads, _, width = new.shape
+            # Zeros, not empty: a masked NaN would still be a NaN after the attention's matrix
+            # product.
+            block = new.new_zeros(self.slots, heads, self.length, width)
+            store[layer_idx] = block
+        rows, positions = self._rows.to(block.device), self._positions.to(block.device)
+        block[rows, :, positions] = new.transpose(1, 2)
+        if self._span is not None:
+            return block[self._span, :, : self._read]
+        return block[rows[:, 0], :, : self._read]

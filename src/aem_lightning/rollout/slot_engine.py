@@ -1,0 +1,377 @@
+"""The ``hf`` engine: a HF causal LM over a key-value cache that is kept across turns.
+
+Every episode owns a slot, a row of a preallocated key-value cache. A request's prompt is compared
+with what the slot holds and only the rest is computed, so an append-only transcript costs its new
+tokens and a window prompt its changed tail. Equal prompts (the copies of a group at their first
+turn) are computed once and copied. The last token of a response is never fed alone: it comes in
+with the next prompt. Rows that finish leave the batch.
+
+Weights are used as they are, adapters unmerged: merging LoRA in half precision rounds most of an
+early update away.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
+from aem_lightning.rollout.sampling import draw, request_uniforms
+from aem_lightning.rollout.slot_model import SlotModel, waves
+from aem_lightning.types import FinishReason
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A request being worked on, with what has been drawn for it."""
+
+    request: Request
+    order: int
+    uniforms: list[float]
+    reused: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+
+    def finish_reason(self) -> FinishReason | None:
+        sampling = self.request.sampling
+        if self.tokens[-1] in sampling.stop_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= sampling.max_new_tokens else None
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A cache row: whose it is, which tokens it holds, what runs on it, when it last ran."""
+
+    key: str | None = None
+    ids: list[int] = field(default_factory=list)
+    job: _Job | None = None
+    used: int = -1
+
+
+class SlotEngine:
+    """Continuous batching of multi-turn episodes on one HF causal LM; a ``RolloutEngine``.
+
+    ``stats`` counts tokens since the engine was made: ``prefilled`` (prompt tokens computed),
+    ``reused`` (found in the slot), ``forked`` (copied from an equal prompt), ``tokens`` (sampled);
+    and ``decode_steps`` and ``evicted`` (idle episodes that lost their slot to a waiting one).
+
+    Args:
+        slots: Episodes that can be open at once. More may be submitted; they wait for a slot.
+        max_length: Most tokens of a prompt with its response. Memory is ``slots * max_length`` keys
+            and values.
+        bucket: Attention reads are rounded up to a multiple of it.
+
+    Raises:
+        ValueError: An option under 1.
+    """
+
+    def __init__(self, slots: int = 64, max_length: int = 2048, bucket: int = 128) -> None:
+        for name, value in (("slots", slots), ("max_length", max_length), ("bucket", bucket)):
+            if value < 1:
+                raise ValueError(f"engine.{name}={value} is not allowed: give a whole number >= 1")
+        self.slots = slots
+        self.max_length = max_length
+        self.bucket = bucket
+        self.version = -1
+        self.stats = dict.fromkeys(
+            ("prefilled", "reused", "forked", "tokens", "decode_steps", "evicted"), 0
+        )
+        self._model: SlotModel | None = None
+        self._clock = 0
+        self._slots: list[_Slot] = []
+        self._owner: dict[str, int] = {}
+        self._waiting: dict[str, _Job] = {}
+        # Rows that are drawing, ascending, and the logits of their next token, [len(running), V].
+        self._running: list[int] = []
+        self._logits = torch.empty(0)
+        self._forget()
+
+    def sync(self, policy: SyncablePolicy, version: int) -> None:
+        """Take the policy's present weights, drop every cached key and value, free every slot.
+
+        Raises:
+            RuntimeError: Requests are unfinished; they would be drawn from two policies.
+            ValueError: The model's attention or head is one that this engine would compute wrongly.
+        """
+        unfinished = len(self._waiting) + len(self._running)
+        if unfinished:
+            raise RuntimeError(
+                f"sync to version {version} with {unfinished} unfinished requests: "
+                "call poll(wait_all=True) or close() them first"
+            )
+        model = SlotModel(policy.causal_lm, self.slots, self.max_length, self.bucket)
+        if self._model is not None and self._model.is_like(model):
+            # The block of keys and values is big; it stays. Nothing in it is read again: no slot
+            # has ids.
+            model.cache = self._model.cache
+        self._model = model
+        self.version = version
+        self._forget()
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests; at most one unfinished request a key.
+
+        Raises:
+            RuntimeError: ``sync`` was never called.
+            ValueError: An empty prompt, one that does not fit, or a key with an unfinished request.
+                Nothing of the call is queued then.
+        """
+        self._policy()
+        requests = list(requests)
+        busy = {*self._waiting, *(self._slots[row].key for row in self._running)}
+        for request in requests:
+            self._check_request(request, busy)
+            busy.add(request.key)
+        for request in requests:
+            uniforms = request_uniforms(request.seed, request.sampling.max_new_tokens)
+            self._waiting[request.key] = _Job(request, self._tick(), uniforms)
+
+    def poll(self, wait_all: bool = False) -> list[Result]:
+        """Run until a request has finished and return what has, in the order of submission.
+
+        Args:
+            wait_all: Run until every submitted request has finished.
+
+        Returns:
+            Finished responses; empty only when nothing was submitted.
+
+        Raises:
+            RuntimeError: ``sync`` was never called.
+            ValueError: The model gave logits that are not finite.
+        """
+        done: list[tuple[int, Result]] = []
+        with self._policy().sampling_mode():
+            while (self._waiting or self._running) and (wait_all or not done):
+                self._admit()
+                done += self._step()
+        return [result for _, result in sorted(done, key=lambda pair: pair[0])]
+
+    def close(self, key: str) -> None:
+        """End an episode: its slot is free, and an unfinished request of it is dropped.
+
+        A key without a slot (never admitted, evicted, or dropped by ``sync``) is no error.
+        """
+        self._waiting.pop(key, None)
+        row = self._owner.pop(key, None)
+        if row is None:
+            return
+        if row in self._running:
+            keep = [index for index, other in enumerate(self._running) if other != row]
+            self._running = [self._running[index] for index in keep]
+            self._logits = self._logits[keep]
+        # The ids stay: the next owner may share a head with them.
+        self._slots[row].key = None
+        self._slots[row].job = None
+
+    def _forget(self) -> None:
+        self._slots = [_Slot() for _ in range(self.slots)]
+        self._owner = {}
+        self._waiting = {}
+        self._running = []
+        self._logits = torch.empty(0)
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _check_request(self, request: Request, busy: set[str | None]) -> None:
+        prompt, new = len(request.prompt), request.sampling.max_new_tokens
+        if request.key in busy:
+            raise ValueError(f"{request.key}: submitted again before its last request has finished")
+        if prompt == 0:
+            raise ValueError(f"{request.key}: the prompt is empty; it needs at least 1 token")
+        if prompt + new > self.max_length:
+            raise ValueError(
+                f"{request.key}: a prompt of {prompt} tokens and max_new_tokens={new} do not fit "
+                f"into max_length={self.max_length}: set engine.max_length={prompt + new} or more, "
+                "or shorten the prompt with memory=window or a smaller max_turns"
+            )
+
+    def _place(self) -> list[int]:
+        """Give waiting jobs a slot, in order of submission; the rows that have a new one."""
+        placed: list[int] = []
+        free = [row for row in range(self.slots) if self._slots[row].key is None]
+        free.reverse()
+        starved = not self._running and not any(key in self._owner for key in self._waiting)
+        for key in list(self._waiting):
+            row = self._owner.get(key)
+            if row is None and free:
+                row = free.pop()
+            if row is None and starved:
+                row = self._evict(placed)
+            if row is None:
+                continue
+            self._owner[key] = row
+            self._slots[row].key = key
+            self._slots[row].job = self._waiting.pop(key)
+            placed.append(row)
+        return sorted(placed)
+
+    def _evict(self, placed: Sequence[int]) -> int | None:
+        """The row of the longest idle episode, taken from it.
+
+        Only where nothing else can run: an episode that will soon ask for its next turn would have
+        to be computed anew.
+        """
+        idle = [row for row in range(self.slots) if row not in placed]
+        if not idle:
+            return None
+        row = min(idle, key=lambda candidate: self._slots[candidate].used)
+        if self.stats["evicted"] == 0:
+            logger.warning(
+                "more episodes are open than engine.slots=%s: prompts are computed again; raise it",
+                self.slots,
+            )
+        self.stats["evicted"] += 1
+        self.close(self._slots[row].key or "")
+        return row
+
+    def _compact(self) -> list[int]:
+        """Move the running rows to the front: attention then reads a view of the cache, not a copy.
+
+        Returns:
+            For each running row, now ascending, its index before.
+        """
+        count = len(self._running)
+        taken = set(self._running)
+        holes = [row for row in range(count) if row not in taken]
+        strays = [row for row in self._running if row >= count]
+        moved = dict(zip(strays, holes, strict=True))
+        if moved:
+            tokens = max(len(self._slots[row].ids) for row in (*holes, *strays))
+            self._policy().cache.copy([*strays, *holes], [*holes, *strays], tokens)
+            for stray, hole in moved.items():
+                self._slots[hole], self._slots[stray] = self._slots[stray], self._slots[hole]
+                for row in (hole, stray):
+                    if (key := self._slots[row].key) is not None:
+                        self._owner[key] = row
+        rows = [moved.get(row, row) for row in self._running]
+        order = sorted(range(count), key=rows.__getitem__)
+        self._running = sorted(rows)
+        return order
+
+    def _admit(self) -> None:
+        """Compute the prompts of the requests that have got a slot and let them join the batch."""
+        rows = self._place()
+        if not rows:
+            return
+        leaders: dict[tuple[int, ...], int] = {}
+        leader_of: dict[int, int] = {}
+        for row in rows:
+            leader_of[row] = leaders.setdefault(tuple(self._job(row).request.prompt), row)
+        logits = self._prefill(list(leaders.values()))
+        for row in rows:
+            if leader_of[row] != row:
+                self._fork(leader_of[row], row)
+        fresh = torch.stack([logits[leader_of[row]] for row in rows])
+        self._logits = torch.cat([self._logits, fresh]) if self._running else fresh
+        self._running = self._running + rows
+        self._logits = self._logits[self._compact()]
+
+    def _prefill(self, rows: list[int]) -> dict[int, Tensor]:
+        """Compute what the slots do not hold of their prompts; next-token logits [V] by row."""
+        rest: dict[int, list[int]] = {}
+        for row in rows:
+            slot, job = self._slots[row], self._job(row)
+            prompt = list(job.request.prompt)
+            # One token is always computed: the next token's logits come out of it.
+            job.reused = min(_common_prefix(slot.ids, prompt), len(prompt) - 1)
+            slot.ids = prompt[: job.reused]
+            rest[row] = prompt[job.reused :]
+            self.stats["reused"] += job.reused
+            self.stats["prefilled"] += len(rest[row])
+        logits: dict[int, Tensor] = {}
+        for wave in waves({row: len(tokens) for row, tokens in rest.items()}):
+            logits.update(zip(wave, self._forward(wave, [rest[row] for row in wave]), strict=True))
+        return logits
+
+    def _fork(self, source: int, target: int) -> None:
+        """Copy a computed prompt to another slot."""
+        prompt = list(self._job(target).request.prompt)
+        self._policy().cache.copy([source], [target], len(prompt))
+        self._slots[target].ids = prompt
+        self._job(target).reused = len(prompt)
+        self.stats["forked"] += len(prompt)
+
+    def _step(self) -> list[tuple[int, Result]]:
+        """Draw a token for every running row; finished rows leave, the others are fed theirs."""
+        jobs = [self._job(row) for row in self._running]
+        temperature = torch.tensor([job.request.sampling.temperature for job in jobs])
+        uniforms = torch.tensor(
+            [job.uniforms[len(job.tokens)] for job in jobs], dtype=torch.float64
+        )
+        device = self._logits.device
+        drawn = draw(self._logits, temperature.to(device), uniforms.to(device))
+        # One transfer for all three; float64 holds token ids and float32 values exactly.
+        table = torch.stack([column.double() for column in drawn]).tolist()
+        self.stats["decode_steps"] += 1
+        self.stats["tokens"] += len(jobs)
+        done, stay = [], []
+        for row, job, token, logprob, entropy in zip(self._running, jobs, *table, strict=True):
+            if not math.isfinite(entropy):
+                raise ValueError(
+                    f"{job.request.key}: the policy's logits are not finite at token "
+                    f"{len(job.tokens)} of the response (entropy {entropy}): a weight has become "
+                    "NaN or infinite; lower optimizer.lr"
+                )
+            job.tokens.append(int(token))
+            job.logprobs.append(logprob)
+            job.entropies.append(entropy)
+            if reason := job.finish_reason():
+                done.append((job.order, self._finish(row, job, reason)))
+            else:
+                stay.append(row)
+        self._running = stay
+        if stay:
+            self._compact()
+            last = [[self._job(row).tokens[-1]] for row in self._running]
+            self._logits = self._forward(self._running, last)
+        return done
+
+    def _finish(self, row: int, job: _Job, reason: FinishReason) -> Result:
+        self._slots[row].job = None
+        self._slots[row].used = self._tick()
+        return Result(
+            key=job.request.key,
+            tokens=job.tokens,
+            logprobs=job.logprobs,
+            entropies=job.entropies,
+            finish_reason=reason,
+            version=self.version,
+            reused=job.reused,
+        )
+
+    def _forward(self, rows: Sequence[int], chunks: Sequence[list[int]]) -> Tensor:
+        """Append a chunk to each row (ascending); logits after the last of each, [b, V]."""
+        starts = [len(self._slots[row].ids) for row in rows]
+        logits = self._policy().forward(rows, starts, chunks)
+        for row, chunk in zip(rows, chunks, strict=True):
+            self._slots[row].ids.extend(chunk)
+        return logits
+
+    def _policy(self) -> SlotModel:
+        if self._model is None:
+            raise RuntimeError("the engine has no policy yet: call sync(policy, version) first")
+        return self._model
+
+    def _job(self, row: int) -> _Job:
+        job = self._slots[row].job
+        assert job is not None, f"slot {row} has nothing to run"
+        return job
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    """Length of the longest common prefix."""
+    limit = min(len(left), len(right))
+    if left[:limit] == right[:limit]:
+        return limit
+    return next(i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)

@@ -1,0 +1,184 @@
+"""A HF causal LM that appends token chunks to the rows of a slot cache and says what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from aem_lightning.rollout.slot_cache import SlotCache
+
+_ATTENTION = "aem_slots"
+# A wave of prompts is padded to its longest. Its padding may reach a quarter of its tokens, or this
+# many tokens: below that a second forward pass costs more than the padding.
+_FREE_PADDING = 256
+_WAVE_TOKENS = 8192
+
+
+class SlotModel:
+    """The forward pass of the ``hf`` engine: body and head of a causal LM over a slot cache.
+
+    Weights are used as they are, adapters unmerged.
+
+    Args:
+        causal_lm: A HF ``*ForCausalLM``, injected or wrapped by PEFT or neither.
+        slots: Rows of the cache.
+        max_length: Most tokens of a row.
+        bucket: Attention reads are rounded up to a multiple of it.
+
+    Raises:
+        ValueError: The model's layers or head are of a kind that would be computed wrongly.
+    """
+
+    def __init__(self, causal_lm: nn.Module, slots: int, max_length: int, bucket: int) -> None:
+        # A PEFT wrapper hands out the model inside, whose layers still carry the adapters.
+        base: Any = getattr(causal_lm, "get_base_model", lambda: causal_lm)()
+        _check_config(base.config)
+        self.causal_lm = causal_lm
+        self.cache = SlotCache(slots, max_length)
+        self._config = base.config
+        self._body = base.get_decoder()
+        self._head = base.get_output_embeddings()
+        self._max_length = max_length
+        self._bucket = bucket
+        weight = base.get_input_embeddings().weight
+        self._device = weight.device
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        self._kind = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        self._index = torch.arange(max_length, device=self._device)
+
+    def is_like(self, other: SlotModel) -> bool:
+        """Whether the other's keys and values would fit into this one's cache."""
+        return (
+            self.causal_lm is other.causal_lm
+            and self._device == other._device
+            and self._kind == other._kind
+        )
+
+    @contextmanager
+    def sampling_mode(self) -> Iterator[None]:
+        """Evaluation mode without gradients; every submodule's own mode comes back afterwards."""
+        training = [module for module in self.causal_lm.modules() if module.training]
+        attention = self._config._attn_implementation
+        _register_attention()
+        for module in training:
+            module.training = False
+        self._config._attn_implementation = _ATTENTION
+        try:
+            # A trainer may evaluate in inference mode; the cache outlives it and needs ordinary
+            # tensors.
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        finally:
+            self._config._attn_implementation = attention
+            for module in training:
+                module.training = True
+            # Weights that autocast cast and cached here carry no gradient. Some releases of torch
+            # would silently use them in a training pass of the same autocast region.
+            torch.clear_autocast_cache()
+
+    def forward(
+        self, rows: Sequence[int], starts: Sequence[int], chunks: Sequence[list[int]]
+    ) -> Tensor:
+        """Append a chunk of tokens to each row and return the logits after the last of each.
+
+        Args:
+            rows: Cache rows, ascending.
+            starts: Tokens that each row holds.
+            chunks: What to append, at least one token a row.
+
+        Returns:
+            [b, V], float32.
+        """
+        counts = [len(chunk) for chunk in chunks]
+        width = max(counts)
+        padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
+        longest = max(start + count for start, count in zip(starts, counts, strict=True))
+        read = min(self._max_length, -(-longest // self._bucket) * self._bucket)
+        start = torch.tensor(starts, device=self._device)
+        positions = start[:, None] + torch.arange(width, device=self._device)
+        self.cache.aim(rows, positions.clamp(max=self._max_length - 1), read)
+        hidden = self._body(
+            input_ids=torch.tensor(padded, device=self._device),
+            attention_mask=(self._index[:read] <= positions[:, :, None])[:, None],
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        last = torch.tensor(counts, device=self._device) - 1
+        logits: Tensor = self._head(hidden[torch.arange(len(rows), device=self._device), last])
+        return logits.float()
+
+
+def waves(lengths: dict[int, int]) -> list[list[int]]:
+    """Split rows into batches of similar length, so that their padding is bounded.
+
+    Args:
+        lengths: Tokens of each row.
+
+    Returns:
+        The batches, longest first; the rows of each ascending.
+    """
+    batches: list[list[int]] = []
+    longest = total = 0
+    for row in sorted(lengths, key=lambda candidate: (-lengths[candidate], candidate)):
+        length = lengths[row]
+        padded = longest * (len(batches[-1]) + 1) if batches else 0
+        padding = padded - total - length
+        fits = padded <= _WAVE_TOKENS and padding <= max(_FREE_PADDING, padded // 4)
+        if batches and fits:
+            batches[-1].append(row)
+            total += length
+        else:
+            batches.append([row])
+            longest = total = length
+    return [sorted(wave) for wave in batches]
+
+
+def _check_config(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(f"engine=hf reads full attention only, the model has {sorted(kinds)}")
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(config, name, None)
+        if value not in (None, 1):
+            raise ValueError(
+                f"engine=hf takes lm_head's logits as they are, the model has {name}={value}"
+            )
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface  # heavy: only where a model is there anyway
+
+    AttentionInterface.register(_ATTENTION, _slot_attention)
+
+
+def _slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention that never repeats keys and values over the query heads that share them.
+
+    The query heads of a key-value head are laid one after the other along the query axis: they see
+    the same keys under the same mask. Repeating instead would copy the cache a few times over in
+    every layer and step.
+    """
+    if softcap is not None or s_aux is not None:
+        raise ValueError("engine=hf computes plain attention, this model has soft-capping or sinks")
+    batch, heads, width, size = query.shape
+    shared = heads // key.shape[1]
+    folded = query.reshape(batch, key.shape[1], shared * width, size)
+    mask = attention_mask.repeat(1, 1, shared, 1) if shared > 1 else attention_mask
+    attended = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return attended.reshape(batch, heads, width, size).transpose(1, 2), None

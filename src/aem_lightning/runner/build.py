@@ -1,0 +1,145 @@
+"""From YAML to objects, in one place: classes elsewhere take plain typed arguments and never see a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.modules import (
+    AgentModule,
+    Architecture,
+    Lora,
+    Policy,
+    RolloutSettings,
+    UpdateSettings,
+)
+from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner.warm_start import (
+    WarmStart,
+    WarmStartSettings,
+    run_warm_start,
+    tiny_base,
+    warm_start_key,
+)
+
+
+def instantiate(node: Any, **extra: Any) -> Any:
+    """What ``node._target_`` names, with plain lists and dictionaries as arguments."""
+    return hydra.utils.instantiate(node, _convert_="all", **extra)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain values, fit for a checkpoint that loads with ``weights_only=True``."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def build_datamodule(cfg: DictConfig) -> AgentDataModule:
+    """The environment's DataModule, its tasks ready."""
+    datamodule: AgentDataModule = instantiate(cfg.datamodule)
+    datamodule.prepare_data()
+    for split in (datamodule.train_split, *datamodule.evaluation_splits):
+        datamodule.tasks(split)  # a missing folder or an empty split must show before anything is loaded
+    return datamodule
+
+
+def build_encoder(cfg: DictConfig, policy: Policy) -> PromptEncoder:
+    """Messages to token ids, for this policy's tokenizer."""
+    return PromptEncoder(policy.tokenizer, instantiate(cfg.prompt), cfg.memory, cfg.history_length)
+
+
+def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, WarmStart | None]:
+    """The policy with its adapters; a policy that a warm start makes is made first, or found from last time."""
+    start = None
+    model = cfg.policy.model
+    if model is None:
+        start = warm_start(cfg, datamodule)
+        model = str(start.folder)
+    return load_policy(cfg, model, lora=Lora(**plain(cfg.policy.lora))), start
+
+
+def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
+    """A policy from a model folder or the hub."""
+    options = ("dtype", "quantization", "chat_template", "gradient_checkpointing")
+    return Policy.from_pretrained(model, lora=lora, **{name: cfg.policy[name] for name in options})
+
+
+def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
+    """The model folder that the supervised stage leaves, keyed by everything that it depends on."""
+    settings = WarmStartSettings(**plain(cfg.policy.warm_start))
+    limits = {key: cfg[key] for key in ("max_turns", "max_context", "max_new_tokens")}
+    policy_config = plain(cfg.policy)
+    key = warm_start_key(
+        {name: value for name, value in policy_config.items() if name != "lora" or policy_config["model"]},
+        plain(cfg.prompt),
+        {name: cfg[name] for name in ("memory", "history_length")},
+        limits,
+        warm_start_data(cfg),
+    )
+    folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / f"{datamodule.__class__.__name__.lower()}_{key}"
+    if cfg.policy.model is None:
+        base = tiny_base(datamodule, Architecture(**plain(cfg.policy.architecture)), settings.seed)
+    else:
+        base = load_policy(cfg, cfg.policy.model, lora=Lora(**plain(cfg.policy.lora)))
+    devices = {"accelerator": cfg.trainer.accelerator, "devices": 1, "precision": cfg.trainer.precision}
+    quiet = {"logger": False, "enable_model_summary": False}
+    return run_warm_start(
+        base,
+        datamodule,
+        build_encoder(cfg, base),
+        settings,
+        rewards=instantiate(cfg.rewards),
+        limits=limits,
+        folder=folder,
+        trainer={**devices, **quiet, "enable_progress_bar": cfg.trainer.get("enable_progress_bar", True)},
+    )
+
+
+def warm_start_data(cfg: DictConfig) -> dict[str, Any]:
+    """The part of the DataModule's config that decides which episodes the expert plays."""
+    unrelated = (
+        "tasks_per_iteration iterations_per_epoch validation_tasks evaluation_batch evaluation_splits workers "
+        "timeout_s seed cached_engine"
+    ).split()
+    return {name: value for name, value in plain(cfg.datamodule).items() if name not in unrelated}
+
+
+def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) -> AgentModule:
+    """The LightningModule of the run."""
+    agent = AgentModule(
+        policy,
+        engine=instantiate(cfg.engine),
+        encoder=build_encoder(cfg, policy),
+        rewards=instantiate(cfg.rewards),
+        estimator=instantiate(cfg.advantage),
+        modulation=instantiate(cfg.modulation),
+        loss=instantiate(cfg.loss),
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.scheduler),
+        rollout=RolloutSettings(**_pick(cfg, RolloutSettings)),
+        update=UpdateSettings(**_pick(cfg, UpdateSettings)),
+        task_types=datamodule.task_types(),
+        seed=cfg.seed,
+    )
+    agent.config = plain(cfg)
+    return agent
+
+
+def build_trainer(cfg: DictConfig) -> L.Trainer:
+    """The Trainer, with callbacks and logger; its epochs come from the number of iterations."""
+    callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values()]
+    logger: Logger | None = instantiate(cfg.logger) if cfg.logger else None
+    epochs = -(-cfg.iterations // cfg.iterations_per_epoch)
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=logger or False, max_epochs=epochs)
+
+
+def _pick(cfg: DictConfig, settings: type) -> Mapping[str, Any]:
+    return {name: cfg[name] for name in settings.__dataclass_fields__}

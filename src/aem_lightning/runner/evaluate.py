@@ -1,0 +1,114 @@
+"""The evaluation: every task of the evaluation splits once, with intervals, written as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+
+from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.metrics import success_summary
+from aem_lightning.modules import AgentModule
+from aem_lightning.runner.build import build_agent, build_datamodule, build_policy, build_trainer, plain
+from aem_lightning.runner.checkpoints import find_checkpoint
+from aem_lightning.runner.summary import print_results
+from aem_lightning.types import Trajectory
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate the checkpoint ``cfg.ckpt_path``; returns what ``evaluation.json`` holds."""
+    path = find_checkpoint(cfg, cfg.run)
+    if path is None:
+        raise ValueError("ckpt_path=null: type ckpt_path=/path/to/last.ckpt, or ckpt_path=last.")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    trained = _training_config(cfg, checkpoint["aem_lightning"]["config"])
+    datamodule = build_datamodule(trained)
+    try:
+        policy, _ = build_policy(trained, datamodule)
+        module = build_agent(trained, policy, datamodule)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        trainer = build_trainer(trained)
+        results = play_all(trainer, module, datamodule)
+    finally:
+        datamodule.close()
+    report = {
+        "checkpoint": str(path),
+        "iteration": module.iteration,
+        "temperature": trained.eval_temperature,
+        "seed": trained.seed,
+        "games": _hashes(datamodule),
+        **results,
+    }
+    target = Path(cfg.paths.output_dir) / "evaluation.json"
+    target.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    print_results(f"evaluation of {path}", {"success": results["success"], **results["by_split"]})
+    log.info("written: %s", target)
+    return report
+
+
+def play_all(
+    trainer: L.Trainer, module: AgentModule, datamodule: AgentDataModule
+) -> dict[str, Any]:
+    """Success over all evaluation splits together and for each, and every episode's outcome."""
+    module.tested = []
+    trainer.test(module, datamodule=datamodule, verbose=False)
+    played = _from_all_ranks(module.tested)
+    splits = {split: [t for t in played if t.task.split == split] for split in datamodule.evaluation_splits}
+    return {
+        "success": success_summary(played),
+        "by_split": {split: success_summary(part) for split, part in splits.items() if part},
+        "episodes": [
+            {
+                "task": trajectory.task.id,
+                "type": trajectory.task.type,
+                "split": trajectory.task.split,
+                "won": trajectory.won,
+                "turns": len(trajectory.turns),
+                "malformed": sum(turn.action is None for turn in trajectory.turns),
+                "inadmissible": sum(turn.action is not None and not turn.is_valid for turn in trajectory.turns),
+                "infra_error": trajectory.infra_error,
+            }
+            for trajectory in sorted(played, key=lambda t: (t.task.split, t.task.id))
+        ],
+    }
+
+
+def _from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return trajectories
+    gathered: list[list[Trajectory]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, trajectories)
+    return [trajectory for part in gathered for trajectory in part]
+
+
+def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
+    """The training run's config with this evaluation's wishes: no callbacks, no logger, its own folder."""
+    base = OmegaConf.create(dict(stored))
+    OmegaConf.set_struct(base, True)
+    wishes: dict[str, Any] = {"seed": cfg.seed, "paths": plain(cfg.paths)}
+    if cfg.temperature is not None:
+        wishes["eval_temperature"] = cfg.temperature
+    if cfg.splits is not None:
+        wishes["datamodule"] = {"evaluation_splits": list(cfg.splits)}
+    merged = OmegaConf.merge(base, wishes, OmegaConf.from_dotlist(list(cfg.overrides)))
+    OmegaConf.set_struct(merged, False)
+    merged.callbacks, merged.logger = None, None
+    merged.trainer.enable_checkpointing = False
+    merged.trainer.default_root_dir = cfg.paths.output_dir
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _hashes(datamodule: AgentDataModule) -> dict[str, str]:
+    hashes = getattr(datamodule, "game_hashes", None)
+    return dict(hashes()) if hashes else {}

@@ -1,0 +1,71 @@
+"""What a run leaves behind: ``summary.json``, and a table in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SUMMARY = "summary.json"
+
+
+class StageClock:
+    """Wall seconds of the stages of a run, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time the stage inside this context."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def percent(result: Mapping[str, Any]) -> str:
+    """A rate with its interval and its episodes, for people."""
+    return (
+        f"{100 * result['rate']:5.1f} %  [{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
+        f"  of {result['episodes']}"
+    )
+
+
+def print_results(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table of success rates: one column for each result, one row for each task type."""
+    table = Table(title=title, caption="success rate, Wilson 95 % interval, episodes")
+    table.add_column("task type")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_row("all", *(percent(result) for result in columns.values()), end_section=True)
+    for kind in sorted({kind for result in columns.values() for kind in result["by_type"]}):
+        cells = (result["by_type"].get(kind) for result in columns.values())
+        table.add_row(kind, *(percent(cell) if cell else "–" for cell in cells))
+    Console().print(table)
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
+    """Write ``summary.json`` and show the same to the person at the terminal."""
+    target = folder / SUMMARY
+    target.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    shown = {name: summary[name] for name in ("success_before", "success_after") if summary.get(name)}
+    if shown:
+        print_results(f"{summary['name']}: {summary['iterations']} iterations", shown)
+    table = Table(title="wall time by stage", show_header=False)
+    for stage, seconds in summary["seconds"].items():
+        table.add_row(stage.replace("_", " "), f"{seconds:,.0f} s")
+    console = Console()
+    console.print(table)
+    for name, path in summary["paths"].items():
+        console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+    for command in summary["next"]:
+        console.print(f"next: [bold]{command}[/bold]", soft_wrap=True, highlight=False)
+    return target

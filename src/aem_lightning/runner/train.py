@@ -1,0 +1,113 @@
+"""A training run: games, warm start, evaluation, reinforcement, evaluation, summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+
+from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.runner.build import (
+    build_agent,
+    build_datamodule,
+    build_policy,
+    build_trainer,
+    warm_start,
+)
+from aem_lightning.runner.checkpoints import find_checkpoint
+from aem_lightning.runner.checks import check_config
+from aem_lightning.runner.evaluate import play_all
+from aem_lightning.runner.summary import StageClock, write_summary
+
+log = logging.getLogger(__name__)
+
+BEFORE = "success_before.json"
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Run ``cfg``; returns what ``summary.json`` holds."""
+    check_config(cfg)
+    checkpoint = find_checkpoint(cfg, cfg.name)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    clock = StageClock()
+    with clock("tasks"):
+        datamodule = build_datamodule(cfg)
+    try:
+        if cfg.stage == "warm_start":
+            return warm_start_only(cfg, datamodule, clock)
+        return reinforce(cfg, datamodule, clock, checkpoint)
+    finally:
+        datamodule.close()
+
+
+def reinforce(
+    cfg: DictConfig, datamodule: AgentDataModule, clock: StageClock, checkpoint: Path | None
+) -> dict[str, Any]:
+    """The reinforcement stage, between two evaluations."""
+    output = Path(cfg.paths.output_dir)
+    with clock("warm_start"):
+        policy, _ = build_policy(cfg, datamodule)
+    module = build_agent(cfg, policy, datamodule)
+    trainer = build_trainer(cfg)
+    before = after = None
+    if cfg.evaluate:
+        with clock("evaluation_before"):
+            before = _before(checkpoint) or play_all(trainer, module, datamodule)["success"]
+        (output / BEFORE).write_text(json.dumps(before, indent=2), encoding="utf-8")
+    with clock("training"):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    if cfg.evaluate:
+        with clock("evaluation_after"):
+            after = play_all(trainer, module, datamodule)["success"]
+    last = output / "checkpoints" / "last.ckpt"
+    summary = {
+        "name": cfg.name,
+        "iterations": module.iteration,
+        "seed": cfg.seed,
+        "success_before": before,
+        "success_after": after,
+        "seconds": clock.seconds,
+        "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
+        "next": [f"python eval.py ckpt_path={last}", f"tensorboard --logdir {Path(cfg.paths.log_dir)}"],
+    }
+    if trainer.is_global_zero:
+        write_summary(output, summary)
+    return summary
+
+
+def warm_start_only(
+    cfg: DictConfig, datamodule: AgentDataModule, clock: StageClock
+) -> dict[str, Any]:
+    """The supervised stage alone; its folder is what the next command starts from."""
+    with clock("warm_start"):
+        done = warm_start(cfg, datamodule)
+    summary = {
+        "name": cfg.name,
+        "iterations": 0,
+        "seed": cfg.seed,
+        "success_before": None,
+        "success_after": None,
+        "warm_start": dict(done.report),
+        "seconds": clock.seconds,
+        "paths": {"run": cfg.paths.output_dir, "model": str(done.folder)},
+        "next": [f"python train.py experiment=alfworld_aem policy.model={done.folder}"],
+    }
+    write_summary(Path(cfg.paths.output_dir), summary)
+    return summary
+
+
+def _before(checkpoint: Path | None) -> dict[str, Any] | None:
+    """The first evaluation of the run that ``checkpoint`` continues, so that it is not played again."""
+    if checkpoint is None:
+        return None
+    config = torch.load(checkpoint, map_location="cpu", weights_only=True)["aem_lightning"]["config"]
+    earlier = Path(config["paths"]["output_dir"]) / BEFORE
+    if not earlier.is_file():
+        return None
+    found: dict[str, Any] = json.loads(earlier.read_text(encoding="utf-8"))
+    return found

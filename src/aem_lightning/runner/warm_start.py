@@ -1,0 +1,174 @@
+"""The warm-start stage: demonstrations, supervised training, and a model folder kept by the hash of its config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.modules import (
+    Architecture,
+    DemonstrationSampler,
+    Policy,
+    WarmStartModule,
+    build_tiny_model,
+    build_tokenizer,
+    collate_demonstrations,
+    demonstrations_dataset,
+)
+from aem_lightning.rollout import (
+    Collector,
+    Episode,
+    ExpertResponder,
+    PromptEncoder,
+    RewardShaping,
+    stable_seed,
+)
+from aem_lightning.types import Trajectory
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # raise it when the stage changes what it makes, so that older folders are not taken for new ones
+RESULT = "warm_start.json"
+
+
+@dataclass(frozen=True)
+class WarmStartSettings:
+    """How a policy learns from expert play.
+
+    Attributes:
+        required: The policy is made by this stage; it has no other weights.
+        demonstrations: Expert episodes to play.
+        epochs: Passes over them.
+        lr: Peak learning rate.
+        batch_tokens: Padded tokens of one batch.
+        max_grad_norm: Gradient norm to clip at.
+        seed: Key of the demonstrations and of the initial weights.
+    """
+
+    required: bool = False
+    demonstrations: int = 1000
+    epochs: int = 3
+    lr: float = 1e-3
+    batch_tokens: int = 8192
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What the stage left: a Hugging Face model folder, and what it took to make it."""
+
+    folder: Path
+    cached: bool
+    seconds: float
+    report: Mapping[str, Any]
+
+
+def warm_start_key(*parts: Any) -> str:
+    """A short hash of everything that the result depends on."""
+    text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def tiny_base(datamodule: AgentDataModule, architecture: Architecture, seed: int) -> Policy:
+    """A policy with random weights, whose words are the environment's."""
+    tokenizer = build_tokenizer(datamodule.vocabulary())
+    return Policy(build_tiny_model(tokenizer, architecture, seed), tokenizer)
+
+
+def play_demonstrations(
+    datamodule: AgentDataModule,
+    encoder: PromptEncoder,
+    settings: WarmStartSettings,
+    rewards: RewardShaping,
+    limits: Mapping[str, int],
+) -> list[Trajectory]:
+    """Expert episodes on training tasks that were won; tasks are taken in a seeded order, again when few."""
+    tasks = datamodule.tasks(datamodule.train_split)
+    order = sorted(tasks, key=lambda task: stable_seed(settings.seed, "demonstrations", task.id))
+    episodes = [Episode(order[i % len(order)], i, 0) for i in range(settings.demonstrations)]
+    responder = ExpertResponder(
+        encoder,
+        lambda episode: datamodule.make_expert(
+            episode.task, stable_seed(settings.seed, episode.task.id, episode.group) % 2**31
+        ),
+    )
+    collector = Collector(datamodule.pool, encoder, responder, rewards, **limits)
+    won = [trajectory for trajectory in collector.collect(episodes, seed=settings.seed) if trajectory.won]
+    if not won:
+        raise ValueError(
+            f"The expert won none of {len(episodes)} episodes within max_turns={limits['max_turns']}, so there is "
+            "nothing to learn from. Type a larger max_turns=..."
+        )
+    log.info("expert play: %d of %d episodes won", len(won), len(episodes))
+    return won
+
+
+def run_warm_start(
+    base: Policy,
+    datamodule: AgentDataModule,
+    encoder: PromptEncoder,
+    settings: WarmStartSettings,
+    *,
+    rewards: RewardShaping,
+    limits: Mapping[str, int],
+    folder: Path,
+    trainer: Mapping[str, Any],
+) -> WarmStart:
+    """Train ``base`` on expert play and save it to ``folder``; a folder that is already complete is taken as it is."""
+    result = folder / RESULT
+    if result.exists():
+        return WarmStart(folder, True, 0.0, json.loads(result.read_text(encoding="utf-8")))
+    start = time.perf_counter()
+    played = play_demonstrations(datamodule, encoder, settings, rewards, limits)
+    seconds_play = time.perf_counter() - start
+    dataset = demonstrations_dataset(played)
+    sampler = DemonstrationSampler(
+        [len(row) for row in dataset["input_ids"]], settings.batch_tokens, settings.seed
+    )
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_demonstrations)  # type: ignore[arg-type]
+    module = WarmStartModule(base, settings.lr, settings.epochs * len(sampler))
+    fit = L.Trainer(
+        **trainer,
+        max_epochs=settings.epochs,
+        gradient_clip_val=settings.max_grad_norm,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    fit.fit(module, loader)
+    report = {
+        "settings": asdict(settings),
+        "demonstrations": len(played),
+        "turns": sum(len(trajectory.turns) for trajectory in played),
+        "rows": len(dataset),
+        "loss": float(fit.callback_metrics["warm_start/loss"]),
+        "seconds_play": seconds_play,
+        "seconds": time.perf_counter() - start,
+    }
+    _save(base, folder, report)
+    return WarmStart(folder, False, report["seconds"], report)
+
+
+def _save(policy: Policy, folder: Path, report: Mapping[str, Any]) -> None:
+    """Write beside the target, then rename: a folder with a result file is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    policy.save_model(partial)
+    (partial / RESULT).write_text(json.dumps(report, indent=2), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+

@@ -1,0 +1,99 @@
+"""What every test gets: few threads, no hub, and a check that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Set before any test imports transformers or tokenizers: both read them once, at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import psutil
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# What libraries set for the whole process, and take no variable back.
+LIBRARY_VARIABLES = frozenset(
+    {
+        "ALFWORLD_DATA",  # alfworld.info, at import
+        "PL_GLOBAL_SEED",  # lightning.seed_everything
+        "PL_SEED_WORKERS",  # lightning.seed_everything
+        "PYTEST_CURRENT_TEST",  # pytest, at each phase of a test
+    }
+)
+# A worker that was told to stop may still be on its way out.
+EXIT_SECONDS = 5.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in LIBRARY_VARIABLES}
+
+
+def child_processes() -> set[psutil.Process]:
+    """Children that run, without the resource tracker, which serves the whole session."""
+    running = set()
+    for process in psutil.Process().children():
+        try:
+            tracker = any("resource_tracker" in word for word in process.cmdline())
+            if not tracker and process.status() != psutil.STATUS_ZOMBIE:
+                running.add(process)
+        except psutil.NoSuchProcess:
+            continue
+    return running
+
+
+def restore(before: dict[str, str]) -> list[str]:
+    """Put the environment back as it was; the names that had been touched."""
+    after = environment()
+    touched = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+    for name in touched:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+    return touched
+
+
+def stop(processes: set[psutil.Process]) -> list[str]:
+    """Kill what does not end by itself; the command lines of those that had to be killed."""
+    _, alive = psutil.wait_procs(processes, timeout=EXIT_SECONDS)
+    commands = []
+    for process in alive:
+        try:
+            commands.append(" ".join(process.cmdline())[:200])
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return commands
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Fail a test that leaks an environment variable or a child process, and mend both.
+
+    pytest sets up fixtures of a wider scope first, so those may hold processes and variables.
+    """
+    variables, processes = environment(), child_processes()
+    yield
+    touched = restore(variables)
+    killed = stop(child_processes() - processes)
+    problems = []
+    if touched:
+        problems.append(f"environment variables touched: {', '.join(touched)}; use monkeypatch")
+    if killed:
+        problems.append(f"child processes left: {'; '.join(killed)}; close what started them")
+    if problems:
+        pytest.fail("This test left something behind. " + ". ".join(problems), pytrace=False)

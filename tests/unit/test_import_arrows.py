@@ -1,0 +1,212 @@
+"""The rooms of the package and the arrows between them: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "aem_lightning"
+
+# room: the rooms that it may import, itself always included
+ARROWS = {
+    "types": set(),
+    "functional": {"types"},
+    "envs": {"types"},
+    "rollout": {"types", "functional"},
+    "algorithms": {"types", "functional"},
+    "modules": {"types", "functional", "rollout", "algorithms"},
+    "datamodules": {"types", "envs"},
+    "callbacks": {"types"},
+    "metrics": {"types"},
+    "runner": {
+        "types",
+        "functional",
+        "envs",
+        "rollout",
+        "algorithms",
+        "modules",
+        "datamodules",
+        "callbacks",
+        "metrics",
+    },
+}
+OPTIONAL = {"alfworld", "bitsandbytes", "matplotlib", "textworld"}
+HYDRA = {"hydra", "omegaconf"}
+HEAVY = {"lightning", "peft", "pytorch_lightning", "torch", "torchmetrics", "transformers"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: what is imported, where, and when it runs."""
+
+    module: str
+    place: str
+    at_import: bool
+    typing_only: bool
+
+    @property
+    def top(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def room(self) -> str | None:
+        package, _, rest = self.module.partition(".")
+        return rest.partition(".")[0] if package == "aem_lightning" and rest else None
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def targets(node: ast.Import | ast.ImportFrom, package: list[str]) -> list[str]:
+    """Full names that a statement imports; ``package`` resolves the relative ones."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    base = node.module or ""
+    if node.level:
+        parents = package[: len(package) - node.level + 1]
+        base = ".".join([*parents, *([node.module] if node.module else [])])
+    if base == "aem_lightning":  # from aem_lightning import functional: the name is the room
+        return [f"{base}.{alias.name}" for alias in node.names]
+    return [base]
+
+
+def imports_of(source: str, name: str, package: list[str]) -> Iterator[Import]:
+    def walk(node: ast.AST, at_import: bool, typing_only: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for module in targets(node, package):
+                yield Import(module, f"{name}:{node.lineno}", at_import, typing_only)
+        elif isinstance(node, ast.If) and is_type_checking(node.test):
+            for child in node.body:
+                yield from walk(child, at_import, True)
+            for child in node.orelse:
+                yield from walk(child, at_import, typing_only)
+        else:
+            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                yield from walk(child, at_import and not inside, typing_only)
+
+    yield from walk(ast.parse(source), True, False)
+
+
+def module_imports(path: Path) -> Iterator[Import]:
+    package = ["aem_lightning", *path.relative_to(PACKAGE).parts[:-1]]
+    return imports_of(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)), package)
+
+
+def rooms() -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        found.setdefault(room, []).append(path)
+    found.pop("__init__", None)
+    return found
+
+
+ROOMS = rooms()
+
+
+def imports_in(room: str) -> list[Import]:
+    return [found for path in ROOMS[room] for found in module_imports(path)]
+
+
+def places(found: list[Import]) -> list[str]:
+    return [f"{entry.place} imports {entry.module}" for entry in found]
+
+
+def existing(*names: str) -> list[str]:
+    return [name for name in names if name in ROOMS]
+
+
+def test_the_walker_sees_every_kind_of_import():
+    source = """
+import torch.nn as nn
+from aem_lightning import functional
+from ..modules import agent
+from . import sibling
+if TYPE_CHECKING:
+    import lightning
+def late():
+    import alfworld
+class Body:
+    import textworld
+try:
+    import matplotlib
+except ImportError:
+    pass
+"""
+    found = {i.module: i for i in imports_of(source, "x", ["aem_lightning", "rollout"])}
+    assert found.keys() == {
+        "torch.nn",
+        "aem_lightning.functional",
+        "aem_lightning.modules",
+        "aem_lightning.rollout",
+        "lightning",
+        "alfworld",
+        "textworld",
+        "matplotlib",
+    }
+    assert [name for name, entry in found.items() if entry.typing_only] == ["lightning"]
+    assert [name for name, entry in found.items() if not entry.at_import] == ["alfworld"]
+    assert found["aem_lightning.modules"].room == "modules"
+
+
+def test_every_room_has_arrows():
+    assert ROOMS
+    assert set(ROOMS) <= set(ARROWS), "a new room needs its arrows in ARROWS"
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_imports_only_along_its_arrows(room):
+    allowed = ARROWS[room] | {room}
+    against = [i for i in imports_in(room) if i.room is not None and i.room not in allowed]
+    assert not places(against)
+
+
+@pytest.mark.parametrize("room", existing("envs", "types"))
+def test_a_light_room_runs_without_the_heavy_packages(room):
+    assert not places([i for i in imports_in(room) if i.top in HEAVY and not i.typing_only])
+
+
+@pytest.mark.parametrize("room", existing("functional"))
+def test_functional_imports_torch_alone(room):
+    allowed = sys.stdlib_module_names | {"aem_lightning", "torch"}
+    assert not places([i for i in imports_in(room) if i.top not in allowed])
+
+
+def test_hydra_stays_at_the_edge():
+    inner = [i for room in ROOMS if room != "runner" for i in imports_in(room)]
+    assert not places([i for i in inner if i.top in HYDRA])
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_optional_packages_are_imported_where_they_are_used(room):
+    early = [i for i in imports_in(room) if i.at_import and not i.typing_only]
+    assert not places([i for i in early if i.top in OPTIONAL])
+
+
+@pytest.mark.parametrize("module", existing("envs", "types"))
+def test_a_worker_starts_without_torch(module):
+    script = (
+        f"import sys, aem_lightning.{module}\n"
+        f"print(*sorted({HEAVY | OPTIONAL | HYDRA!r} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT / "src",  # -c puts the working directory first on the path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""

@@ -1,0 +1,73 @@
+import random
+
+import pytest
+from toy_text_env import ToyEnv
+
+from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
+
+
+def _walk(env, task, actions, seed=0):
+    told = [env.reset(seed=seed, options={"task_id": task})]
+    told += [env.step(action) for action in actions]
+    for answer in told:
+        answer[-1].pop("env_number")
+    return told
+
+
+def test_answers_equal_the_environments_own_over_random_walks():
+    store = TransitionStore()
+    cached = [TransitionCache(ToyEnv(), store) for _ in range(2)]
+    rng = random.Random(0)
+    for number in range(200):
+        actions = [rng.choice(("look", "say 1", "win")) for _ in range(rng.randrange(6))]
+        task = f"task {rng.randrange(3)}"
+        expected = _walk(ToyEnv(), task, actions)
+        assert _walk(cached[number % 2], task, actions) == expected
+    assert store.hits > store.misses
+
+
+def test_walk_known_from_another_copy_does_not_touch_the_environment():
+    store, inner = TransitionStore(), ToyEnv()
+    _walk(TransitionCache(ToyEnv(), store), "task", ["look", "look"])
+    _walk(TransitionCache(inner, store), "task", ["look", "look"])
+    assert inner.steps_taken == 0
+
+
+def test_environment_is_brought_up_to_date_when_an_unknown_action_follows_known_ones():
+    store, inner = TransitionStore(), ToyEnv()
+    _walk(TransitionCache(ToyEnv(), store), "task", ["look", "say 1"])
+    told = _walk(TransitionCache(inner, store), "task", ["look", "say 1", "say 2"])
+    assert told == _walk(ToyEnv(), "task", ["look", "say 1", "say 2"])
+    assert inner.steps_taken == 3
+
+
+def test_seed_tells_start_states_apart_unless_it_changes_nothing():
+    store = TransitionStore()
+    cache = TransitionCache(ToyEnv(), store)
+    assert _walk(cache, "task", [], seed=0) != _walk(cache, "task", [], seed=1)
+    store = TransitionStore()
+    cache = TransitionCache(ToyEnv(), store, seeded=False)
+    assert _walk(cache, "task", [], seed=0) == _walk(cache, "task", [], seed=1)
+
+
+def test_store_keeps_to_its_bound_and_drops_what_was_used_least_recently():
+    store = TransitionStore(max_transitions=10)
+    cache, inner = TransitionCache(ToyEnv(), store), ToyEnv()
+    for number in range(5):
+        _walk(cache, f"task {number}", ["look", "look"])
+    assert len(store) <= 10
+    _walk(TransitionCache(inner, store), "task 4", ["look", "look"])
+    assert inner.steps_taken == 0
+    _walk(TransitionCache(inner, store), "task 0", ["look", "look"])
+    assert inner.steps_taken == 2
+
+
+def test_changing_an_answer_does_not_change_what_the_next_copy_gets():
+    cache = TransitionCache(ToyEnv(), TransitionStore())
+    cache.reset(options={"task_id": "task"})[1]["task_id"] = "spoiled"
+    assert cache.reset(options={"task_id": "task"})[1]["task_id"] == "task"
+
+
+def test_step_before_reset_is_refused():
+    with pytest.raises(RuntimeError, match="reset"):
+        TransitionCache(ToyEnv(), TransitionStore()).step("look")
