@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on every game once: ``python eval.py ckpt_path=last``; options are in configs/eval.yaml."""
+"""Play all evaluation games once: ``python eval.py ckpt_path=last``; options: configs/eval.yaml."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Fine-tune an LLM agent: ``python train.py experiment=quickstart``; every option is in configs/train.yaml."""
+"""Train an LLM agent: ``python train.py experiment=quickstart``; options: configs/train.yaml."""
 
 import sys
 from pathlib import Path

@@ -97,3 +97,11 @@ def leaves_nothing_behind() -> Iterator[None]:
         problems.append(f"child processes left: {'; '.join(killed)}; close what started them")
     if problems:
         pytest.fail("This test left something behind. " + ". ".join(problems), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model folder, warm-started on the toy environment: it wins about a third of its episodes."""
+    import runs
+
+    return runs.warm_started_model(tmp_path_factory.mktemp("toy_model"))

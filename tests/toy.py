@@ -1,46 +1,20 @@
-"""A text game of the tests' own: a coin lies in one of four boxes; one glance, then open boxes."""
+"""The toy environment as a DataModule: a coin lies in one of four boxes; one glance, then open boxes."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import lightning as L
+import torch
+from coin import ACTIONS, BOXES, CoinEnv
 
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.envs import TextEnv
 from aem_lightning.types import Task
-
-BOXES = ("red", "blue", "green", "white")
-ACTIONS = tuple(f"open {box} box" for box in BOXES)
-
-
-class CoinEnv:
-    """The task id ``<split>/<number>`` decides where the coin lies; the first text hints at it."""
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
-        self._task = (options or {})["task_id"]
-        self._coin = BOXES[int(self._task.split("/")[1]) % len(BOXES)]
-        return f"A coin glints near the {self._coin} box .", self._info(True)
-
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        valid = action in ACTIONS
-        won = valid and self._coin in action
-        text = "You find the coin !" if won else "The box is empty ." if valid else "Nothing happens ."
-        return text, float(won), won, False, self._info(valid, won)
-
-    def close(self) -> None:
-        """Nothing to free."""
-
-    def _info(self, valid: bool, won: bool = False) -> dict[str, Any]:
-        return {
-            "task_id": self._task,
-            "goal": "find the coin",
-            "admissible_actions": ACTIONS,
-            "is_action_valid": valid,
-            "won": won,
-            "score": float(won),
-        }
 
 
 class CoinExpert:
@@ -66,7 +40,9 @@ class CoinDataModule(AgentDataModule):
         self.sizes = sizes or {"train": 8, "valid_seen": 4, "valid_unseen": 4}
 
     def tasks(self, split: str) -> list[Task]:
-        return [Task(f"{split}/{i}", BOXES[i % len(BOXES)], split) for i in range(self.sizes[split])]
+        return [
+            Task(f"{split}/{i}", BOXES[i % len(BOXES)], split) for i in range(self.sizes[split])
+        ]
 
     def env_factory(self) -> Callable[[], TextEnv]:
         return CoinEnv
@@ -75,4 +51,37 @@ class CoinDataModule(AgentDataModule):
         return CoinExpert(seed % 2)
 
     def vocabulary(self) -> list[str]:
-        return [*ACTIONS, "A coin glints near the box . You find the coin ! is empty Nothing happens find the coin"]
+        return [
+            *ACTIONS,
+            "A coin glints near the box . You find the coin !",
+            "The box is empty . Nothing happens . find the coin",
+        ]
+
+
+class Kill(L.Callback):
+    """Kills the process, without a last word, at the start of a given iteration."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self._when = (epoch, batch)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (trainer.current_epoch, batch_idx) == self._when:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SameSampling(L.Callback):
+    """Lets every rank sample as rank 0 does, and leaves each rank's last weights in ``folder``."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        collector = pl_module.collector
+        pl_module.collector = lambda temperature, seed: collector(temperature, (*seed[:3], 0))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._folder.mkdir(exist_ok=True)
+        trained = {name: p.detach().clone() for name, p in pl_module.policy.trainable().items()}
+        torch.save(trained, self._folder / f"rank_{trainer.global_rank}.pt")

@@ -1,12 +1,14 @@
 """Plain data shared by every room of the house: tasks, turns, trajectories, rollout batches.
 
-One idea: **a response is the unit.** The environment reacts to a response, AEM scores a response, and the
-loss is spread over the tokens of a response. So a rollout batch holds a table of responses, and every token
-knows which response it belongs to.
+One idea: **a response is the unit.** The environment reacts to a response, AEM scores a response,
+and the loss is spread over the tokens of a response. So a rollout batch holds a table of responses,
+and every token knows which response it belongs to.
 
-This module imports neither torch nor lightning at run time, so that environment workers start light.
+This module imports neither torch nor lightning at run time, so that environment workers start
+light.
 
-Letters: ``S`` sequences (rows), ``L`` tokens of a row, ``R`` responses, ``N`` trajectories, ``G`` group size.
+Letters: ``S`` sequences (rows), ``L`` tokens of a row, ``R`` responses, ``N`` trajectories, ``G``
+group size.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ class ResetRequest:
 class EnvStep:
     """An environment's answer to ``reset`` or ``step``: Gymnasium's five results, with text.
 
-    Reserved keys of ``info``: ``task_id``, ``goal``, ``admissible_actions``, ``is_action_valid``, ``score``,
-    ``won``, ``infra_error``.
+    Reserved keys of ``info``: ``task_id``, ``goal``, ``admissible_actions``, ``is_action_valid``,
+    ``score``, ``won``, ``infra_error``.
     """
 
     observation: str
@@ -91,11 +93,13 @@ class Turn:
         observation: The text that the environment showed.
         admissible_actions: What the environment would have accepted, where it says so.
         response: The response, decoded for people; training uses the sampled ids only.
-        action: The action found in the response; ``None`` where there is none (a malformed response).
+        action: The action found in the response; ``None`` where there is none (a malformed
+            response).
         row: Index into ``Trajectory.rows`` of the row that holds the sampled ids.
         start: Position of the response's first token in that row.
         logprobs: Log-probability of each sampled token under the sampler, in nats.
-        entropies: Full-vocabulary entropy at each sampled token, in nats; ``None`` where the engine has none.
+        entropies: Full-vocabulary entropy at each sampled token, in nats; ``None`` where the engine
+            has none.
         finish_reason: ``stop`` (the end token is part of the response) or ``length``.
         reward: What the environment (and the reward shaping) gave for the action.
         is_valid: The action was admissible. A malformed response is never valid.
@@ -126,13 +130,14 @@ class Trajectory:
         task: The start state; shared by the ``group_size`` trajectories of a group.
         group: Index of the group within the iteration.
         copy: Index within the group.
-        rows: Token ids as the policy saw and wrote them. A turn whose prompt extends the row before it is
-            appended there (``memory=transcript``: one row a trajectory); otherwise it opens a new row
-            (``memory=window``: one row a turn).
+        rows: Token ids as the policy saw and wrote them. A turn whose prompt extends the row before
+            it is appended there (``memory=transcript``: one row a trajectory); otherwise it opens a
+            new row (``memory=window``: one row a turn).
         won: The environment's own word of success.
         score: A graded result where the environment has one, else 1.0 for a win and 0.0 otherwise.
         truncated: Cut by a limit (turns, context) rather than ended by the environment.
-        infra_error: What broke outside the policy's doing; such a trajectory is left out of the loss.
+        infra_error: What broke outside the policy's doing; such a trajectory is left out of the
+            loss.
     """
 
     task: Task
@@ -158,14 +163,14 @@ class Trajectory:
 class RolloutBatch:
     """Everything that one iteration collected, as tensors.
 
-    ========================= ======= ==========================================================================
+    ========================= ======= ============================================================
     name                      shape   meaning
-    ========================= ======= ==========================================================================
+    ========================= ======= ============================================================
     ``input_ids``             [S, L]  rows, padded on the right
     ``row_length``            [S]     valid tokens of a row
     ``response_index``        [S, L]  -1 outside responses, else the response r of 0..R-1
-    ``old_logprobs``          [S, L]  fp32, of the sampled token, before the update; 0 outside responses
-    ``ref_logprobs``          [S, L]  the same under the reference policy; ``None`` when ``kl_coef`` is 0
+    ``old_logprobs``          [S, L]  of the sampled token before the update, fp32; 0 elsewhere
+    ``ref_logprobs``          [S, L]  the same under the reference policy; None without ``kl_coef``
     ``entropies``             [S, L]  fp32, full-vocabulary token entropy in nats, detached
     ``trajectory``            [R]     the trajectory of a response
     ``turn``                  [R]     its turn
@@ -174,11 +179,11 @@ class RolloutBatch:
     ``surprisal``             [R]     S: minus the sum of its log-probabilities
     ``reward``                [R]     its reward
     ``valid``                 [R]     bool: its action was admissible
-    ``anchor``                [R]     id of the observation that it answers, equal where the texts are equal
+    ``anchor``                [R]     id of the observation it answers; equal for equal texts
     ``group``                 [N]     the group of a trajectory
     ``returns``               [N]     the undiscounted sum of its rewards
     ``loss_mask``             [N]     bool: False keeps the trajectory out of statistics and loss
-    ========================= ======= ==========================================================================
+    ========================= ======= ============================================================
     """
 
     input_ids: Tensor
@@ -238,8 +243,9 @@ class Iteration:
         advantages: Base advantage of each response, [R].
         alpha: Modulation coefficient of each response, [R]; ones without modulation.
         gated: Share of the groups whose entropy range was under the gate (their alpha is 1).
-        seconds: Wall time by stage, in the order of the paper's cost table: ``rollout``, ``environment``
-            (inside rollout), ``old_logprobs``, ``ref_logprobs``, ``advantage``, ``modulation``, ``update``.
+        seconds: Wall time by stage, in the order of the paper's cost table: ``rollout``,
+            ``environment`` (inside rollout), ``old_logprobs``, ``ref_logprobs``, ``advantage``,
+            ``modulation``, ``update``.
         metrics: Scalars of the update, e.g. ``policy/approx_kl``.
         skipped: The reason why there was no update (every group uniform), else ``None``.
         entropy_source: Where the token entropies came from: ``engine`` or ``trainer``.

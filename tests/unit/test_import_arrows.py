@@ -21,7 +21,7 @@ ARROWS = {
     "envs": {"types"},
     "rollout": {"types", "functional"},
     "algorithms": {"types", "functional"},
-    "modules": {"types", "functional", "rollout", "algorithms"},
+    "modules": {"types", "functional", "rollout", "algorithms", "metrics"},
     "datamodules": {"types", "envs"},
     "callbacks": {"types"},
     "metrics": {"types"},

@@ -1,4 +1,4 @@
-"""Estimators, modulations and losses: thin settings over the pure functions of `aem_lightning.functional`."""
+"""Estimators, modulations and losses: thin settings over `aem_lightning.functional`."""
 
 from aem_lightning.algorithms.estimators import GRPO, Estimator
 from aem_lightning.algorithms.losses import ClippedLoss

@@ -12,7 +12,7 @@ from aem_lightning.types import RolloutBatch
 
 
 class Estimator(Protocol):
-    """Anything that gives base advantages, [R], and says how many copies of a task it needs at least."""
+    """Anything that gives base advantages, [R], and names the smallest group it can compare."""
 
     min_group_size: int
 
@@ -21,7 +21,7 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class GRPO:
-    """Group-relative advantages: (return - group mean) / (group std + eps), the same for every response.
+    """Group-relative advantages: (return - group mean) / (group std + eps), for every response.
 
     Statistics are over trajectories, so a long failed episode counts no more than a short one.
     Source: arXiv 2402.03300, equation 3.

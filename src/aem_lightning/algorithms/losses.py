@@ -1,4 +1,4 @@
-"""The loss of one micro-batch, as a sum over tokens: the caller divides by the global token count."""
+"""The loss of one micro-batch, a sum over tokens: the caller divides by the global token count."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class LossTerms:
 class ClippedLoss:
     """Clipped surrogate with an optional KL term and entropy bonus.
 
-    Per token: ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``, bounded by ``-dual_clip A`` where A < 0,
-    plus ``kl_coef * k3`` and minus ``entropy_coef * H``. Source: arXiv 1707.06347; dual clip arXiv 1912.09729.
-    ``entropy_coef`` is 0 unless it is asked for: a hidden bonus would confound every entropy curve.
+    Per token: ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``, bounded by ``-dual_clip A``
+    where A < 0, plus ``kl_coef * k3`` and minus ``entropy_coef * H``. Source: arXiv 1707.06347;
+    dual clip arXiv 1912.09729. ``entropy_coef`` is 0 unless it is asked for: a hidden bonus would
+    confound every entropy curve.
     """
 
     clip_low: float = 0.2
@@ -39,12 +40,13 @@ class ClippedLoss:
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
+        bounded = self.dual_clip is None or self.dual_clip > 1
         problems = [
             f"loss.{name}={value}: {want}"
             for name, value, ok, want in (
                 ("clip_low", self.clip_low, 0 <= self.clip_low < 1, "type a number in [0, 1)"),
                 ("clip_high", self.clip_high, self.clip_high >= 0, "type a number >= 0"),
-                ("dual_clip", self.dual_clip, (self.dual_clip or 2) > 1, "type a number > 1, or null"),
+                ("dual_clip", self.dual_clip, bounded, "type a number > 1, or null"),
                 ("kl_coef", self.kl_coef, self.kl_coef >= 0, "type a number >= 0"),
             )
             if not ok

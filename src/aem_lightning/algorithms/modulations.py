@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,7 +15,7 @@ from aem_lightning.types import RolloutBatch
 
 @dataclass(frozen=True)
 class Modulated:
-    """Coefficients ``alpha`` [R], and the share of groups whose coefficients are all 1 by the gate."""
+    """Coefficients ``alpha`` [R], and the share of groups that the gate left at 1."""
 
     alpha: Tensor
     gated: float
@@ -36,10 +37,11 @@ class NoModulation:
 
 @dataclass(frozen=True)
 class AEM:
-    """Adaptive Entropy Modulation: alpha = exp(-sharpness * H~) / group mean of it, on unique responses.
+    """Adaptive Entropy Modulation: alpha = exp(-sharpness * H~) over its group mean.
 
-    H~ is the response's mean token entropy, min-max normalised within its group. A group whose range is under
-    ``min_range`` nats is left alone. Source: arXiv 2605.00425.
+    H~ is the response's mean token entropy, min-max normalised within its group; the mean is over
+    unique responses. A group whose range is under ``min_range`` nats is left alone. Source: arXiv
+    2605.00425.
     """
 
     sharpness: float = 1.0
@@ -47,8 +49,18 @@ class AEM:
     direction: Literal["paper", "reversed"] = "paper"
 
     def __post_init__(self) -> None:
-        if self.min_range < 0:
-            raise ValueError(f"modulation.min_range={self.min_range} is negative; type a number of nats >= 0.")
+        if not self.min_range >= 0:
+            raise ValueError(
+                f"modulation.min_range={self.min_range} is not a number of nats >= 0, e.g. 0.1."
+            )
+        if not math.isfinite(self.sharpness):
+            raise ValueError(
+                f"modulation.sharpness={self.sharpness} is not a finite number; the paper's is 1."
+            )
+        if self.direction not in ("paper", "reversed"):
+            raise ValueError(
+                f"modulation.direction={self.direction!r} is unknown; allowed: paper, reversed."
+            )
 
     def __call__(self, batch: RolloutBatch) -> Modulated:
         mask = batch.response_mask & (batch.length > 0)
@@ -73,5 +85,3 @@ def _gated_share(entropy: Tensor, group: Tensor, min_range: float) -> float:
     high = entropy.new_zeros(count).scatter_reduce(0, index, entropy, "amax", include_self=False)
     low = entropy.new_zeros(count).scatter_reduce(0, index, entropy, "amin", include_self=False)
     return float((high - low < min_range).float().mean())
-
-

@@ -15,10 +15,11 @@ from aem_lightning.types import Task
 
 
 class TaskSampler(Sampler[int]):
-    """The tasks of an epoch: a pure function of (seed, epoch, rank), so a resumed run sees what it would have.
+    """The tasks of an epoch: a pure function of seed, epoch and rank.
 
-    Tasks come in passes over the whole split, each pass in an order of its own. Iteration ``i`` takes the next
-    ``tasks_per_iteration`` tasks; ranks take disjoint, equal shares of them.
+    So a resumed run sees what it would have seen. Tasks come in passes over the whole split, each
+    pass in an order of its own. Iteration ``i`` takes the next ``tasks_per_iteration`` tasks; ranks
+    take disjoint, equal shares of them.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class TaskSampler(Sampler[int]):
     ) -> None:
         if tasks_per_iteration % world_size:
             raise ValueError(
-                f"tasks_per_iteration={tasks_per_iteration} cannot be shared by {world_size} ranks: a group lives on "
-                f"one rank. Type tasks_per_iteration={world_size * max(1, tasks_per_iteration // world_size)}."
+                f"tasks_per_iteration={tasks_per_iteration} cannot be shared by {world_size} "
+                "ranks: a group lives on one rank. Type "
+                f"tasks_per_iteration={world_size * max(1, tasks_per_iteration // world_size)}."
             )
         self._num_tasks = num_tasks
         self._per_iteration = tasks_per_iteration
@@ -55,7 +57,8 @@ class TaskSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         for i in range(self._iterations):
-            first = (self._epoch * self._iterations + i) * self._per_iteration + self._rank * self.share
+            iteration = self._epoch * self._iterations + i
+            first = iteration * self._per_iteration + self._rank * self.share
             yield from (self._task(position) for position in range(first, first + self.share))
 
     def _task(self, position: int) -> int:
@@ -71,8 +74,8 @@ class AgentDataModule(L.LightningDataModule):
     Args:
         tasks_per_iteration: Tasks of one iteration, over all ranks.
         iterations_per_epoch: Iterations between two validations (and checkpoints).
-        validation_tasks: Tasks of the validation during training: a fixed, evenly spaced choice of the sorted
-            evaluation tasks.
+        validation_tasks: Tasks of the validation during training: a fixed, evenly spaced choice of
+            the sorted evaluation tasks.
         evaluation_batch: Tasks that one evaluation step plays.
         evaluation_splits: Splits that an evaluation plays, every task once.
         workers: Environment processes on each rank.
@@ -116,8 +119,9 @@ class AgentDataModule(L.LightningDataModule):
     def make_expert(self, task: Task, seed: int) -> Any:
         """An `Expert` for ``task``, for the warm start of a model that cannot play yet."""
         raise ValueError(
-            f"{type(self).__name__} has no expert, so there is nothing to warm-start from on {task.id!r}: implement "
-            "make_expert(task, seed), or start from a model that plays already: policy=qwen2_5_1_5b_lora"
+            f"{type(self).__name__} has no expert, so there is nothing to warm-start from on "
+            f"{task.id!r}: implement make_expert(task, seed), or start from a model that plays "
+            "already: policy=qwen2_5_1_5b_lora"
         )
 
     def vocabulary(self) -> list[str]:
@@ -142,14 +146,19 @@ class AgentDataModule(L.LightningDataModule):
             self._pool.close()
             self._pool = None
 
-    # --------------------------------------------------------------------------------------- dataloaders
+    # ---------------------------------------------------------------------------------- dataloaders
 
     def train_dataloader(self) -> DataLoader[Task]:
         """Batches of tasks, one batch an iteration."""
         tasks = self.tasks(self.train_split)
         rank, world_size = self._rank_and_world_size()
         sampler = TaskSampler(
-            len(tasks), self.tasks_per_iteration, self.iterations_per_epoch, self.seed, rank, world_size
+            len(tasks),
+            self.tasks_per_iteration,
+            self.iterations_per_epoch,
+            self.seed,
+            rank,
+            world_size,
         )
         return DataLoader(tasks, batch_size=sampler.share, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
 

@@ -48,11 +48,12 @@ class AlfworldDataModule(AgentDataModule):
     """ALFWorld's text games: household tasks of six types in rooms that must be searched.
 
     Args:
-        root: The folder that holds ``json_2.1.1/{train,valid_seen,valid_unseen}``: what ``alfworld-download``
-            fills, or where generated games go.
+        root: The folder that holds ``json_2.1.1/{train,valid_seen,valid_unseen}``: what
+            ``alfworld-download`` fills, or where generated games go.
         generate: What to generate in ``root``; ``None`` reads what is there.
         task_types: Keep these task types only.
-        cached_engine: Use the caches that make the engine 20 to 40 times faster, transcripts unchanged.
+        cached_engine: Use the caches that make the engine 20 to 40 times faster, transcripts
+            unchanged.
         settings: Arguments of `AgentDataModule`.
     """
 
@@ -89,7 +90,8 @@ class AlfworldDataModule(AgentDataModule):
         """The games of ``split``, sorted by id."""
         if split not in self._games:
             games = list_games(self.root, split, task_types=self.kept_types)
-            log.info("%s: %d games, hash %s, in %s", split, len(games), games_hash(games), self.root)
+            digest = games_hash(games)
+            log.info("%s: %d games, hash %s, in %s", split, len(games), digest, self.root)
             self._games[split] = games
         return self._games[split]
 
@@ -99,9 +101,8 @@ class AlfworldDataModule(AgentDataModule):
 
     def game_hashes(self) -> dict[str, str]:
         """A hash of each split's games: results are comparable where these are equal."""
-        return {
-            split: games_hash(self.games(split)) for split in (self.train_split, *self.evaluation_splits)
-        }
+        splits = (self.train_split, *self.evaluation_splits)
+        return {split: games_hash(self.games(split)) for split in splits}
 
     def env_factory(self) -> Callable[[], TextEnv]:
         """A factory of engines that play any game below ``root``."""

@@ -1,7 +1,8 @@
 """Lightning modules and the policy they train."""
 
-from aem_lightning.modules.agent import AgentModule, RolloutSettings, UpdateSettings
+from aem_lightning.modules.agent import AgentModule
 from aem_lightning.modules.policy import Lora, Policy
+from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
 from aem_lightning.modules.tiny import Architecture, build_tiny_model, build_tokenizer
 from aem_lightning.modules.warm_start import (
     DemonstrationSampler,

@@ -1,10 +1,9 @@
-"""The agent: a LightningModule whose training step collects, scores, estimates, modulates and updates."""
+"""The agent: its training step collects, scores, estimates, modulates and updates."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -16,7 +15,9 @@ from aem_lightning.algorithms import ClippedLoss, Estimator, Modulation
 from aem_lightning.functional import response_entropy
 from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.policy import Policy
+from aem_lightning.modules.reporting import rollout_metrics
 from aem_lightning.modules.scoring import micro_batch_loss, score_rows
+from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
 from aem_lightning.modules.timing import Stopwatch
 from aem_lightning.rollout import (
     Collector,
@@ -37,46 +38,6 @@ log = logging.getLogger(__name__)
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """How episodes are played.
-
-    Attributes:
-        group_size: Copies of a task, G.
-        max_turns: Turns after which an episode is cut.
-        max_new_tokens: Tokens of a response.
-        max_context: Tokens of prompt and response together.
-        temperature: Sampling temperature in training.
-        eval_temperature: Sampling temperature in evaluation; 0 is greedy.
-        concurrency: Episodes in play at once.
-    """
-
-    group_size: int = 8
-    max_turns: int = 50
-    max_new_tokens: int = 512
-    max_context: int = 2560
-    temperature: float = 1.0
-    eval_temperature: float = 0.4
-    concurrency: int = 128
-
-
-@dataclass(frozen=True)
-class UpdateSettings:
-    """How a rollout batch is used.
-
-    Attributes:
-        update_epochs: Passes over the rollout batch, K.
-        num_minibatches: Optimizer steps a pass: a fixed number, whatever the batch's size.
-        micro_batch_tokens: Padded tokens of one forward and backward pass.
-        max_grad_norm: Gradient norm to clip at.
-    """
-
-    update_epochs: int = 1
-    num_minibatches: int = 1
-    micro_batch_tokens: int = 16384
-    max_grad_norm: float = 1.0
 
 
 class AgentModule(L.LightningModule):
@@ -103,7 +64,8 @@ class AgentModule(L.LightningModule):
         ValueError: The group is too small for the estimator.
     """
 
-    strict_loading = False  # checkpoints hold the adapters only; on_load_checkpoint compares the names
+    # Checkpoints hold the adapters only; on_load_checkpoint compares the names.
+    strict_loading = False
 
     def __init__(
         self,
@@ -125,8 +87,9 @@ class AgentModule(L.LightningModule):
         super().__init__()
         if rollout.group_size < estimator.min_group_size:
             raise ValueError(
-                f"group_size={rollout.group_size} is too small for {type(estimator).__name__}: it compares the "
-                f"copies of a task, so a group needs at least {estimator.min_group_size}. Type group_size=8."
+                f"group_size={rollout.group_size} is too small for {type(estimator).__name__}: it "
+                "compares the copies of a task, so a group needs at least "
+                f"{estimator.min_group_size}. Type group_size=8."
             )
         self.automatic_optimization = False
         self.policy = policy
@@ -177,12 +140,13 @@ class AgentModule(L.LightningModule):
         self.iteration += 1
         return {"iteration": done}
 
-    # ------------------------------------------------------------------------------------------- collect
+    # -------------------------------------------------------------------------------------- collect
 
     def collect(self, tasks: Sequence[Task], watch: Stopwatch) -> list[Trajectory]:
         """``group_size`` trajectories of every task, sampled with the current weights."""
         self.engine.sync(self.policy, self.iteration)
-        collector = self.collector(self.rollout.temperature, ("train", self.seed, self.iteration, self.global_rank))
+        seed = ("train", self.seed, self.iteration, self.global_rank)
+        collector = self.collector(self.rollout.temperature, seed)
         episodes = make_groups(tasks, self.rollout.group_size)
         trajectories = collector.collect(episodes, seed=stable_seed(self.seed, self.iteration))
         watch.add("environment", collector.environment_seconds)
@@ -203,12 +167,13 @@ class AgentModule(L.LightningModule):
             concurrency=settings.concurrency,
         )
 
-    # --------------------------------------------------------------------------------------------- score
+    # ---------------------------------------------------------------------------------------- score
 
     def plan_update(self, batch: RolloutBatch) -> list[list[list[int]]]:
-        """Minibatches of every update epoch, each cut into micro-batches: one list for each optimizer step."""
+        """For each optimizer step of every update epoch, a minibatch cut into micro-batches."""
         settings = self.update_settings
-        generator = torch.Generator().manual_seed(stable_seed(self.seed, self.iteration, self.global_rank, "plan"))
+        seed = stable_seed(self.seed, self.iteration, self.global_rank, "plan")
+        generator = torch.Generator().manual_seed(seed)
         lengths = batch.row_length.cpu()
         return [
             micro_batches(rows, lengths, settings.micro_batch_tokens)
@@ -221,25 +186,29 @@ class AgentModule(L.LightningModule):
     ) -> tuple[RolloutBatch, Any]:
         """The batch with old and reference log-probabilities, and where its entropies came from.
 
-        Passes that nothing needs are not run: old log-probabilities when there is one optimizer step (the
-        batch is then exactly on-policy), the reference when ``kl_coef`` is 0.
+        Passes that nothing needs are not run: old log-probabilities when there is one optimizer
+        step (the batch is then exactly on-policy), the reference when ``kl_coef`` is 0.
         """
-        first_epoch = [rows for step in plan[: self.update_settings.num_minibatches] for rows in step]
+        first_steps = plan[: self.update_settings.num_minibatches]
+        first_epoch = [rows for step in first_steps for rows in step]
+        temperature = self.rollout.temperature
         from_engine = bool((batch.entropies != 0).any())
         if len(plan) > 1 or not from_engine:
             with watch("old_logprobs"):
                 batch.old_logprobs, entropies = score_rows(
-                    self.policy, batch, first_epoch, self.rollout.temperature
+                    self.policy, batch, first_epoch, temperature
                 )
             if not from_engine:
                 batch.entropies = entropies
-                batch.entropy = response_entropy(entropies, batch.response_index, batch.num_responses)
+                batch.entropy = response_entropy(
+                    entropies, batch.response_index, batch.num_responses
+                )
         if self.loss.kl_coef:
             with watch("ref_logprobs"), self.policy.reference():
-                batch.ref_logprobs, _ = score_rows(self.policy, batch, first_epoch, self.rollout.temperature)
+                batch.ref_logprobs, _ = score_rows(self.policy, batch, first_epoch, temperature)
         return batch, "engine" if from_engine else "trainer"
 
-    # -------------------------------------------------------------------------------------------- update
+    # --------------------------------------------------------------------------------------- update
 
     def reason_to_skip(self, advantages: Tensor) -> str | None:
         """Why there is nothing to learn from this batch, on every rank; ``None`` when there is."""
@@ -250,11 +219,12 @@ class AgentModule(L.LightningModule):
     def update(
         self, batch: RolloutBatch, advantages: Tensor, plan: list[list[list[int]]]
     ) -> dict[str, float]:
-        """Every optimizer step of the plan; ``advantages`` are [R]. Returns means over tokens and steps."""
+        """Every optimizer step of the plan; ``advantages`` are [R]. Means over tokens and steps."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
         tokens_of_row = self.trained_tokens(batch)
         sums: dict[str, Tensor] = {}
+        norms: list[Tensor] = []
         for step in plan:
             rows = [row for micro in step for row in micro]
             tokens = self.global_sum(tokens_of_row[rows].sum()).clamp(min=1)
@@ -269,13 +239,17 @@ class AgentModule(L.LightningModule):
                     self.rollout.temperature,
                     on_policy=len(plan) == 1,
                 )
-                self.check_finite(terms.loss)
-                (terms.loss / tokens).backward()  # type: ignore[no-untyped-call]
+                self.check_finite("loss", terms.loss)
+                (terms.loss / tokens).backward()
                 for name, value in terms.stats.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value / tokens
-            sums["grad_norm"] = sums.get("grad_norm", torch.zeros_like(tokens)) + self.clip_gradients_globally()
+            norms.append(self.clip_gradients_globally())
+            self.check_finite("gradient norm", norms[-1])
             optimizer.step()
-        return {f"policy/{name}": float(value) / len(plan) for name, value in sums.items()}
+        means = self.global_sum(torch.stack([*sums.values()]).float()) / len(plan)
+        metrics = dict(zip(sums, means.tolist(), strict=True))
+        metrics["grad_norm"] = float(torch.stack(norms).mean())
+        return {f"policy/{name}": value for name, value in metrics.items()}
 
     @staticmethod
     def trained_tokens(batch: RolloutBatch) -> Tensor:
@@ -284,22 +258,24 @@ class AgentModule(L.LightningModule):
         kept = batch.response_mask[batch.response_index.clamp(min=0)]
         return (inside & kept).sum(dim=1).float()
 
-    def check_finite(self, loss: Tensor) -> None:
+    def check_finite(self, name: str, value: Tensor) -> None:
         """Stop before a broken gradient reaches the weights."""
-        if not torch.isfinite(loss):
+        if not torch.isfinite(value):
             raise ValueError(
-                f"The loss of iteration {self.iteration} is {float(loss)}; the weights are still those of the last "
-                "update. Go back to the last checkpoint with ckpt_path=last and type a lower optimizer.lr=..."
+                f"The {name} of iteration {self.iteration} is {float(value)}; the weights are "
+                "still those of the last update. Go back to the last checkpoint with ckpt_path=last and "
+                "type a lower optimizer.lr=..."
             )
 
     def clip_gradients_globally(self) -> Tensor:
-        """Sum the gradients over ranks, once and flat, then clip their norm; returns the norm before clipping."""
+        """Sum the gradients over ranks, once and flat, then clip; the norm before clipping."""
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if self.trainer.world_size > 1:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             flat = torch.cat([g.reshape(-1) for g in gradients])
             dist.all_reduce(flat)
-            for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            pieces = flat.split([p.numel() for p in parameters])
+            for parameter, piece in zip(parameters, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter)
         return torch.nn.utils.clip_grad_norm_(parameters, self.update_settings.max_grad_norm)
 
@@ -309,17 +285,24 @@ class AgentModule(L.LightningModule):
             dist.all_reduce(value)
         return value
 
+    def mean_over_ranks(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Each of ``metrics`` averaged over ranks, which play equally many episodes."""
+        values = torch.tensor([*metrics.values()], device=self.device)
+        means = self.global_sum(values) / self.trainer.world_size
+        return dict(zip(metrics, means.tolist(), strict=True))
+
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer([p for p in self.policy.parameters() if p.requires_grad])
         if self._scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
 
-    # -------------------------------------------------------------------------------------------- report
+    # --------------------------------------------------------------------------------------- report
 
     def report(self, done: Iteration) -> None:
         """Log the iteration; the x axis is iterations, never optimizer steps."""
-        metrics = {**rollout_metrics(done), **done.metrics, "policy/lr": self.learning_rate()}
+        episodes = self.mean_over_ranks(rollout_metrics(done))
+        metrics = {**episodes, **done.metrics, "policy/lr": self.learning_rate()}
         for logger in self.loggers:
             logger.log_metrics(metrics, step=done.index)
         shown = {"success": metrics["train/success_rate"], "entropy": metrics["rollout/entropy"]}
@@ -331,10 +314,10 @@ class AgentModule(L.LightningModule):
         """The learning rate of this iteration; the schedule moves on after it."""
         rate = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         if self._scheduler is not None:
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+            self.lr_schedulers().step()  # type: ignore[union-attr]
         return rate
 
-    # ------------------------------------------------------------------------------------------ evaluate
+    # ------------------------------------------------------------------------------------- evaluate
 
     def play(self, tasks: Sequence[Task]) -> list[Trajectory]:
         """One evaluation episode of every task; its sampling depends on seed and task alone."""
@@ -365,9 +348,11 @@ class AgentModule(L.LightningModule):
         self.tested += trajectories
         return {"trajectories": trajectories}
 
-    # ---------------------------------------------------------------------------------------- checkpoints
+    # ---------------------------------------------------------------------------------- checkpoints
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
         return batch  # tasks are plain data
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -381,9 +366,9 @@ class AgentModule(L.LightningModule):
         if expected != found:
             wrong = sorted(set(expected.items()) ^ set(found.items()), key=str)
             raise ValueError(
-                f"The checkpoint's adapters do not fit this policy ({len(wrong)} differences, the first: "
-                f"{wrong[0][0]} with shape {tuple(wrong[0][1])}). Use the policy and policy.lora settings that the "
-                "checkpoint was trained with."
+                f"The checkpoint's adapters do not fit this policy ({len(wrong)} differences, the "
+                f"first: {wrong[0][0]} with shape {tuple(wrong[0][1])}). Use the policy and "
+                "policy.lora settings that the checkpoint was trained with."
             )
         self.iteration = checkpoint["aem_lightning"]["iteration"]
 
@@ -391,31 +376,3 @@ class AgentModule(L.LightningModule):
     def pad_id(self) -> int:
         pad = self.policy.tokenizer.pad_token_id
         return int(pad if pad is not None else self.policy.tokenizer.eos_token_id)
-
-
-def rollout_metrics(done: Iteration) -> dict[str, float]:
-    """Scalars of one iteration's episodes: how they went, how long they were, how mixed the groups are."""
-    trajectories, batch = done.trajectories, done.batch
-    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-    _, index = batch.group.unique(return_inverse=True)
-    ones = torch.ones_like(batch.returns)
-    high = torch.scatter_reduce(ones, 0, index, batch.returns, "amax", include_self=False)
-    low = torch.scatter_reduce(ones, 0, index, batch.returns, "amin", include_self=False)
-    mixed = (high > low)[: int(index.max()) + 1]
-    tokens = int(batch.length.sum())
-    return {
-        "train/success_rate": sum(t.won for t in trajectories) / len(trajectories),
-        "train/return": float(batch.returns.mean()),
-        "rollout/turns": len(turns) / len(trajectories),
-        "rollout/response_tokens": tokens / len(turns),
-        "rollout/malformed_rate": sum(turn.action is None for turn in turns) / len(turns),
-        "rollout/inadmissible_rate": sum(
-            turn.action is not None and not turn.is_valid for turn in turns
-        ) / len(turns),
-        "rollout/truncated_rate": sum(t.truncated for t in trajectories) / len(trajectories),
-        "rollout/infra_errors": float(sum(t.infra_error is not None for t in trajectories)),
-        "rollout/mixed_groups": float(mixed.float().mean()),
-        "rollout/entropy": float((batch.entropy * batch.length).sum() / tokens),
-        "rollout/skipped_update": float(done.skipped is not None),
-        "rollout/entropy_from_trainer": float(done.entropy_source == "trainer"),
-    }

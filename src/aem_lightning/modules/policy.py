@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, Literal, Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,8 +30,9 @@ FULL_PRECISION = torch.float32
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA settings. ``dropout`` stays 0: with it, sampling and training would be different policies.
+    """LoRA settings.
 
+    ``dropout`` stays 0: with it, sampling and training would be different policies.
     Source: arXiv 2106.09685.
     """
 
@@ -39,12 +43,12 @@ class Lora:
 
     def config(self) -> LoraConfig:
         """The same as a PEFT configuration."""
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        targets = self.target_modules
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=targets,
+            target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
         )
 
@@ -67,7 +71,9 @@ class Policy(nn.Module):
         self.peft: PeftModel | None = None
         if lora is not None:
             self.peft = get_peft_model(model, lora.config())
-            self.causal_lm = self.peft.get_base_model()
+            base = self.peft.get_base_model()
+            assert isinstance(base, PreTrainedModel)
+            self.causal_lm = base
         self.causal_lm.config.use_cache = False
 
     @classmethod
@@ -88,16 +94,20 @@ class Policy(nn.Module):
             model: Hub name or folder.
             lora: Adapter settings, or ``None`` to train every weight.
             dtype: Storage type of the frozen weights; adapters stay in float32.
-            quantization: ``nf4`` loads 4-bit weights through ``BitsAndBytesConfig`` (extra ``quant``).
+            quantization: ``nf4`` loads 4-bit weights through ``BitsAndBytesConfig`` (extra
+                ``quant``).
             chat_template: A Jinja file in place of the tokenizer's own template.
             gradient_checkpointing: Trade time for memory in the update.
             attn_implementation: Passed to transformers.
 
         Raises:
-            FileNotFoundError: The model is not there; says how to fetch it and how to run without it.
+            FileNotFoundError: The model is not there; says how to fetch it and how to run without
+                it.
         """
         if quantization not in (None, "nf4"):
-            raise ValueError(f"policy.quantization={quantization!r} is unknown; allowed: null, nf4.")
+            raise ValueError(
+                f"policy.quantization={quantization!r} is unknown; allowed: null, nf4."
+            )
         settings: dict[str, Any] = {
             "dtype": getattr(torch, dtype),
             "attn_implementation": attn_implementation,
@@ -145,9 +155,11 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Within this context the adapters are off: the reference policy, without a second model."""
+        """The reference policy, without a second model: inside, the adapters are off."""
         if self.peft is None:
-            raise RuntimeError("A policy without LoRA has no reference; set policy.lora or loss.kl_coef=0.")
+            raise RuntimeError(
+                "A policy without LoRA has no reference; set policy.lora or loss.kl_coef=0."
+            )
         with self.peft.disable_adapter():
             yield
 
@@ -156,33 +168,66 @@ class Policy(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads, tokenizer included."""
+        """Write adapter and tokenizer: a folder for ``PeftModel.from_pretrained(base, folder)``."""
         if self.peft is None:
             raise RuntimeError("A policy without LoRA has no adapter; use save_model.")
         self.peft.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
 
     def save_model(self, folder: str | Path) -> None:
-        """Write the whole model, adapters merged into a copy of it, as a Hugging Face folder."""
-        model = self.causal_lm
-        if self.peft is not None:
-            merged = self.peft.to(FULL_PRECISION).merge_and_unload()
-            model = merged
+        """Write the whole model, adapters merged into a float32 copy of it, as a model folder."""
+        model = self.causal_lm if self.peft is None else _merged_copy(self.causal_lm)
         model.config.use_cache = True
         model.save_pretrained(str(folder))
+        self.causal_lm.config.use_cache = False
         self.tokenizer.save_pretrained(str(folder))
+
+
+def _merged_copy(causal_lm: PreTrainedModel) -> PreTrainedModel:
+    """A float32 model with the adapters of ``causal_lm`` merged in.
+
+    PEFT merges in place and, where weights have 4 bits, rounds the result to 4 bits again.
+    """
+    adapted: dict[str, Any] = {
+        n: m for n, m in causal_lm.named_modules() if isinstance(m, LoraLayer)
+    }
+    state = {
+        name: parameter.detach().to(FULL_PRECISION)
+        for name, parameter in causal_lm.named_parameters()
+        if not any(name.startswith(f"{layer}.") for layer in adapted)
+    }
+    for name, layer in adapted.items():
+        base = layer.get_base_layer()
+        base.state_dict()  # undoes the layout that bitsandbytes gives 4-bit weights to run on a CPU
+        weight = dequantize_module_weight(base).detach().to(FULL_PRECISION)
+        for adapter in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter).detach()
+        state[f"{name}.weight"] = weight
+        if getattr(base, "bias", None) is not None:
+            state[f"{name}.bias"] = base.bias.detach().to(FULL_PRECISION)
+    config = copy.deepcopy(causal_lm.config)
+    config.dtype = FULL_PRECISION
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = type(causal_lm)(config)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.generation_config = causal_lm.generation_config
+    return model
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer as it was saved.
 
-    ``AutoTokenizer`` goes by the model's architecture and rebuilds a Qwen2 tokenizer around any vocabulary,
-    which would cut a word-level one into bytes; a generic tokenizer says so in its own config.
+    ``AutoTokenizer`` goes by the model's architecture and rebuilds a Qwen2 tokenizer around any
+    vocabulary, which would cut a word-level one into bytes; a generic tokenizer says so in its own
+    config.
     """
     generic = get_tokenizer_config(model).get("tokenizer_class")
-    if generic in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        return PreTrainedTokenizerFast.from_pretrained(model)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    is_generic = generic in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    loader = PreTrainedTokenizerFast if is_generic else AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(model)
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Scoring and loss over the rows of a rollout batch: what the update asks of a policy, micro-batch by micro-batch."""
+"""What the update asks of a policy, micro-batch by micro-batch: scores, and the loss."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def micro_batch_loss(
 ) -> LossTerms:
     """The summed loss of one micro-batch; ``advantages`` are [R].
 
-    With ``on_policy`` the log-probabilities of this very pass are the old ones: no separate pass is needed, and
-    the ratio is 1 to the bit.
+    With ``on_policy`` the log-probabilities of this very pass are the old ones: no separate pass is
+    needed, and the ratio is 1 to the bit.
     """
     piece = MicroBatch.cut(batch, rows)
     logprobs, entropies = policy.score(piece.input_ids, piece.mask, temperature)

@@ -8,11 +8,22 @@ from collections.abc import Iterator
 
 import torch
 
-STAGES = ("rollout", "environment", "old_logprobs", "ref_logprobs", "advantage", "modulation", "update")
+STAGES = (
+    "rollout",
+    "environment",
+    "old_logprobs",
+    "ref_logprobs",
+    "advantage",
+    "modulation",
+    "update",
+)
 
 
 class Stopwatch:
-    """Wall seconds by stage; on a GPU the stage's kernels are waited for, so that they count where they belong."""
+    """Wall seconds by stage.
+
+    On a GPU the stage's kernels are waited for, so that they count where they belong.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

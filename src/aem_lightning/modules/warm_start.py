@@ -17,7 +17,7 @@ from aem_lightning.types import Trajectory
 
 
 def demonstrations_dataset(trajectories: Sequence[Trajectory]) -> datasets.Dataset:
-    """Expert trajectories as rows of ``input_ids`` and ``response_mask``, one a turn or one a trajectory."""
+    """The rows of expert trajectories, as columns ``input_ids`` and ``response_mask``."""
     columns: dict[str, list[list[int]]] = {"input_ids": [], "response_mask": []}
     for trajectory in trajectories:
         masks = [[0] * len(row) for row in trajectory.rows]
@@ -50,39 +50,59 @@ class DemonstrationSampler(Sampler[list[int]]):
 
 
 def collate_demonstrations(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """``input_ids`` and ``mask`` (bool), both [B, L], padded on the right."""
+    """``input_ids`` and the masks ``valid`` and ``response`` (bool), all [B, L], padded on the right.
+
+    ``valid`` leaves out the first token, which nothing predicts.
+    """
     width = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    valid = torch.zeros(len(rows), width, dtype=torch.bool)
+    response = torch.zeros_like(valid)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-        mask[i, : len(row["response_mask"])] = torch.tensor(row["response_mask"], dtype=torch.bool)
-    return {"input_ids": input_ids, "mask": mask}
+        length = len(row["input_ids"])
+        input_ids[i, :length] = torch.tensor(row["input_ids"])
+        valid[i, 1:length] = True
+        response[i, :length] = torch.tensor(row["response_mask"], dtype=torch.bool)
+    return {"input_ids": input_ids, "valid": valid, "response": response}
 
 
 class WarmStartModule(L.LightningModule):
-    """Maximises the log-probability of expert responses; prompts are not trained on.
+    """Maximises the log-probability of expert responses and, with a smaller weight, of what they answer.
+
+    A hub model needs the responses alone. A model from nothing learns to read from the prompts: predicting what
+    the environment says next is what first teaches it to copy names.
 
     Args:
         policy: The policy; every parameter that requires a gradient is trained.
         lr: Peak learning rate of AdamW.
         total_steps: Optimizer steps of the whole stage, for the one-cycle schedule.
+        prompt_weight: Weight of a prompt token; a response token has 1.
         weight_decay: AdamW's.
     """
 
     def __init__(
-        self, policy: Policy, lr: float, total_steps: int, weight_decay: float = 0.01
+        self,
+        policy: Policy,
+        lr: float,
+        total_steps: int,
+        prompt_weight: float = 0.0,
+        weight_decay: float = 0.01,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.lr = lr
         self.total_steps = total_steps
+        self.prompt_weight = prompt_weight
         self.weight_decay = weight_decay
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logprobs, _ = self.policy.score(batch["input_ids"], batch["mask"])
-        loss = -logprobs.mean()
-        self.log("warm_start/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        scored = batch["valid"] if self.prompt_weight else batch["response"]
+        logprobs, _ = self.policy.score(batch["input_ids"], scored)
+        is_response = batch["response"][scored]
+        weight = torch.where(is_response, 1.0, self.prompt_weight)
+        loss = -(weight * logprobs).sum() / weight.sum()
+        response_loss = -logprobs.detach()[is_response].mean()
+        self.log("warm_start/loss", response_loss, prog_bar=True, batch_size=len(scored))
         return loss
 
     def configure_optimizers(self) -> Any:

@@ -1,4 +1,4 @@
-"""Rollouts: prompts and their encoding, the engine protocol and its engines, the collector, packing."""
+"""Rollouts: prompts and their encoding, engines and their protocol, the collector, packing."""
 
 from aem_lightning.rollout.collector import (
     Collector,

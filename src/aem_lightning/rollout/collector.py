@@ -1,12 +1,13 @@
-"""The collector: plays episodes, turn by turn, with whoever answers (a policy's engine or an expert)."""
+"""The collector: plays episodes with whoever answers, a policy's engine or an expert."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from aem_lightning.rollout.encoder import PromptEncoder
@@ -16,18 +17,22 @@ from aem_lightning.types import EnvStep, ResetRequest, Task, Trajectory, Turn
 
 
 def stable_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on ``parts`` alone: the same in every process, on every machine."""
+    """A 63-bit seed that depends on ``parts`` alone, in every process and on every machine."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """An episode to play: copy number ``copy`` of ``task``, in group ``group``."""
+    """An episode to play: copy number ``copy`` of ``task``, in group ``group``.
+
+    ``repeat`` tells the groups of one task apart, where a task is played in more than one.
+    """
 
     task: Task
     group: int
     copy: int
+    repeat: int = 0
 
     @property
     def key(self) -> str:
@@ -35,13 +40,19 @@ class Episode:
 
 
 def make_groups(tasks: Iterable[Task], group_size: int) -> list[Episode]:
-    """``group_size`` copies of every task; one group a task."""
-    return [Episode(task, g, copy) for g, task in enumerate(tasks) for copy in range(group_size)]
+    """``group_size`` copies of every task; one group for each entry of ``tasks``."""
+    episodes = []
+    seen: Counter[str] = Counter()
+    for group, task in enumerate(tasks):
+        repeat = seen[task.id]
+        seen[task.id] += 1
+        episodes += [Episode(task, group, copy, repeat) for copy in range(group_size)]
+    return episodes
 
 
 @dataclass(slots=True)
 class Live:
-    """An episode in play: its trajectory, what the environment last showed, and the prompt to answer."""
+    """An episode in play: its trajectory, the environment's last word, the prompt to answer."""
 
     episode: Episode
     trajectory: Trajectory
@@ -75,8 +86,8 @@ class EnvironmentPool(Protocol):
 class EngineResponder:
     """The policy, through a rollout engine.
 
-    The seed of a response is a function of ``seed`` and of the episode's key and turn alone, so neither the
-    order of the batch nor the number of slots changes what is sampled.
+    The seed of a response is a function of ``seed``, the task, the copy and the turn alone, so
+    neither the order of the tasks nor how many are played at once changes what is sampled.
     """
 
     engine: RolloutEngine
@@ -85,7 +96,8 @@ class EngineResponder:
 
     def respond(self, live: Mapping[str, Live]) -> Sequence[Result]:
         self.engine.submit(
-            Request(key, item.prompt, self.sampling, self._seed(key, item)) for key, item in live.items()
+            Request(key, item.prompt, self.sampling, self._seed(item))
+            for key, item in live.items()
         )
         return self.engine.poll(wait_all=True)
 
@@ -93,13 +105,14 @@ class EngineResponder:
         for key in keys:
             self.engine.close(key)
 
-    def _seed(self, key: str, item: Live) -> int:
-        return stable_seed(*self.seed, item.episode.task.id, key, len(item.trajectory.turns))
+    def _seed(self, item: Live) -> int:
+        episode, turn = item.episode, len(item.trajectory.turns)
+        return stable_seed(*self.seed, episode.task.id, episode.repeat, episode.copy, turn)
 
 
 @dataclass(slots=True)
 class Collector:
-    """Plays episodes to their end, at most ``concurrency`` at once; finished ones make room at once.
+    """Plays episodes to their end, at most ``concurrency`` at once; finished ones make room.
 
     Attributes:
         pool: Where the environments live.
@@ -142,8 +155,8 @@ class Collector:
             results = sorted(self.responder.respond(playing), key=lambda result: result.key)
             for result in results:
                 self._record(live[result.key], result)
-            actions = {r.key: _sent_to_environment(live[r.key].trajectory.turns[-1]) for r in results}
-            for key, step in self._timed(lambda a=actions: self.pool.step(a)).items():
+            actions = {result.key: _sent_to_environment(live[result.key]) for result in results}
+            for key, step in self._timed(partial(self.pool.step, actions)).items():
                 self._observe(live[key], step)
             over = [key for key, item in live.items() if self._is_over(item)]
             self.responder.forget(over)
@@ -156,18 +169,22 @@ class Collector:
         if not new:
             return {}
         requests = {
-            e.key: ResetRequest(e.task.id, stable_seed(seed, e.task.id) % 2**31, e.group) for e in new
+            episode.key: ResetRequest(
+                episode.task.id, stable_seed(seed, episode.task.id) % 2**31, episode.group
+            )
+            for episode in new
         }
-        steps = self._timed(lambda: self.pool.reset(requests))
+        steps = self._timed(partial(self.pool.reset, requests))
         started = {}
         for episode in new:
             step = steps[episode.key]
             prompt = self.encoder.first(step)
             if len(prompt) + self.max_new_tokens > self.max_context:
                 raise ValueError(
-                    f"The opening prompt of task {episode.task.id!r} has {len(prompt)} tokens; with "
-                    f"max_new_tokens={self.max_new_tokens} it does not fit into max_context={self.max_context}. "
-                    f"Type max_context={len(prompt) + 8 * self.max_new_tokens} or a shorter prompt."
+                    f"The opening prompt of task {episode.task.id!r} has {len(prompt)} tokens; "
+                    f"with max_new_tokens={self.max_new_tokens} it does not fit into "
+                    f"max_context={self.max_context}. Type "
+                    f"max_context={len(prompt) + 8 * self.max_new_tokens} or a shorter prompt."
                 )
             trajectory = Trajectory(episode.task, episode.group, episode.copy)
             trajectory.infra_error = step.infra_error
@@ -175,7 +192,7 @@ class Collector:
         return started
 
     def _record(self, item: Live, result: Result) -> None:
-        """Append a response to its row: the prompt's own row where the prompt extends it, else a new one."""
+        """Append a response: to the last row where the prompt extends it, else to a new one."""
         rows, prompt = item.trajectory.rows, item.prompt
         if rows and len(prompt) >= len(rows[-1]) and prompt[: len(rows[-1])] == rows[-1]:
             rows[-1] = prompt + list(result.tokens)
@@ -222,6 +239,7 @@ class Collector:
         return answer
 
 
-def _sent_to_environment(turn: Turn) -> str:
-    """The action, or a malformed response's own words: the environment then says what it makes of them."""
+def _sent_to_environment(item: Live) -> str:
+    """The action, or a malformed response's own words: the environment says what they are worth."""
+    turn = item.trajectory.turns[-1]
     return turn.action if turn.action is not None else turn.response[-200:]

@@ -1,4 +1,4 @@
-"""Messages to token ids, through the model's own chat template, without ever tokenising a response again."""
+"""Messages to token ids, by the model's own chat template; a response is never tokenised again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _PROBE = "probe"
 class PromptEncoder:
     """Turns what an environment shows into the token ids that the policy reads.
 
-    ``memory=transcript``: the prompt of a turn is the row so far (prompt, sampled ids, prompt, ...) plus the
-    new user message, so an episode is one growing row. ``memory=window``: the prompt is one fresh user message
-    with the last ``history_length`` turns, so every turn is a row of its own.
+    ``memory=transcript``: the prompt of a turn is the row so far (prompt, sampled ids, prompt, ...)
+    plus the new user message, so an episode is one growing row. ``memory=window``: the prompt is
+    one fresh user message with the last ``history_length`` turns, so every turn is a row of its
+    own.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template and an end-of-turn token.
@@ -30,8 +31,8 @@ class PromptEncoder:
         history_length: Past turns inside a window prompt.
 
     Raises:
-        ValueError: Unknown ``memory``, no chat template, or a template that does not close a reply with the
-            end-of-sequence token.
+        ValueError: Unknown ``memory``, no chat template, or a template that does not close a reply
+            with the end-of-sequence token.
     """
 
     def __init__(
@@ -42,11 +43,14 @@ class PromptEncoder:
         history_length: int = 2,
     ) -> None:
         if memory not in ("window", "transcript"):
-            raise ValueError(f"memory={memory!r} is unknown; allowed: memory=window, memory=transcript.")
+            raise ValueError(
+                f"memory={memory!r} is unknown; allowed: memory=window, memory=transcript."
+            )
         if not tokenizer.chat_template:
             raise ValueError(
-                f"The tokenizer of {tokenizer.name_or_path or 'this policy'!r} has no chat template, so turns "
-                "cannot be told apart. Use an instruction-tuned model (policy=qwen2_5_1_5b_lora) or give one: "
+                f"The tokenizer of {tokenizer.name_or_path or 'this policy'!r} has no chat "
+                "template, so turns cannot be told apart. Use an instruction-tuned model "
+                "(policy=qwen2_5_1_5b_lora) or give one: "
                 "policy.chat_template=/path/to/template.jinja"
             )
         self.tokenizer = tokenizer
@@ -67,7 +71,7 @@ class PromptEncoder:
         return self._encode(self._render(self._conversation(self.prompt.first_message(step))))
 
     def next(self, step: EnvStep, trajectory: Trajectory) -> list[int]:
-        """The prompt of the turn after ``trajectory.turns``, whose last row ends with the last response."""
+        """The prompt of the next turn; the last row of ``trajectory`` ends with a response."""
         turns = trajectory.turns
         if self.memory == "window":
             message = self.prompt.window_message(step, turns, self.history_length)
@@ -101,14 +105,15 @@ class PromptEncoder:
         return [*self._conversation(_PROBE), {"role": "assistant", "content": _PROBE}]
 
     def _closing_text(self) -> str:
-        """What the chat template writes after a reply: the end token and, for some models, a line break."""
+        """What the template writes after a reply: the end token, for some models a line break."""
         text = self._render(self._finished_conversation(), reply=False)
         closing = text[text.rindex(_PROBE) + len(_PROBE) :]
         if not closing.lstrip().startswith(str(self.tokenizer.eos_token)):
             raise ValueError(
-                f"The chat template closes a reply with {closing!r}, not with the end-of-sequence token "
-                f"{self.tokenizer.eos_token!r}: the policy would never stop. Set the tokenizer's eos_token to "
-                "the template's end-of-turn token, or give another template: policy.chat_template=..."
+                f"The chat template closes a reply with {closing!r}, not with the end-of-sequence "
+                f"token {self.tokenizer.eos_token!r}: the policy would never stop. Set the "
+                "tokenizer's eos_token to the template's end-of-turn token, or give another "
+                "template: policy.chat_template=..."
             )
         return closing
 
@@ -119,8 +124,9 @@ class PromptEncoder:
         full = self._render([*finished, {"role": "user", "content": message}])
         if not full.startswith(head):
             raise ValueError(
-                "The chat template rewrites earlier turns when a new one is added, so a transcript cannot be "
-                "kept as one row. Type memory=window, or give a template that only appends."
+                "The chat template rewrites earlier turns when a new one is added, so a transcript "
+                "cannot be kept as one row. Type memory=window, or give a template that only "
+                "appends."
             )
         closing = self._closing
         if finish_reason == "stop":  # the sampled ids already hold the end token

@@ -1,4 +1,4 @@
-"""Expert play through the collector: the same prompts, rows and environments as the policy's own."""
+"""Expert play through the collector: prompts, rows and environments are those of the policy."""
 
 from __future__ import annotations
 

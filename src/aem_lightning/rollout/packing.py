@@ -14,16 +14,22 @@ from aem_lightning.types import RolloutBatch, Trajectory, Turn
 def pack(trajectories: Sequence[Trajectory], pad_id: int = 0) -> RolloutBatch:
     """The rollout batch of ``trajectories``, on the CPU.
 
-    Responses are numbered in the order of trajectories and turns. Token entropies that no engine gave are 0
-    here, and so is ``entropy``: the scoring pass fills them in. A trajectory with an ``infra_error`` or without
-    a response leaves the loss.
+    Responses are numbered in the order of trajectories and turns. Token entropies that no engine
+    gave are 0 here, and so is ``entropy``: the scoring pass fills them in. A trajectory with an
+    ``infra_error`` or without a response leaves the loss.
 
     Raises:
         ValueError: There is no response at all, or a log-probability or entropy is not finite.
     """
-    responses = [(n, t, turn) for n, tr in enumerate(trajectories) for t, turn in enumerate(tr.turns)]
+    responses = [
+        (n, t, turn)
+        for n, trajectory in enumerate(trajectories)
+        for t, turn in enumerate(trajectory.turns)
+    ]
     if not responses:
-        raise ValueError(f"None of the {len(trajectories)} trajectories holds a response; nothing to train on.")
+        raise ValueError(
+            f"None of the {len(trajectories)} trajectories holds a response; nothing to train on."
+        )
     _check_finite(trajectories, responses)
     rows = [row for trajectory in trajectories for row in trajectory.rows]
     first_row = _offsets(len(trajectory.rows) for trajectory in trajectories)
@@ -41,6 +47,7 @@ def pack(trajectories: Sequence[Trajectory], pad_id: int = 0) -> RolloutBatch:
             entropies[s, span] = torch.tensor(turn.entropies)
     turns = [turn for _, _, turn in responses]
     length = torch.tensor([turn.length for turn in turns])
+    total_entropy = torch.tensor([sum(turn.entropies or (0.0,)) for turn in turns])
     return RolloutBatch(
         input_ids=input_ids,
         row_length=torch.tensor([len(row) for row in rows]),
@@ -51,7 +58,7 @@ def pack(trajectories: Sequence[Trajectory], pad_id: int = 0) -> RolloutBatch:
         trajectory=torch.tensor([n for n, _, _ in responses]),
         turn=torch.tensor([t for _, t, _ in responses]),
         length=length,
-        entropy=torch.tensor([sum(turn.entropies or (0.0,)) for turn in turns]) / length.clamp(min=1),
+        entropy=total_entropy / length.clamp(min=1),
         surprisal=torch.tensor([-sum(turn.logprobs) for turn in turns]),
         reward=torch.tensor([turn.reward for turn in turns]),
         valid=torch.tensor([turn.is_valid for turn in turns]),
@@ -65,8 +72,8 @@ def pack(trajectories: Sequence[Trajectory], pad_id: int = 0) -> RolloutBatch:
 def micro_batches(rows: Sequence[int], row_length: Tensor, max_tokens: int) -> list[list[int]]:
     """``rows`` cut into lists whose padded size stays within ``max_tokens``, the longest first.
 
-    A row that is longer than the budget makes a list of its own. The longest comes first, so a budget that
-    does not fit into memory shows at once.
+    A row that is longer than the budget makes a list of its own. The longest comes first, so a
+    budget that does not fit into memory shows at once.
     """
     lengths = row_length.tolist()
     batches: list[list[int]] = []
@@ -78,10 +85,10 @@ def micro_batches(rows: Sequence[int], row_length: Tensor, max_tokens: int) -> l
 
 
 def minibatches(num_rows: int, count: int, generator: torch.Generator) -> list[list[int]]:
-    """A random partition of the rows into exactly ``count`` minibatches, some empty when rows are few.
+    """A random partition of the rows into exactly ``count`` minibatches; few rows leave some empty.
 
-    The *number* is fixed, not the size: data-parallel ranks hold different numbers of rows and still take the
-    same number of optimizer steps.
+    The *number* is fixed, not the size: data-parallel ranks hold different numbers of rows and
+    still take the same number of optimizer steps.
     """
     order = torch.randperm(num_rows, generator=generator).tolist()
     bounds = [round(i * num_rows / count) for i in range(count + 1)]
@@ -99,7 +106,11 @@ def _anchors(trajectories: Sequence[Trajectory]) -> Tensor:
     """An id for each response: equal exactly where group and observation are equal."""
     ids: dict[tuple[int, str], int] = {}
     return torch.tensor(
-        [ids.setdefault((tr.group, turn.observation), len(ids)) for tr in trajectories for turn in tr.turns]
+        [
+            ids.setdefault((trajectory.group, turn.observation), len(ids))
+            for trajectory in trajectories
+            for turn in trajectory.turns
+        ]
     )
 
 
@@ -111,7 +122,8 @@ def _check_finite(
         if not torch.isfinite(values).all():
             trajectory = trajectories[n]
             raise ValueError(
-                f"A log-probability or entropy is not finite in episode {trajectory.group}/{trajectory.copy} "
-                f"(task {trajectory.task.id!r}), turn {t}: the policy has diverged. Go back to the last "
-                "checkpoint with ckpt_path=last and a lower learning rate: optimizer.lr=..."
+                "A log-probability or entropy is not finite in episode "
+                f"{trajectory.group}/{trajectory.copy} (task {trajectory.task.id!r}), turn {t}: "
+                "the policy has diverged. Go back to the last checkpoint with ckpt_path=last and a "
+                "lower learning rate: optimizer.lr=..."
             )

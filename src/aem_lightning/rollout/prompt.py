@@ -1,4 +1,4 @@
-"""The words around an environment: what the policy is told, and where its action is found in the reply."""
+"""The words around an environment: what the policy is told, and where its action is found."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _ITEM_FIELDS = ("step", "observation", "action")
 class Prompt:
     """The templates of one way to talk to the policy; plain ``str.format`` texts that live in YAML.
 
-    Fields of ``opening``, ``turn`` and ``window``: ``goal``, ``observation``, ``admissible_actions``,
-    ``steps_taken``, ``history_length``, ``history``. Fields of ``history_item``: ``step``, ``observation``,
-    ``action``.
+    Fields of ``opening``, ``turn`` and ``window``: ``goal``, ``observation``,
+    ``admissible_actions``, ``steps_taken``, ``history_length``, ``history``. Fields of
+    ``history_item``: ``step``, ``observation``, ``action``.
 
     Attributes:
         opening: The user message of the first turn.
@@ -30,7 +30,8 @@ class Prompt:
         history_item: One past turn inside ``history``.
         demonstration: How an expert's ``{action}`` is written as a response.
         system: The system message; ``None`` sends none (a chat template may still add its own).
-        action: ``tagged`` finds the action in one pair of action tags, ``plain`` takes the whole reply.
+        action: ``tagged`` finds the action in one pair of action tags, ``plain`` takes the whole
+            reply.
         require_thinking: With ``tagged``, a reply without think tags is malformed too.
 
     Raises:
@@ -48,7 +49,9 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if self.action not in ("tagged", "plain"):
-            raise ValueError(f"prompt.action={self.action!r} is unknown; allowed: 'tagged', 'plain'.")
+            raise ValueError(
+                f"prompt.action={self.action!r} is unknown; allowed: 'tagged', 'plain'."
+            )
         templates = {
             "opening": _FIELDS,
             "turn": _FIELDS,
@@ -75,7 +78,7 @@ class Prompt:
         return self.turn.format(**_fields(step, turns, 0))
 
     def window_message(self, step: EnvStep, turns: Sequence[Turn], history_length: int) -> str:
-        """The one user message that carries the last ``history_length`` turns, under ``memory=window``."""
+        """The user message with the last ``history_length`` turns, under ``memory=window``."""
         recent = turns[max(0, len(turns) - history_length) :]
         items = (
             self.history_item.format(

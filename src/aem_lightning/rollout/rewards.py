@@ -11,10 +11,10 @@ from aem_lightning.types import EnvStep
 class RewardShaping:
     """Reward of one turn.
 
-    ``environment`` times the environment's own reward, plus ``success`` when the episode is won on this turn,
-    plus the penalties (given as negative numbers) for a malformed response (no action in it), an action that
-    is not admissible, and each step. The defaults are the paper's for ALFWorld: 10 for success, -0.1 for each
-    invalid action.
+    ``environment`` times the environment's own reward, plus ``success`` when the episode is won on
+    this turn, plus the penalties (given as negative numbers) for a malformed response (no action in
+    it), an action that is not admissible, and each step. The defaults are the paper's for ALFWorld:
+    10 for success, -0.1 for each invalid action.
     """
 
     success: float = 10.0

@@ -1,13 +1,15 @@
-"""From YAML to objects, in one place: classes elsewhere take plain typed arguments and never see a config."""
+"""From YAML to objects, in one place: classes elsewhere take plain arguments, never a config."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning as L
+import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
@@ -46,8 +48,9 @@ def build_datamodule(cfg: DictConfig) -> AgentDataModule:
     """The environment's DataModule, its tasks ready."""
     datamodule: AgentDataModule = instantiate(cfg.datamodule)
     datamodule.prepare_data()
+    # A missing folder or an empty split must show before anything is loaded.
     for split in (datamodule.train_split, *datamodule.evaluation_splits):
-        datamodule.tasks(split)  # a missing folder or an empty split must show before anything is loaded
+        datamodule.tasks(split)
     return datamodule
 
 
@@ -57,13 +60,16 @@ def build_encoder(cfg: DictConfig, policy: Policy) -> PromptEncoder:
 
 
 def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, WarmStart | None]:
-    """The policy with its adapters; a policy that a warm start makes is made first, or found from last time."""
+    """The policy with its adapters, after its warm start where it comes from one."""
     start = None
     model = cfg.policy.model
     if model is None:
         start = warm_start(cfg, datamodule)
         model = str(start.folder)
-    return load_policy(cfg, model, lora=Lora(**plain(cfg.policy.lora))), start
+    with torch.random.fork_rng(devices=[]):
+        # New adapters depend on the seed alone: not on what a warm start has drawn before.
+        torch.manual_seed(cfg.seed)
+        return load_policy(cfg, model, lora=Lora(**plain(cfg.policy.lora))), start
 
 
 def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
@@ -77,20 +83,29 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     settings = WarmStartSettings(**plain(cfg.policy.warm_start))
     limits = {key: cfg[key] for key in ("max_turns", "max_context", "max_new_tokens")}
     policy_config = plain(cfg.policy)
+    if policy_config["model"] is None:
+        policy_config.pop("lora")  # a tiny model is warm-started without adapters
     key = warm_start_key(
-        {name: value for name, value in policy_config.items() if name != "lora" or policy_config["model"]},
+        policy_config,
         plain(cfg.prompt),
         {name: cfg[name] for name in ("memory", "history_length")},
         limits,
         warm_start_data(cfg),
     )
-    folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / f"{datamodule.__class__.__name__.lower()}_{key}"
+    name = f"{type(datamodule).__name__.lower()}_{key}"
+    folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / name
     if cfg.policy.model is None:
         base = tiny_base(datamodule, Architecture(**plain(cfg.policy.architecture)), settings.seed)
     else:
         base = load_policy(cfg, cfg.policy.model, lora=Lora(**plain(cfg.policy.lora)))
-    devices = {"accelerator": cfg.trainer.accelerator, "devices": 1, "precision": cfg.trainer.precision}
-    quiet = {"logger": False, "enable_model_summary": False}
+    trainer = {
+        "accelerator": cfg.trainer.accelerator,
+        "devices": 1,
+        "precision": cfg.trainer.precision,
+        "logger": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": cfg.trainer.get("enable_progress_bar", True),
+    }
     return run_warm_start(
         base,
         datamodule,
@@ -99,16 +114,23 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
         rewards=instantiate(cfg.rewards),
         limits=limits,
         folder=folder,
-        trainer={**devices, **quiet, "enable_progress_bar": cfg.trainer.get("enable_progress_bar", True)},
+        trainer=trainer,
     )
 
 
 def warm_start_data(cfg: DictConfig) -> dict[str, Any]:
     """The part of the DataModule's config that decides which episodes the expert plays."""
     unrelated = (
-        "tasks_per_iteration iterations_per_epoch validation_tasks evaluation_batch evaluation_splits workers "
-        "timeout_s seed cached_engine"
-    ).split()
+        "tasks_per_iteration",
+        "iterations_per_epoch",
+        "validation_tasks",
+        "evaluation_batch",
+        "evaluation_splits",
+        "workers",
+        "timeout_s",
+        "seed",
+        "cached_engine",
+    )
     return {name: value for name, value in plain(cfg.datamodule).items() if name not in unrelated}
 
 
@@ -138,8 +160,12 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values()]
     logger: Logger | None = instantiate(cfg.logger) if cfg.logger else None
     epochs = -(-cfg.iterations // cfg.iterations_per_epoch)
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=logger or False, max_epochs=epochs)
+    # A partial: Hydra would take the objects for configs, and some loggers look like one.
+    trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
+        callbacks=callbacks, logger=logger or False, max_epochs=epochs
+    )
+    return trainer
 
 
-def _pick(cfg: DictConfig, settings: type) -> Mapping[str, Any]:
-    return {name: cfg[name] for name in settings.__dataclass_fields__}
+def _pick(cfg: DictConfig, settings: type[RolloutSettings | UpdateSettings]) -> Mapping[str, Any]:
+    return {field.name: cfg[field.name] for field in fields(settings)}

@@ -1,4 +1,4 @@
-"""Checks of a composed config: every problem is collected, and all are raised at once, before anything starts."""
+"""Checks of a composed config: all its problems are raised at once, before anything starts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ class ConfigError(ValueError):
 
 
 _AT_LEAST_ONE = (
-    "iterations iterations_per_epoch tasks_per_iteration group_size max_turns max_new_tokens "
-    "concurrency update_epochs num_minibatches micro_batch_tokens"
-).split()
+    "iterations",
+    "iterations_per_epoch",
+    "tasks_per_iteration",
+    "group_size",
+    "max_turns",
+    "max_new_tokens",
+    "max_context",
+    "concurrency",
+    "update_epochs",
+    "num_minibatches",
+    "micro_batch_tokens",
+)
+_ABOVE_ZERO = {"temperature": True, "eval_temperature": False, "max_grad_norm": True}
 _CHOICES = {"memory": ("window", "transcript"), "stage": ("train", "warm_start")}
 
 
@@ -21,7 +31,7 @@ def check_config(cfg: DictConfig) -> None:
     problems = [
         f"{name}={cfg[name]!r}: a whole number of at least 1, e.g. {name}=8"
         for name in _AT_LEAST_ONE
-        if not isinstance(cfg[name], int) or cfg[name] < 1
+        if type(cfg[name]) is not int or cfg[name] < 1
     ]
     problems += [
         f"{name}={cfg[name]!r}: allowed are {', '.join(f'{name}={choice}' for choice in choices)}"
@@ -30,17 +40,20 @@ def check_config(cfg: DictConfig) -> None:
     ]
     problems += [
         f"{name}={cfg[name]!r}: a number {'>' if strict else '>='} 0"
-        for name, strict in (("temperature", True), ("eval_temperature", False), ("max_grad_norm", True))
-        if not isinstance(cfg[name], int | float) or cfg[name] < 0 or (strict and cfg[name] == 0)
+        for name, strict in _ABOVE_ZERO.items()
+        if type(cfg[name]) not in (int, float)
+        or not cfg[name] >= 0
+        or (strict and cfg[name] == 0)
     ]
+    if type(cfg.history_length) is not int or cfg.history_length < 0:
+        problems.append(f"history_length={cfg.history_length!r}: a whole number >= 0")
     if not problems and cfg.max_context <= cfg.max_new_tokens:
         problems.append(
-            f"max_context={cfg.max_context} leaves no room for a prompt beside max_new_tokens={cfg.max_new_tokens}: "
-            f"type max_context={4 * cfg.max_new_tokens}"
+            f"max_context={cfg.max_context} leaves no room for a prompt beside "
+            f"max_new_tokens={cfg.max_new_tokens}: type max_context={4 * cfg.max_new_tokens}"
         )
-    if not problems and cfg.memory == "window" and cfg.history_length < 0:
-        problems.append(f"history_length={cfg.history_length}: a whole number >= 0")
     if cfg.policy.model is None and not cfg.policy.warm_start.required:
         problems.append("policy.model=null: type policy.model=<hub name or folder>, or policy=tiny")
     if problems:
-        raise ConfigError("The config has problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"The config has problems:\n{lines}")

@@ -1,4 +1,4 @@
-"""What stands between the command line and a run: errors that a person can act on, and a tidy log."""
+"""Between the command line and a run: errors that a person can act on, and a tidy log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,10 @@ MENDABLE = (ValueError, FileNotFoundError, ImportError, HydraException)
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """End with the message alone where a person can mend the cause; the traceback goes to ``error.log``."""
+    """End with the message alone where a person can mend the cause.
+
+    The traceback goes to ``error.log``.
+    """
     try:
         yield
     except MENDABLE as error:
@@ -45,46 +48,46 @@ def check_overrides(config_dir: Path, config_name: str, arguments: Sequence[str]
         try:
             compose(config_name, overrides=list(arguments), return_hydra_config=True)
         except ConfigCompositionException as error:
-            known = _known_keys(compose(config_name, overrides=_experiment(arguments)))
             message = f"{error}"
             if error.__cause__ is not None:
                 message += f"\n{error.__cause__}"
-            sys.exit(message + _suggestion(message, arguments, known))
+            known = _known_keys(OmegaConf.to_container(compose(config_name)))
+            close = _close_keys(message, arguments, known)
+            if close:
+                all_keys = f"python {config_name}.py --cfg job"
+                message += f"\nDid you mean {' or '.join(close)}? All keys: {all_keys}"
+            sys.exit(message)
         except HydraException as error:
             sys.exit(f"{error}")
 
 
-def _experiment(arguments: Sequence[str]) -> list[str]:
-    """No overrides: the keys of the default config are what suggestions are drawn from."""
-    return []
-
-
-def _known_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+def _known_keys(node: object, prefix: str = "") -> list[str]:
+    """The dotted keys of a plain container."""
+    if not isinstance(node, dict):
+        return []
     keys: list[str] = []
-    for key in cfg:
-        keys.append(f"{prefix}{key}")
-        if OmegaConf.is_dict(cfg) and not OmegaConf.is_missing(cfg, key):
-            value = OmegaConf.to_container(cfg, resolve=False)[key]  # type: ignore[call-overload, index]
-            if isinstance(value, dict):
-                keys += _known_keys(OmegaConf.create(value), f"{prefix}{key}.")
+    for name, value in node.items():
+        keys += [f"{prefix}{name}", *_known_keys(value, f"{prefix}{name}.")]
     return keys
 
 
-def _suggestion(message: str, arguments: Sequence[str], known: Sequence[str]) -> str:
+def _close_keys(message: str, arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """What the override that ``message`` complains about may have meant."""
     for argument in arguments:
         key = argument.lstrip("+~").split("=")[0]
-        close = difflib.get_close_matches(key, known, n=3)
-        if key in message and key not in known and close:
-            return f"\nDid you mean {' or '.join(close)}? All keys: python train.py --cfg job"
-    return ""
+        if key in message and key not in known:
+            return difflib.get_close_matches(key, known, n=3)
+    return []
 
 
 def quiet_libraries() -> None:
     """Silence messages that a user of this project can do nothing about."""
-    # Lightning counts CPU cores and workers for us; tasks are plain strings, loading them takes no time.
+    # Lightning counts loader workers for us; tasks are plain strings, loading them takes no time.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Training batches are tasks; their number is the user's choice.
-    warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging.*")
+    warnings.filterwarnings(
+        "ignore", message=".*number of training batches.*smaller than the log.*"
+    )
     # torch's own schedulers warn about Lightning's call order on resume.
     warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")
     # The LightningModule holds a policy in eval mode between rollouts on purpose.

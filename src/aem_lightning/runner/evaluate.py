@@ -16,7 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.metrics import success_summary
 from aem_lightning.modules import AgentModule
-from aem_lightning.runner.build import build_agent, build_datamodule, build_policy, build_trainer, plain
+from aem_lightning.runner.build import (
+    build_agent,
+    build_datamodule,
+    build_policy,
+    build_trainer,
+    plain,
+)
 from aem_lightning.runner.checkpoints import find_checkpoint
 from aem_lightning.runner.summary import print_results
 from aem_lightning.types import Trajectory
@@ -63,23 +69,31 @@ def play_all(
     module.tested = []
     trainer.test(module, datamodule=datamodule, verbose=False)
     played = _from_all_ranks(module.tested)
-    splits = {split: [t for t in played if t.task.split == split] for split in datamodule.evaluation_splits}
+    splits = {
+        split: [trajectory for trajectory in played if trajectory.task.split == split]
+        for split in datamodule.evaluation_splits
+    }
     return {
         "success": success_summary(played),
         "by_split": {split: success_summary(part) for split, part in splits.items() if part},
         "episodes": [
-            {
-                "task": trajectory.task.id,
-                "type": trajectory.task.type,
-                "split": trajectory.task.split,
-                "won": trajectory.won,
-                "turns": len(trajectory.turns),
-                "malformed": sum(turn.action is None for turn in trajectory.turns),
-                "inadmissible": sum(turn.action is not None and not turn.is_valid for turn in trajectory.turns),
-                "infra_error": trajectory.infra_error,
-            }
+            _outcome(trajectory)
             for trajectory in sorted(played, key=lambda t: (t.task.split, t.task.id))
         ],
+    }
+
+
+def _outcome(trajectory: Trajectory) -> dict[str, Any]:
+    turns = trajectory.turns
+    return {
+        "task": trajectory.task.id,
+        "type": trajectory.task.type,
+        "split": trajectory.task.split,
+        "won": trajectory.won,
+        "turns": len(turns),
+        "malformed": sum(turn.action is None for turn in turns),
+        "inadmissible": sum(turn.action is not None and not turn.is_valid for turn in turns),
+        "infra_error": trajectory.infra_error,
     }
 
 
@@ -92,7 +106,7 @@ def _from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 
 def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
-    """The training run's config with this evaluation's wishes: no callbacks, no logger, its own folder."""
+    """The training run's config with this evaluation's wishes and folder, and without callbacks."""
     base = OmegaConf.create(dict(stored))
     OmegaConf.set_struct(base, True)
     wishes: dict[str, Any] = {"seed": cfg.seed, "paths": plain(cfg.paths)}

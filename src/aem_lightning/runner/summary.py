@@ -56,7 +56,9 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
     """Write ``summary.json`` and show the same to the person at the terminal."""
     target = folder / SUMMARY
     target.write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    shown = {name: summary[name] for name in ("success_before", "success_after") if summary.get(name)}
+    shown = {
+        name: summary[name] for name in ("success_before", "success_after") if summary.get(name)
+    }
     if shown:
         print_results(f"{summary['name']}: {summary['iterations']} iterations", shown)
     table = Table(title="wall time by stage", show_header=False)

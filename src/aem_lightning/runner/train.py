@@ -73,7 +73,10 @@ def reinforce(
         "success_after": after,
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
-        "next": [f"python eval.py ckpt_path={last}", f"tensorboard --logdir {Path(cfg.paths.log_dir)}"],
+        "next": [
+            f"python eval.py ckpt_path={last}",
+            f"tensorboard --logdir {Path(cfg.paths.log_dir)}",
+        ],
     }
     if trainer.is_global_zero:
         write_summary(output, summary)
@@ -102,11 +105,11 @@ def warm_start_only(
 
 
 def _before(checkpoint: Path | None) -> dict[str, Any] | None:
-    """The first evaluation of the run that ``checkpoint`` continues, so that it is not played again."""
+    """The first evaluation of the run that ``checkpoint`` continues: it is not played again."""
     if checkpoint is None:
         return None
-    config = torch.load(checkpoint, map_location="cpu", weights_only=True)["aem_lightning"]["config"]
-    earlier = Path(config["paths"]["output_dir"]) / BEFORE
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    earlier = Path(stored["aem_lightning"]["config"]["paths"]["output_dir"]) / BEFORE
     if not earlier.is_file():
         return None
     found: dict[str, Any] = json.loads(earlier.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The warm-start stage: demonstrations, supervised training, and a model folder kept by the hash of its config."""
+"""The warm-start stage: expert play, supervised training, and a model folder kept by its config."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ from aem_lightning.types import Trajectory
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the stage changes what it makes, so that older folders are not taken for new ones
+# Raise it when the stage changes what it makes: older folders are then not taken for new ones.
+FORMAT = 2
 RESULT = "warm_start.json"
 
 
@@ -52,6 +53,7 @@ class WarmStartSettings:
         demonstrations: Expert episodes to play.
         epochs: Passes over them.
         lr: Peak learning rate.
+        prompt_weight: Weight of a prompt token in the loss; a response token has 1.
         batch_tokens: Padded tokens of one batch.
         max_grad_norm: Gradient norm to clip at.
         seed: Key of the demonstrations and of the initial weights.
@@ -61,6 +63,7 @@ class WarmStartSettings:
     demonstrations: int = 1000
     epochs: int = 3
     lr: float = 1e-3
+    prompt_weight: float = 0.0
     batch_tokens: int = 8192
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -95,7 +98,7 @@ def play_demonstrations(
     rewards: RewardShaping,
     limits: Mapping[str, int],
 ) -> list[Trajectory]:
-    """Expert episodes on training tasks that were won; tasks are taken in a seeded order, again when few."""
+    """Won expert episodes on training tasks, which are taken in a seeded order, again when few."""
     tasks = datamodule.tasks(datamodule.train_split)
     order = sorted(tasks, key=lambda task: stable_seed(settings.seed, "demonstrations", task.id))
     episodes = [Episode(order[i % len(order)], i, 0) for i in range(settings.demonstrations)]
@@ -106,11 +109,13 @@ def play_demonstrations(
         ),
     )
     collector = Collector(datamodule.pool, encoder, responder, rewards, **limits)
-    won = [trajectory for trajectory in collector.collect(episodes, seed=settings.seed) if trajectory.won]
+    played = collector.collect(episodes, seed=settings.seed)
+    won = [trajectory for trajectory in played if trajectory.won]
     if not won:
         raise ValueError(
-            f"The expert won none of {len(episodes)} episodes within max_turns={limits['max_turns']}, so there is "
-            "nothing to learn from. Type a larger max_turns=..."
+            f"The expert won none of {len(episodes)} episodes within "
+            f"max_turns={limits['max_turns']}, so there is nothing to learn from. Type a larger "
+            "max_turns=..."
         )
     log.info("expert play: %d of %d episodes won", len(won), len(episodes))
     return won
@@ -127,7 +132,7 @@ def run_warm_start(
     folder: Path,
     trainer: Mapping[str, Any],
 ) -> WarmStart:
-    """Train ``base`` on expert play and save it to ``folder``; a folder that is already complete is taken as it is."""
+    """Train ``base`` on expert play and save it; a complete ``folder`` is taken as it is."""
     result = folder / RESULT
     if result.exists():
         return WarmStart(folder, True, 0.0, json.loads(result.read_text(encoding="utf-8")))
@@ -138,8 +143,14 @@ def run_warm_start(
     sampler = DemonstrationSampler(
         [len(row) for row in dataset["input_ids"]], settings.batch_tokens, settings.seed
     )
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_demonstrations)  # type: ignore[arg-type]
-    module = WarmStartModule(base, settings.lr, settings.epochs * len(sampler))
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate_demonstrations,
+    )
+    module = WarmStartModule(
+        base, settings.lr, settings.epochs * len(sampler), settings.prompt_weight
+    )
     fit = L.Trainer(
         **trainer,
         max_epochs=settings.epochs,
@@ -148,6 +159,7 @@ def run_warm_start(
         use_distributed_sampler=False,
     )
     fit.fit(module, loader)
+    seconds = time.perf_counter() - start
     report = {
         "settings": asdict(settings),
         "demonstrations": len(played),
@@ -155,10 +167,10 @@ def run_warm_start(
         "rows": len(dataset),
         "loss": float(fit.callback_metrics["warm_start/loss"]),
         "seconds_play": seconds_play,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
     }
     _save(base, folder, report)
-    return WarmStart(folder, False, report["seconds"], report)
+    return WarmStart(folder, False, seconds, report)
 
 
 def _save(policy: Policy, folder: Path, report: Mapping[str, Any]) -> None:
@@ -170,5 +182,3 @@ def _save(policy: Policy, folder: Path, report: Mapping[str, Any]) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
-
-

@@ -1,0 +1,34 @@
+"""What an iteration reports about its episodes."""
+
+from __future__ import annotations
+
+import torch
+
+from aem_lightning.types import Iteration
+
+
+def rollout_metrics(done: Iteration) -> dict[str, float]:
+    """Scalars of one iteration's episodes: outcome, length, and how mixed the groups are."""
+    trajectories, batch = done.trajectories, done.batch
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    _, index = batch.group.unique(return_inverse=True)
+    ones = torch.ones_like(batch.returns)
+    high = torch.scatter_reduce(ones, 0, index, batch.returns, "amax", include_self=False)
+    low = torch.scatter_reduce(ones, 0, index, batch.returns, "amin", include_self=False)
+    mixed = (high > low)[: int(index.max()) + 1]
+    tokens = int(batch.length.sum())
+    inadmissible = sum(turn.action is not None and not turn.is_valid for turn in turns)
+    return {
+        "train/success_rate": sum(t.won for t in trajectories) / len(trajectories),
+        "train/return": float(batch.returns.mean()),
+        "rollout/turns": len(turns) / len(trajectories),
+        "rollout/response_tokens": tokens / len(turns),
+        "rollout/malformed_rate": sum(turn.action is None for turn in turns) / len(turns),
+        "rollout/inadmissible_rate": inadmissible / len(turns),
+        "rollout/truncated_rate": sum(t.truncated for t in trajectories) / len(trajectories),
+        "rollout/infra_errors": float(sum(t.infra_error is not None for t in trajectories)),
+        "rollout/mixed_groups": float(mixed.float().mean()),
+        "rollout/entropy": float((batch.entropy * batch.length).sum() / tokens),
+        "rollout/skipped_update": float(done.skipped is not None),
+        "rollout/entropy_from_trainer": float(done.entropy_source == "trainer"),
+    }

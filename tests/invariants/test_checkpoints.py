@@ -1,0 +1,81 @@
+"""Checkpoints: what they hold, and that training goes on from them as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import COMMAND_ENVIRONMENT, ROOT, fit, toy_config, toy_overrides
+
+from aem_lightning.runner import train
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def test_a_checkpoint_holds_more_than_what_is_trained(toy_model: str, tmp_path: Path) -> None:
+    module = fit(toy_config(tmp_path, toy_model))
+    trained = {f"policy.{name}": p.shape for name, p in module.policy.trainable().items()}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    found = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert [path.name for path in found] == ["best.ckpt", "last.ckpt"]
+    for path in found:
+        checkpoint = loaded(path)
+        assert {name: v.shape for name, v in checkpoint["state_dict"].items()} == trained
+        assert len(checkpoint["optimizer_states"][0]["state"]) == len(trained)
+        assert checkpoint["aem_lightning"]["config"]["group_size"] == 4
+    assert loaded(found[1])["aem_lightning"]["iteration"] == 4
+
+
+def test_other_adapters_are_loaded_silently(toy_model: str, tmp_path: Path) -> None:
+    fit(toy_config(tmp_path / "a", toy_model, "iterations=1", "iterations_per_epoch=1"))
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=r"do not fit this policy .* policy\.lora settings"):
+        fit(toy_config(tmp_path / "b", toy_model, "policy.lora.r=2"), ckpt_path=last)
+
+
+def command(*overrides: str) -> int:
+    """Exit status of the real command, on one thread."""
+    arguments = [sys.executable, "train.py", *overrides]
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=COMMAND_ENVIRONMENT, capture_output=True, text=True, timeout=150
+    )
+    if done.returncode > 0:
+        raise AssertionError(done.stdout + done.stderr)
+    return done.returncode
+
+
+def test_a_killed_and_resumed_run_differs_from_an_uninterrupted_one(
+    toy_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = (*toy_overrides(tmp_path, toy_model), "iterations=6", "update_epochs=2")
+    kill = ("+callbacks.kill._target_=toy.Kill", "+callbacks.kill.epoch=1", "+callbacks.kill.batch=1")
+    assert command(*run, *kill) == -signal.SIGKILL
+    (killed,) = tmp_path.glob("logs/*/*/checkpoints/last.ckpt")
+    assert loaded(killed)["aem_lightning"]["iteration"] == 2
+    assert command(*run, "ckpt_path=last") == 0
+    resumed = max(tmp_path.glob("logs/*/*/checkpoints/last.ckpt"), key=os.path.getmtime)
+    assert resumed != killed
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = train(toy_config(tmp_path / "whole", toy_model, *run[-2:]))
+    finally:
+        torch.set_num_threads(threads)
+    expected, found = loaded(Path(whole["paths"]["checkpoint"])), loaded(resumed)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
+    assert found["aem_lightning"]["iteration"] == expected["aem_lightning"]["iteration"] == 6
+    assert found["epoch"] == expected["epoch"]
+    assert found["global_step"] == expected["global_step"]
+    monitor = next(name for name in expected["callbacks"] if "AEMMonitor" in name)
+    assert found["callbacks"][monitor] == expected["callbacks"][monitor]

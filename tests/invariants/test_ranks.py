@@ -1,0 +1,44 @@
+"""Two data-parallel ranks train as one process does on the same tasks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from runs import COMMAND_ENVIRONMENT, ROOT, fit, toy_config, toy_overrides, weights
+
+# SGD: what Adam makes of a gradient of nearly 0 depends on its last bits.
+STEP = ("optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1", "iterations=2")
+WHOLE = ("update_epochs=1", "num_minibatches=1", "micro_batch_tokens=64")
+SPLIT = ("update_epochs=2", "num_minibatches=3", "micro_batch_tokens=64")
+HELP = ("+callbacks.ranks._target_=toy.SameSampling",)
+
+
+def weights_of_ranks(model: str, folder: Path, *overrides: str) -> list[dict[str, torch.Tensor]]:
+    """The weights of both ranks after a run of the real command."""
+    ddp = ("trainer.strategy=ddp", "trainer.devices=2", "evaluate=false")
+    arguments = [*toy_overrides(folder, model), *ddp, *HELP, *overrides]
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments, f"+callbacks.ranks.folder={folder}"],
+        cwd=ROOT,
+        env=COMMAND_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_ranks_train_otherwise_than_one_process(toy_model: str, tmp_path: Path) -> None:
+    first, second = weights_of_ranks(toy_model, tmp_path / "two", *STEP, *WHOLE)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    one = weights(fit(toy_config(tmp_path / "one", toy_model, *STEP, *WHOLE)))
+    torch.testing.assert_close(first, one, rtol=1e-3, atol=1e-5)
+
+
+def test_uneven_ranks_hang_or_drift_apart(toy_model: str, tmp_path: Path) -> None:
+    first, second = weights_of_ranks(toy_model, tmp_path, *SPLIT)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)

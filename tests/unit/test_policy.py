@@ -1,0 +1,287 @@
+import builtins
+
+import pytest
+import torch
+from alfworld_folders import games_root
+from peft import PeftModel
+from tiny_play import CHATML, PLAIN, SMALL, byte_tokenizer, make_policy, word_tokenizer
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+from aem_lightning.datamodules import AlfworldDataModule
+from aem_lightning.modules import Architecture, Lora, Policy, build_tiny_model, build_tokenizer
+from aem_lightning.modules.policy import load_tokenizer
+from aem_lightning.rollout import PromptEncoder
+
+LORA = {"r": 2, "alpha": 4}
+# bitsandbytes packs blocks of 64 weights.
+WIDE = Architecture(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+)
+
+
+@pytest.fixture
+def rows():
+    """Two rows, the second one padded, and the tokens to score."""
+    ids = torch.randint(3, 20, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids[1, 6:] = 0
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 3:5] = mask[0, 7:9] = mask[1, 1:6] = True
+    return ids, mask
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder, as the warm start leaves it."""
+    path = tmp_path_factory.mktemp("model")
+    make_policy(lora=False).save_model(path)
+    return str(path)
+
+
+def naive(model, ids, mask, temperature=1.0):
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    logprobs = (logits / temperature).log_softmax(-1)[:, :-1]
+    chosen = logprobs.gather(2, ids[:, 1:, None])[..., 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return chosen[mask[:, 1:]], entropy[mask[:, 1:]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_scores_are_those_of_a_plain_log_softmax(rows, temperature):
+    policy = make_policy(awake=True)
+    logprobs, entropies = policy.score(*rows, temperature)
+    expected = naive(policy.causal_lm, *rows, temperature)
+    torch.testing.assert_close(logprobs, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies, expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_play_is_scored_at_temperature_one(rows):
+    policy = make_policy(awake=True)
+    assert torch.equal(policy.score(*rows, 0.0)[0], policy.score(*rows, 1.0)[0])
+
+
+def test_what_stands_in_the_padding_changes_no_score(rows):
+    policy, (ids, mask) = make_policy(awake=True), rows
+    other = ids.clone()
+    other[1, 6:] = 7
+    assert torch.equal(policy.score(ids, mask)[0], policy.score(other, mask)[0])
+
+
+def test_gradients_reach_every_adapter_and_nothing_else(rows):
+    policy = make_policy(awake=True)
+    policy.score(*rows)[0].sum().backward()
+    assert policy.trainable()
+    assert all("lora_" in name for name in policy.trainable())
+    assert all(p.grad is not None and p.grad.any() for p in policy.trainable().values())
+    assert all(p.grad is None for p in policy.parameters() if not p.requires_grad)
+
+
+def test_the_reference_is_the_base_model_and_the_policy_comes_back_after_it(rows):
+    policy = make_policy(awake=True)
+    before = policy.score(*rows)[0]
+    with policy.reference():
+        reference = policy.score(*rows)[0]
+    assert torch.equal(reference, make_policy(lora=False).score(*rows)[0])
+    assert (reference - before).abs().max() > 1e-2
+    assert torch.equal(policy.score(*rows)[0], before)
+
+
+def test_a_policy_without_adapters_has_no_reference_and_no_adapter_to_save(tmp_path):
+    policy = make_policy(lora=False)
+    with pytest.raises(RuntimeError, match=r"policy\.lora or loss\.kl_coef=0"), policy.reference():
+        pass
+    with pytest.raises(RuntimeError, match="save_model"):
+        policy.save_adapter(tmp_path)
+
+
+def test_a_saved_adapter_gives_the_same_logits_through_peft(folder, rows, tmp_path):
+    policy = Policy.from_pretrained(folder, lora=Lora(r=2, alpha=4))
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.normal_(std=0.2)
+    policy.save_adapter(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    expected = naive(policy.causal_lm, *rows)[0]
+    assert torch.equal(naive(loaded, *rows)[0], expected)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == policy.tokenizer.get_vocab()
+
+
+def test_a_saved_model_holds_its_adapters_merged_and_the_policy_stays_as_it_was(rows, tmp_path):
+    policy = make_policy(awake=True)
+    before = policy.score(*rows)[0]
+    policy.save_model(tmp_path)
+    assert torch.equal(policy.score(*rows)[0], before)
+    assert policy.peft is not None
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    assert model.config.use_cache
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(naive(model, *rows)[0], before, atol=1e-5, rtol=1e-5)
+
+
+def test_words_survive_saving_and_loading(folder):
+    """The architecture's own tokenizer class would cut a word-level vocabulary into bytes."""
+    text = "A coin glints near the red box ."
+    policy = Policy.from_pretrained(folder)
+    before = word_tokenizer()
+    assert policy.tokenizer(text).input_ids == before(text).input_ids
+    assert policy.tokenizer.decode(policy.tokenizer(text).input_ids) == text.lower()
+    assert policy.tokenizer.chat_template == before.chat_template
+    assert policy.tokenizer.eos_token == before.eos_token
+
+
+def test_loading_gives_back_the_weights_that_were_saved(folder, rows):
+    saved, loaded = make_policy(lora=False), Policy.from_pretrained(folder)
+    assert torch.equal(saved.score(*rows)[0], loaded.score(*rows)[0])
+
+
+def test_every_text_of_a_game_is_in_the_words_of_the_tokenizer():
+    datamodule = AlfworldDataModule(str(games_root("easy")))
+    tokenizer = build_tokenizer(datamodule.vocabulary())
+    env, unknown = datamodule.env_factory()(), {}
+    try:
+        for task in datamodule.tasks("valid_seen")[:4]:
+            observation, info = env.reset(seed=0, options={"task_id": task.id})
+            expert = datamodule.make_expert(task, 0)
+            for _ in range(25):
+                for text in (observation, info["goal"], *info["admissible_actions"]):
+                    ids = tokenizer(text).input_ids
+                    if tokenizer.unk_token_id in ids:
+                        unknown[text] = tokenizer.decode(ids)
+                action = expert.act(observation, info["admissible_actions"])
+                observation, _, terminated, _, info = env.step(action)
+                if terminated:
+                    break
+    finally:
+        env.close()
+    assert not unknown
+
+
+def test_an_action_survives_encoding_and_decoding():
+    actions = ["go to drawer 12", "move alarmclock 1 to sidetable 2"]
+    tokenizer = build_tokenizer(actions)
+    for action in actions:
+        assert tokenizer.decode(tokenizer(action).input_ids) == action
+
+
+def test_a_tiny_model_depends_on_its_seed_alone():
+    tokenizer = word_tokenizer()
+    torch.manual_seed(0)
+    one = build_tiny_model(tokenizer, SMALL, seed=3)
+    stream = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(stream, torch.rand(1))  # the global stream was left alone
+    two, three = (build_tiny_model(tokenizer, SMALL, seed) for seed in (3, 4))
+    weights = [model.get_input_embeddings().weight for model in (one, two, three)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_adapters_of_a_half_precision_model_stay_in_full_precision(folder):
+    policy = Policy.from_pretrained(folder, lora=LORA, dtype="bfloat16")
+    frozen = {p.dtype for p in policy.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder, rows):
+    gradients = []
+    for checkpointing in (False, True):
+        policy = Policy.from_pretrained(folder, lora=LORA, gradient_checkpointing=checkpointing)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.trainable().values():
+                parameter.normal_(std=0.1, generator=generator)
+        policy.train()
+        policy.score(*rows)[0].sum().backward()
+        gradients.append([parameter.grad for parameter in policy.trainable().values()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_a_chat_template_of_ones_own_takes_the_place_of_the_models(folder, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML, encoding="utf-8")
+    policy = Policy.from_pretrained(folder, chat_template=str(template))
+    assert policy.tokenizer.chat_template == CHATML
+
+
+def test_only_the_named_modules_get_adapters(folder):
+    policy = Policy.from_pretrained(folder, lora={**LORA, "target_modules": ["q_proj"]})
+    assert {name.split(".")[-4] for name in policy.trainable()} == {"q_proj"}
+
+
+def test_a_model_that_is_not_there_says_how_to_fetch_it_and_how_to_do_without():
+    with pytest.raises(FileNotFoundError) as error:
+        Policy.from_pretrained("nobody/no-such-model")
+    message = str(error.value)
+    assert "hf download nobody/no-such-model" in message
+    assert "policy.model=/path/to/folder" in message
+    assert "policy=tiny datamodule=alfworld_generated" in message
+
+
+def test_an_unknown_quantization_names_what_is_allowed(folder):
+    with pytest.raises(ValueError, match="allowed: null, nf4"):
+        Policy.from_pretrained(folder, quantization="int3")
+
+
+def test_quantization_without_its_package_names_the_extra_to_install(folder, monkeypatch):
+    find = builtins.__import__
+
+    def without_bitsandbytes(name, *args, **kwargs):
+        if name == "bitsandbytes":
+            raise ImportError(name)
+        return find(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_bitsandbytes)
+    with pytest.raises(ImportError, match=r"aem-lightning\[quant\].*policy\.quantization=null"):
+        Policy.from_pretrained(folder, quantization="nf4")
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """A policy with 4-bit weights and what its weights were before."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    path = tmp_path_factory.mktemp("wide")
+    tokenizer = word_tokenizer()
+    whole = Policy(build_tiny_model(tokenizer, WIDE, seed=0), tokenizer)
+    whole.save_model(path)
+    policy = Policy.from_pretrained(str(path), lora=LORA, dtype="bfloat16", quantization="nf4")
+    layer = policy.causal_lm.model.layers[0].mlp.up_proj.base_layer
+    assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+    return policy, whole
+
+
+def test_a_four_bit_policy_is_near_its_whole_weights_and_trains_its_adapters(quantised, rows):
+    policy, whole = quantised
+    logprobs, _ = policy.score(*rows)
+    torch.testing.assert_close(logprobs, whole.score(*rows)[0], atol=0.5, rtol=0)
+    logprobs.sum().backward()
+    assert all("lora_" in name for name in policy.trainable())
+    assert any(p.grad.any() for p in policy.trainable().values())
+
+
+def test_a_four_bit_policy_is_saved_whole_without_rounding_its_adapters_away(
+    quantised, rows, tmp_path
+):
+    policy, _ = quantised
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            parameter.fill_(0.05 if "lora_B" in name else 0.1)
+        expected = policy.score(*rows)[0]
+    policy.save_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(naive(model, *rows)[0], expected, atol=0.03, rtol=0)
+
+
+def test_a_tokenizer_of_another_kind_serves_a_policy_too(tmp_path):
+    policy = make_policy(byte_tokenizer())
+    policy.save_adapter(tmp_path)
+    encoder = PromptEncoder(load_tokenizer(str(tmp_path)), PLAIN)
+    assert encoder.decode(encoder.demonstrate("open red box")) == "open red box"

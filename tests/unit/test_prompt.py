@@ -1,0 +1,105 @@
+import pytest
+
+from aem_lightning.rollout import Prompt
+from aem_lightning.types import EnvStep, Turn
+
+TEMPLATES = {"opening": "{observation}", "turn": "{observation}", "window": "{history}"}
+STEP = EnvStep(
+    "You see a box .", info={"goal": "find the coin", "admissible_actions": ("look", "open box")}
+)
+
+
+def make_prompt(**changes):
+    return Prompt(**{**TEMPLATES, **changes})
+
+
+def turn(observation, action, response="said"):
+    return Turn(observation, (), response, action, 0, 0, [], None)
+
+
+def test_every_field_is_filled_in_from_the_environment():
+    text = "{goal}|{observation}|{admissible_actions}|{steps_taken}|{history_length}|{history}"
+    prompt = make_prompt(opening=text, turn=text, window=text, history_item="{step}{action}")
+    past = [turn("a", "x"), turn("b", "y")]
+    actions = "'look'\n 'open box'"
+    assert prompt.first_message(STEP) == f"find the coin|You see a box .|{actions}|0|0|"
+    assert prompt.next_message(STEP, past) == f"find the coin|You see a box .|{actions}|2|0|"
+    expected = f"find the coin|You see a box .|{actions}|2|2|1x\n2y"
+    assert prompt.window_message(STEP, past, 5) == expected
+
+
+@pytest.mark.parametrize(("length", "history"), [(0, ""), (1, "3:c>z"), (2, "2:b>y\n3:c>z")])
+def test_a_window_holds_the_last_turns_with_their_true_numbers(length, history):
+    prompt = make_prompt(history_item="{step}:{observation}>{action}")
+    past = [turn("a", "x"), turn("b", "y"), turn("c", "z")]
+    assert prompt.window_message(STEP, past, length) == history
+
+
+def test_a_malformed_turn_stands_in_the_history_with_its_own_words():
+    prompt = make_prompt(history_item="{action}")
+    assert prompt.window_message(STEP, [turn("a", None, "no tags here")], 1) == "no tags here"
+
+
+def test_braces_in_an_observation_are_not_read_as_fields():
+    step = EnvStep("{goal} {unknown}")
+    assert make_prompt().first_message(step) == "{goal} {unknown}"
+
+
+@pytest.mark.parametrize(
+    ("field", "template", "allowed"),
+    [
+        ("opening", "{observatoin}", "{observation}"),
+        ("window", "{", "{history}"),
+        ("turn", "{0}", "{observation}"),
+        ("history_item", "{goal}", "{step}"),
+        ("demonstration", "{observation}", "{action}"),
+    ],
+)
+def test_a_wrong_field_names_the_template_and_the_fields_it_may_use(field, template, allowed):
+    with pytest.raises(ValueError, match=f"prompt.{field} ") as error:
+        make_prompt(**{field: template})
+    assert allowed in str(error.value)
+
+
+def test_an_unknown_way_to_find_actions_is_an_error():
+    with pytest.raises(ValueError, match="'tagged', 'plain'"):
+        make_prompt(action="json")
+
+
+@pytest.mark.parametrize(
+    ("response", "action"),
+    [
+        ("<action>open box</action>", "open box"),
+        ("hm <ACTION>\n open\n  box </Action> done", "open box"),
+        ("<think>or <action>look</action> ?</think><action>open box</action>", "open box"),
+        ("open box", None),
+        ("<action></action>", None),
+        ("<action> \n </action>", None),
+        ("<action>open box", None),
+        ("<action>a</action><action>b</action>", None),
+        ("<think><action>look</action></think>", None),
+        ("", None),
+    ],
+)
+def test_tagged_takes_exactly_one_action_outside_the_thoughts(response, action):
+    assert make_prompt().parse(response) == action
+
+
+@pytest.mark.parametrize(
+    ("response", "action"),
+    [
+        ("<think>why not</think><action>look</action>", "look"),
+        ("<think></think><action>look</action>", "look"),
+        ("<action>look</action>", None),
+        ("<think>why not <action>look</action>", None),
+    ],
+)
+def test_required_thinking_makes_a_thoughtless_response_malformed(response, action):
+    assert make_prompt(require_thinking=True).parse(response) == action
+
+
+@pytest.mark.parametrize(
+    ("response", "action"), [(" open \n box ", "open box"), ("", None), (" \n", None)]
+)
+def test_plain_takes_the_whole_response(response, action):
+    assert make_prompt(action="plain").parse(response) == action
