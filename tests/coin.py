@@ -1,4 +1,4 @@
-"""A text game of the tests' own; apart from its DataModule, so that environment workers start light."""
+"""The toy environment; apart from its DataModule, so that workers start light."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Set before any test imports transformers or tokenizers: both read them once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,7 +15,8 @@ import psutil
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Models of the tests are so small that a second thread only makes them wait for each other.
+torch.set_num_threads(1)
 
 # What libraries set for the whole process, and take no variable back.
 LIBRARY_VARIABLES = frozenset(
@@ -101,7 +103,18 @@ def leaves_nothing_behind() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model folder, warm-started on the toy environment: it wins about a third of its episodes."""
+    """A tiny model, warm-started on the toy environment: it wins a third of its episodes."""
     import runs
 
     return runs.warm_started_model(tmp_path_factory.mktemp("toy_model"))
+
+
+@pytest.fixture(scope="session")
+def alfworld_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few generated games, in the layout of the official ones."""
+    from aem_lightning.envs.alfworld import generate_games
+
+    root = tmp_path_factory.mktemp("alfworld")
+    sizes = {"train": 6, "valid_seen": 3, "valid_unseen": 3}
+    generate_games(root, sizes=sizes, difficulty="easy", seed=0, task_types=None, workers=1)
+    return root

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from aem_lightning.modules import AgentModule
@@ -32,7 +33,7 @@ COMMAND_ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
 }
 
-# The quickstart's config, its environment exchanged for the toy one: real overrides, fit for a command line.
+# The quickstart with the toy environment: real overrides, fit for a command line.
 COIN = (
     "experiment=quickstart",
     "datamodule=coin",
@@ -145,3 +146,13 @@ def warm_started_model(folder: Path) -> str:
         return str(warm_start(cfg, datamodule).folder)
     finally:
         datamodule.close()
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    """The scalars of a run's TensorBoard files: by name, then by step."""
+    accumulator = EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    return {
+        name: {event.step: event.value for event in accumulator.Scalars(name)}
+        for name in accumulator.Tags()["scalars"]
+    }

@@ -1,4 +1,4 @@
-"""The toy environment as a DataModule: a coin lies in one of four boxes; one glance, then open boxes."""
+"""The toy environment as a DataModule: a coin lies in one of four boxes."""
 
 from __future__ import annotations
 

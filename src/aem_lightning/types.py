@@ -151,6 +151,11 @@ class Trajectory:
     infra_error: str | None = None
 
     @property
+    def key(self) -> str:
+        """What the episode is called within its iteration."""
+        return f"{self.group}/{self.copy}"
+
+    @property
     def total_reward(self) -> float:
         return sum(turn.reward for turn in self.turns)
 

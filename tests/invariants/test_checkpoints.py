@@ -57,7 +57,11 @@ def test_a_killed_and_resumed_run_differs_from_an_uninterrupted_one(
     toy_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = (*toy_overrides(tmp_path, toy_model), "iterations=6", "update_epochs=2")
-    kill = ("+callbacks.kill._target_=toy.Kill", "+callbacks.kill.epoch=1", "+callbacks.kill.batch=1")
+    kill = (
+        "+callbacks.kill._target_=toy.Kill",
+        "+callbacks.kill.epoch=1",
+        "+callbacks.kill.batch=1",
+    )
     assert command(*run, *kill) == -signal.SIGKILL
     (killed,) = tmp_path.glob("logs/*/*/checkpoints/last.ckpt")
     assert loaded(killed)["aem_lightning"]["iteration"] == 2

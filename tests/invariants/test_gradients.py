@@ -32,9 +32,7 @@ ONE_STEP = (
 
 
 @pytest.fixture(scope="module")
-def trajectories(
-    toy_model: str, tmp_path_factory: pytest.TempPathFactory
-) -> list[Trajectory]:
+def trajectories(toy_model: str, tmp_path_factory: pytest.TempPathFactory) -> list[Trajectory]:
     return played_once(toy_config(tmp_path_factory.mktemp("played"), toy_model, *ONE_STEP))
 
 
@@ -49,7 +47,7 @@ def gradient(
 
     def prepare(module: AgentModule) -> None:
         generator = torch.Generator().manual_seed(0)
-        for name, parameter in sorted(module.policy.trainable().items()):
+        for _, parameter in sorted(module.policy.trainable().items()):
             values = torch.randn(parameter.shape, generator=generator)
             parameter.data.copy_(0.1 * values)
         module.policy.to(dtype)
@@ -103,7 +101,7 @@ def test_a_transcript_row_trains_differently_from_its_turns(
     expected, _ = gradient(cfg, trajectories, torch.float64)
     found, _ = gradient(cfg, [by_turn(t) for t in trajectories], torch.float64)
     # Not closer: the norms of the model compute in float32 whatever the weights are.
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("update_epochs", "num_minibatches"), [(1, 1), (2, 3)])

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from runs import COMMAND_ENVIRONMENT, ROOT, fit, toy_config, toy_overrides, weights
+from runs import COMMAND_ENVIRONMENT, ROOT, curves, fit, toy_config, toy_overrides, weights
 
 # SGD: what Adam makes of a gradient of nearly 0 depends on its last bits.
 STEP = ("optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1", "iterations=2")
@@ -35,8 +36,12 @@ def weights_of_ranks(model: str, folder: Path, *overrides: str) -> list[dict[str
 def test_two_ranks_train_otherwise_than_one_process(toy_model: str, tmp_path: Path) -> None:
     first, second = weights_of_ranks(toy_model, tmp_path / "two", *STEP, *WHOLE)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    one = weights(fit(toy_config(tmp_path / "one", toy_model, *STEP, *WHOLE)))
-    torch.testing.assert_close(first, one, rtol=1e-3, atol=1e-5)
+    alone = weights(fit(toy_config(tmp_path / "one", toy_model, *STEP, *WHOLE)))
+    torch.testing.assert_close(first, alone, rtol=1e-3, atol=1e-5)
+    (run,) = (tmp_path / "two").glob("logs/*/*")
+    two, one = curves(run), curves(tmp_path / "one")
+    for name in ("train/success_rate", "policy/entropy", "policy/ref_kl", "aem/alpha_max"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
 
 
 def test_uneven_ranks_hang_or_drift_apart(toy_model: str, tmp_path: Path) -> None:

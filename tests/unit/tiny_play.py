@@ -77,7 +77,9 @@ def make_policy(
     """A random policy; with ``awake`` its adapters are not the identity that they start as."""
     tokenizer = tokenizer or word_tokenizer()
     adapters = Lora(r=2, alpha=4) if lora else None
-    policy = Policy(build_tiny_model(tokenizer, SMALL, seed=0), tokenizer, adapters)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # PEFT draws its first weights from the global stream
+        policy = Policy(build_tiny_model(tokenizer, SMALL, seed=0), tokenizer, adapters)
     if awake:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -124,7 +126,10 @@ class LocalPool:
 
 
 class Script:
-    """A responder that says ``lines`` in turn, the last one for ever; ``cut`` leaves out the end token."""
+    """A responder that says ``lines`` in turn, the last one for ever.
+
+    With ``cut`` its responses end by their length, without an end token.
+    """
 
     def __init__(self, encoder: PromptEncoder, *lines: str, cut: bool = False) -> None:
         self.encoder, self.lines, self.cut = encoder, lines, cut

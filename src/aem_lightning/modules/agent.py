@@ -263,8 +263,8 @@ class AgentModule(L.LightningModule):
         if not torch.isfinite(value):
             raise ValueError(
                 f"The {name} of iteration {self.iteration} is {float(value)}; the weights are "
-                "still those of the last update. Go back to the last checkpoint with ckpt_path=last and "
-                "type a lower optimizer.lr=..."
+                "still those of the last update. Go back to the last checkpoint with "
+                "ckpt_path=last and type a lower optimizer.lr=..."
             )
 
     def clip_gradients_globally(self) -> Tensor:

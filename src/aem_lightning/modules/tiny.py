@@ -23,8 +23,8 @@ CHAT_TEMPLATE = (
 class Architecture:
     """The shape of a tiny model; the names are Qwen2Config's.
 
-    A wider start (``initializer_range``) and a shorter rotary base than Qwen2's own let a small model learn to
-    copy names from its prompt within a few hundred updates.
+    A wider start (``initializer_range``) and a shorter rotary base than Qwen2's own let a small
+    model learn to copy names from its prompt within a few hundred updates.
     """
 
     hidden_size: int = 128

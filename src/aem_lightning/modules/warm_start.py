@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -15,16 +15,29 @@ from aem_lightning.modules.policy import Policy
 from aem_lightning.rollout import micro_batches
 from aem_lightning.types import Trajectory
 
+# What a token of a demonstration is; the loss leaves slips out altogether.
+PROMPT, RESPONSE, SLIP = 0, 1, 2
 
-def demonstrations_dataset(trajectories: Sequence[Trajectory]) -> datasets.Dataset:
-    """The rows of expert trajectories, as columns ``input_ids`` and ``response_mask``."""
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "response_mask": []}
+
+def demonstrations_dataset(
+    trajectories: Sequence[Trajectory], slips: Collection[tuple[str, int]] = ()
+) -> datasets.Dataset:
+    """The rows of expert trajectories, as columns ``input_ids`` and ``kind``.
+
+    Args:
+        trajectories: Expert episodes.
+        slips: The turns, as (key, turn), whose response was not the expert's choice.
+    """
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "kind": []}
     for trajectory in trajectories:
-        masks = [[0] * len(row) for row in trajectory.rows]
-        for turn in trajectory.turns:
-            masks[turn.row][turn.start : turn.start + turn.length] = [1] * turn.length
-        columns["input_ids"] += trajectory.rows
-        columns["response_mask"] += masks
+        kinds = [[PROMPT] * len(row) for row in trajectory.rows]
+        for t, turn in enumerate(trajectory.turns):
+            kind = SLIP if (trajectory.key, t) in slips else RESPONSE
+            kinds[turn.row][turn.start : turn.start + turn.length] = [kind] * turn.length
+        # Under memory=window a slip has a row of its own, with nothing in it to learn.
+        kept = [i for i, kind in enumerate(kinds) if RESPONSE in kind]
+        columns["input_ids"] += [trajectory.rows[i] for i in kept]
+        columns["kind"] += [kinds[i] for i in kept]
     return datasets.Dataset.from_dict(columns)
 
 
@@ -50,27 +63,25 @@ class DemonstrationSampler(Sampler[list[int]]):
 
 
 def collate_demonstrations(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """``input_ids`` and the masks ``valid`` and ``response`` (bool), all [B, L], padded on the right.
+    """``input_ids`` and the bool masks ``prompt`` and ``response``, [B, L], padded on the right.
 
-    ``valid`` leaves out the first token, which nothing predicts.
+    The first token, which nothing predicts, is in neither mask, and nor is a slip.
     """
     width = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    valid = torch.zeros(len(rows), width, dtype=torch.bool)
-    response = torch.zeros_like(valid)
+    kind = torch.full((len(rows), width), SLIP)
     for i, row in enumerate(rows):
         length = len(row["input_ids"])
         input_ids[i, :length] = torch.tensor(row["input_ids"])
-        valid[i, 1:length] = True
-        response[i, :length] = torch.tensor(row["response_mask"], dtype=torch.bool)
-    return {"input_ids": input_ids, "valid": valid, "response": response}
+        kind[i, 1:length] = torch.tensor(row["kind"][1:])
+    return {"input_ids": input_ids, "prompt": kind == PROMPT, "response": kind == RESPONSE}
 
 
 class WarmStartModule(L.LightningModule):
-    """Maximises the log-probability of expert responses and, with a smaller weight, of what they answer.
+    """Maximises the log-probability of expert responses and, weighted down, of their prompts.
 
-    A hub model needs the responses alone. A model from nothing learns to read from the prompts: predicting what
-    the environment says next is what first teaches it to copy names.
+    A hub model needs the responses alone. A model from nothing learns to read from the prompts:
+    predicting what the environment says next is what first teaches it to copy names.
 
     Args:
         policy: The policy; every parameter that requires a gradient is trained.
@@ -96,7 +107,9 @@ class WarmStartModule(L.LightningModule):
         self.weight_decay = weight_decay
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        scored = batch["valid"] if self.prompt_weight else batch["response"]
+        scored = batch["response"]
+        if self.prompt_weight:
+            scored = scored | batch["prompt"]
         logprobs, _ = self.policy.score(batch["input_ids"], scored)
         is_response = batch["response"][scored]
         weight = torch.where(is_response, 1.0, self.prompt_weight)

@@ -96,8 +96,7 @@ class EngineResponder:
 
     def respond(self, live: Mapping[str, Live]) -> Sequence[Result]:
         self.engine.submit(
-            Request(key, item.prompt, self.sampling, self._seed(item))
-            for key, item in live.items()
+            Request(key, item.prompt, self.sampling, self._seed(item)) for key, item in live.items()
         )
         return self.engine.poll(wait_all=True)
 

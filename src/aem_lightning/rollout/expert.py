@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from aem_lightning.rollout.collector import Episode, Live
+from aem_lightning.rollout.collector import Episode, Live, stable_seed
 from aem_lightning.rollout.encoder import PromptEncoder
 from aem_lightning.rollout.engine import Result
 
@@ -21,14 +22,29 @@ class Expert(Protocol):
 
 @dataclass(slots=True)
 class ExpertResponder:
-    """Answers prompts with an expert's actions, written as responses; log-probabilities are 0."""
+    """Answers prompts with an expert's actions, written as responses; log-probabilities are 0.
+
+    With ``slip`` > 0 some actions are not the expert's but a random one: an admissible action, or
+    one that was admissible at an earlier turn and mostly fails now. The expert then has to recover,
+    which is what a policy that makes mistakes must learn. Slips are kept in ``slips``: nobody
+    should imitate them. Source: DART, arXiv 1703.09327.
+
+    Args:
+        encoder: Messages to token ids.
+        make_expert: An expert for an episode.
+        slip: Probability of a random action.
+        seed: Key of the slips.
+    """
 
     encoder: PromptEncoder
     make_expert: Callable[[Episode], Expert]
+    slip: float = 0.0
+    seed: int = 0
+    slips: set[tuple[str, int]] = field(default_factory=set)
     _experts: dict[str, Expert] = field(default_factory=dict)
 
     def respond(self, live: Mapping[str, Live]) -> Sequence[Result]:
-        """One expert response for every key of ``live``."""
+        """One response for every key of ``live``."""
         return [self._answer(key, item) for key, item in live.items()]
 
     def forget(self, keys: Iterable[str]) -> None:
@@ -39,7 +55,14 @@ class ExpertResponder:
     def _answer(self, key: str, item: Live) -> Result:
         if key not in self._experts:
             self._experts[key] = self.make_expert(item.episode)
-        action = self._experts[key].act(item.step.observation, item.step.admissible_actions)
+        admissible = item.step.admissible_actions
+        action = self._experts[key].act(item.step.observation, admissible)
+        turns = item.trajectory.turns
+        rng = random.Random(stable_seed(self.seed, "slip", key, len(turns)))
+        if rng.random() < self.slip:
+            earlier = turns[rng.randrange(len(turns))].admissible_actions if turns else admissible
+            action = rng.choice(sorted(rng.choice((admissible, earlier)))) if admissible else action
+            self.slips.add((key, len(turns)))
         tokens = self.encoder.demonstrate(action)
         return Result(
             key=key,

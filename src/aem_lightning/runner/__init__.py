@@ -1,6 +1,11 @@
 """Config in, trained or evaluated run out: the only room that knows Hydra's objects."""
 
-from aem_lightning.runner.evaluate import evaluate
-from aem_lightning.runner.train import train
+import logging
+
+# peft imports bitsandbytes, which then reports a kernel package that it would like on a CPU.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from aem_lightning.runner.evaluate import evaluate  # noqa: E402 (imports peft)
+from aem_lightning.runner.train import train  # noqa: E402 (imports peft)
 
 __all__ = ["evaluate", "train"]

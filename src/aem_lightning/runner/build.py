@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,6 +32,8 @@ from aem_lightning.runner.warm_start import (
     tiny_base,
     warm_start_key,
 )
+
+log = logging.getLogger(__name__)
 
 
 def instantiate(node: Any, **extra: Any) -> Any:
@@ -164,6 +168,8 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
         callbacks=callbacks, logger=logger or False, max_epochs=epochs
     )
+    if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
+        log.warning("No GPU was found: this run computes on the CPU")
     return trainer
 
 

@@ -41,9 +41,7 @@ def check_config(cfg: DictConfig) -> None:
     problems += [
         f"{name}={cfg[name]!r}: a number {'>' if strict else '>='} 0"
         for name, strict in _ABOVE_ZERO.items()
-        if type(cfg[name]) not in (int, float)
-        or not cfg[name] >= 0
-        or (strict and cfg[name] == 0)
+        if type(cfg[name]) not in (int, float) or not cfg[name] >= 0 or (strict and cfg[name] == 0)
     ]
     if type(cfg.history_length) is not int or cfg.history_length < 0:
         problems.append(f"history_length={cfg.history_length!r}: a whole number >= 0")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import OmegaConf
 
 log = logging.getLogger(__name__)
@@ -47,18 +47,37 @@ def check_overrides(config_dir: Path, config_name: str, arguments: Sequence[str]
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         try:
             compose(config_name, overrides=list(arguments), return_hydra_config=True)
+        except MissingConfigException as error:
+            sys.exit(_unknown_option(error, arguments))
         except ConfigCompositionException as error:
-            message = f"{error}"
-            if error.__cause__ is not None:
-                message += f"\n{error.__cause__}"
-            known = _known_keys(OmegaConf.to_container(compose(config_name)))
-            close = _close_keys(message, arguments, known)
-            if close:
-                all_keys = f"python {config_name}.py --cfg job"
-                message += f"\nDid you mean {' or '.join(close)}? All keys: {all_keys}"
-            sys.exit(message)
+            sys.exit(_unknown_key(error, config_name, arguments))
         except HydraException as error:
-            sys.exit(f"{error}")
+            sys.exit(f"{error}\nGiven: {' '.join(arguments)}")
+
+
+def _unknown_option(error: MissingConfigException, arguments: Sequence[str]) -> str:
+    """What to type instead of ``group=option``."""
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    given = next((a for a in arguments if a.endswith(f"{group}={option}")), f"{group}={option}")
+    if not error.options:
+        return f"{error}"
+    return f"{given}: there is no such option. Allowed: {', '.join(error.options)}."
+
+
+def _unknown_key(
+    error: ConfigCompositionException, config_name: str, arguments: Sequence[str]
+) -> str:
+    """What to type instead of ``key=value``, where that is what is wrong."""
+    message = f"{error}" if error.__cause__ is None else f"{error}\n{error.__cause__}"
+    known = _known_keys(OmegaConf.to_container(compose(config_name)))
+    for argument in arguments:
+        key = argument.lstrip("+~").split("=")[0]
+        if key in message and key not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"Did you mean {' or '.join(close)}? " if close else ""
+            all_keys = f"All keys: python {config_name}.py --cfg job"
+            return f"{argument}: the config has no such key. {hint}{all_keys}"
+    return message
 
 
 def _known_keys(node: object, prefix: str = "") -> list[str]:
@@ -71,26 +90,31 @@ def _known_keys(node: object, prefix: str = "") -> list[str]:
     return keys
 
 
-def _close_keys(message: str, arguments: Sequence[str], known: Sequence[str]) -> list[str]:
-    """What the override that ``message`` complains about may have meant."""
-    for argument in arguments:
-        key = argument.lstrip("+~").split("=")[0]
-        if key in message and key not in known:
-            return difflib.get_close_matches(key, known, n=3)
-    return []
-
-
 def quiet_libraries() -> None:
     """Silence messages that a user of this project can do nothing about."""
-    # Lightning counts loader workers for us; tasks are plain strings, loading them takes no time.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Training batches are tasks; their number is the user's choice.
-    warnings.filterwarnings(
-        "ignore", message=".*number of training batches.*smaller than the log.*"
-    )
-    # torch's own schedulers warn about Lightning's call order on resume.
-    warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")
-    # The LightningModule holds a policy in eval mode between rollouts on purpose.
-    warnings.filterwarnings("ignore", message=".*Found .* module.*in eval mode.*")
+    for message in (
+        # Lightning counts loader workers for us; tasks are plain strings, loading takes no time.
+        ".*does not have many workers.*",
+        # Training batches are tasks; their number is the user's choice.
+        ".*number of training batches.*smaller than the log.*",
+        # A skipped update, or a resumed run: the schedule counts iterations, not updates.
+        ".*Detected call of `lr_scheduler.step.*",
+        # Base models come from the hub in eval mode, and the adapters need no other.
+        ".*Found .* module.*in eval mode.*",
+        # Tasks need no transfer, whoever offers one.
+        ".*You have overridden `transfer_batch_to_device`.*",
+        # Inside Lightning and transformers, of their own older names.
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*gradient_checkpointing.* is deprecated.*",
+        # A continued run has its own folder, and a test its checkpoints.
+        ".*The dirpath has changed from.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # Devices found, tips of the day, and that training stopped at its last epoch.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of reading and writing weights: seconds
+    enable_progress_bars()  # of downloads: minutes, and the line above stops them too

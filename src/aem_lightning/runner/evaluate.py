@@ -12,6 +12,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.metrics import success_summary
@@ -108,13 +109,20 @@ def _from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
 def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
     """The training run's config with this evaluation's wishes and folder, and without callbacks."""
     base = OmegaConf.create(dict(stored))
-    OmegaConf.set_struct(base, True)
     wishes: dict[str, Any] = {"seed": cfg.seed, "paths": plain(cfg.paths)}
     if cfg.temperature is not None:
         wishes["eval_temperature"] = cfg.temperature
     if cfg.splits is not None:
         wishes["datamodule"] = {"evaluation_splits": list(cfg.splits)}
-    merged = OmegaConf.merge(base, wishes, OmegaConf.from_dotlist(list(cfg.overrides)))
+    merged = OmegaConf.merge(base, wishes)
+    OmegaConf.set_struct(merged, True)
+    try:
+        merged.merge_with_dotlist(list(cfg.overrides))
+    except OmegaConfBaseException as error:
+        raise ValueError(
+            f"overrides={list(cfg.overrides)}: {str(error).splitlines()[0]}. "
+            "Every key must be one of the training run's config: python train.py --cfg job."
+        ) from error
     OmegaConf.set_struct(merged, False)
     merged.callbacks, merged.logger = None, None
     merged.trainer.enable_checkpointing = False

@@ -61,10 +61,13 @@ def reinforce(
         (output / BEFORE).write_text(json.dumps(before, indent=2), encoding="utf-8")
     with clock("training"):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    last = output / "checkpoints" / "last.ckpt"
+    if not trainer.strategy.broadcast(last.exists()):
+        # Lightning's callback saves nothing before the first update.
+        trainer.save_checkpoint(last, weights_only=False)
     if cfg.evaluate:
         with clock("evaluation_after"):
             after = play_all(trainer, module, datamodule)["success"]
-    last = output / "checkpoints" / "last.ckpt"
     summary = {
         "name": cfg.name,
         "iterations": module.iteration,

@@ -40,7 +40,7 @@ from aem_lightning.types import Trajectory
 log = logging.getLogger(__name__)
 
 # Raise it when the stage changes what it makes: older folders are then not taken for new ones.
-FORMAT = 2
+FORMAT = 3
 RESULT = "warm_start.json"
 
 
@@ -51,6 +51,7 @@ class WarmStartSettings:
     Attributes:
         required: The policy is made by this stage; it has no other weights.
         demonstrations: Expert episodes to play.
+        slip: Share of random actions in them, which are not imitated: the expert has to recover.
         epochs: Passes over them.
         lr: Peak learning rate.
         prompt_weight: Weight of a prompt token in the loss; a response token has 1.
@@ -61,6 +62,7 @@ class WarmStartSettings:
 
     required: bool = False
     demonstrations: int = 1000
+    slip: float = 0.0
     epochs: int = 3
     lr: float = 1e-3
     prompt_weight: float = 0.0
@@ -97,8 +99,11 @@ def play_demonstrations(
     settings: WarmStartSettings,
     rewards: RewardShaping,
     limits: Mapping[str, int],
-) -> list[Trajectory]:
-    """Won expert episodes on training tasks, which are taken in a seeded order, again when few."""
+) -> tuple[list[Trajectory], set[tuple[str, int]]]:
+    """Won expert episodes on training tasks, and which of their turns are slips.
+
+    Tasks are taken in a seeded order, again when they are few.
+    """
     tasks = datamodule.tasks(datamodule.train_split)
     order = sorted(tasks, key=lambda task: stable_seed(settings.seed, "demonstrations", task.id))
     episodes = [Episode(order[i % len(order)], i, 0) for i in range(settings.demonstrations)]
@@ -107,6 +112,8 @@ def play_demonstrations(
         lambda episode: datamodule.make_expert(
             episode.task, stable_seed(settings.seed, episode.task.id, episode.group) % 2**31
         ),
+        settings.slip,
+        settings.seed,
     )
     collector = Collector(datamodule.pool, encoder, responder, rewards, **limits)
     played = collector.collect(episodes, seed=settings.seed)
@@ -118,7 +125,7 @@ def play_demonstrations(
             "max_turns=..."
         )
     log.info("expert play: %d of %d episodes won", len(won), len(episodes))
-    return won
+    return won, responder.slips
 
 
 def run_warm_start(
@@ -137,9 +144,9 @@ def run_warm_start(
     if result.exists():
         return WarmStart(folder, True, 0.0, json.loads(result.read_text(encoding="utf-8")))
     start = time.perf_counter()
-    played = play_demonstrations(datamodule, encoder, settings, rewards, limits)
+    played, slips = play_demonstrations(datamodule, encoder, settings, rewards, limits)
     seconds_play = time.perf_counter() - start
-    dataset = demonstrations_dataset(played)
+    dataset = demonstrations_dataset(played, slips)
     sampler = DemonstrationSampler(
         [len(row) for row in dataset["input_ids"]], settings.batch_tokens, settings.seed
     )

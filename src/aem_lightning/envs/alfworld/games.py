@@ -95,7 +95,8 @@ def list_games(
             "skipped: movable receptacle, sliced object or unsolvable). Choose other task types, "
             "or add the override datamodule=alfworld_generated"
         )
-    logger.info("%s: %d games, %d skipped, hash %s", folder, len(games), skipped, games_hash(games))
+    if skipped:
+        logger.info("%s: %d of %d games skipped", folder, skipped, skipped + len(games))
     return games
 
 

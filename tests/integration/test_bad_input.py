@@ -1,0 +1,174 @@
+"""Bad input through the real command line: one clear message, status 1, no traceback."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Ended, command
+from runs import toy_overrides
+from safetensors.torch import load_file, save_file
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def train(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    def run(*overrides: str) -> Ended:
+        return command("train.py", *overrides, capfd=capfd, monkeypatch=monkeypatch)
+
+    return run
+
+
+@pytest.fixture
+def toy(toy_model: str, tmp_path: Path) -> list[str]:
+    """A good command, of a second."""
+    few = ["iterations=1", "iterations_per_epoch=1", "evaluate=false"]
+    return [*toy_overrides(tmp_path, toy_model), *few]
+
+
+def assert_clear(ended: Ended, *parts: str) -> None:
+    """Status 1 and every one of ``parts``: what was given, what is allowed, what to type."""
+    assert ended.status == 1, ended.said
+    assert "Traceback" not in ended.said
+    for part in parts:
+        assert part in ended.said
+
+
+def test_an_unknown_key_is_not_explained(train: Run, toy: list[str]) -> None:
+    ended = train(*toy, "group_sise=4")
+    assert_clear(ended, "group_sise=4", "Did you mean group_size?", "python train.py --cfg job")
+    assert_clear(train(*toy, "optimizer.lrr=4"), "optimizer.lrr=4", "Did you mean optimizer.lr")
+
+
+def test_an_unknown_option_is_not_explained(train: Run, toy: list[str]) -> None:
+    assert_clear(train(*toy, "modulation=foo"), "modulation=foo", "Allowed: aem, none")
+    assert_clear(train("experiment=quickstrat"), "experiment=quickstrat", "quickstart")
+
+
+def test_config_problems_are_told_one_at_a_time(train: Run, toy: list[str]) -> None:
+    ended = train(*toy, "memory=foo", "tasks_per_iteration=0", "temperature=0", "stage=x")
+    assert_clear(
+        ended,
+        "memory='foo'",
+        "memory=window, memory=transcript",
+        "tasks_per_iteration=0",
+        "temperature=0",
+        "stage=train",
+    )
+
+
+def test_a_group_of_one_is_trained_on(train: Run, toy: list[str]) -> None:
+    ended = train(*toy, "group_size=1")
+    assert_clear(ended, "group_size=1 is too small for GRPO", "at least 2", "Type group_size=8")
+
+
+def test_a_prompt_that_does_not_fit_is_cut(train: Run, toy: list[str]) -> None:
+    ended = train(*toy, "max_context=14")
+    assert_clear(ended, "tokens; with max_new_tokens=6", "max_context=14", "Type max_context=")
+
+
+def test_a_model_without_a_chat_template_is_used(
+    train: Run, toy: list[str], toy_model: str, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(toy_model, bare)
+    (bare / "chat_template.jinja").unlink()
+    ended = train(*toy, f"policy.model={bare}")
+    assert_clear(ended, str(bare), "has no chat template", "policy.chat_template=")
+
+
+def test_nan_weights_are_played_with(
+    train: Run, toy: list[str], toy_model: str, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(toy_model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    ended = train(*toy, f"policy.model={broken}")
+    assert_clear(ended, "logits are not finite", "lower optimizer.lr")
+
+
+def test_a_nan_loss_reaches_the_weights(train: Run, toy: list[str], tmp_path: Path) -> None:
+    # The divergence of equal policies is 0, and infinity times 0 is not a number.
+    ended = train(*toy, "loss.kl_coef=inf")
+    assert_clear(ended, "The loss of iteration 0 is nan", "ckpt_path=last", "optimizer.lr=")
+    assert not list(tmp_path.glob("logs/*/*/checkpoints/*"))
+
+
+def test_a_missing_checkpoint_starts_a_new_run(train: Run, toy: list[str]) -> None:
+    ended = train(*toy, "ckpt_path=/nowhere/last.ckpt")
+    assert_clear(ended, "ckpt_path=/nowhere/last.ckpt", "no such file", "ckpt_path=last")
+    ended = train(*toy, "ckpt_path=last")
+    assert_clear(ended, "ckpt_path=last", "has a checkpoint yet")
+
+
+def test_the_headline_without_games_says_something_else(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "none"))
+    ended = train("experiment=alfworld_aem", f"paths.root_dir={tmp_path}")
+    assert_clear(
+        ended,
+        str(tmp_path / "none"),
+        f"ALFWORLD_DATA={tmp_path / 'none'} alfworld-download",
+        "datamodule=alfworld_generated",
+    )
+
+
+def test_the_headline_without_the_model_says_something_else(
+    train: Run, alfworld_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALFWORLD_DATA", str(alfworld_root))
+    ended = train("experiment=alfworld_aem", f"paths.root_dir={tmp_path}")
+    assert_clear(
+        ended,
+        "Qwen/Qwen2.5-1.5B-Instruct",
+        "hf download Qwen/Qwen2.5-1.5B-Instruct",
+        "policy.model=/path/to/folder",
+        "policy=tiny",
+    )
+
+
+def test_an_empty_split_is_trained_on(
+    train: Run, alfworld_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "games"
+    shutil.copytree(alfworld_root, root)
+    shutil.rmtree(root / "json_2.1.1" / "valid_unseen")
+    (root / "json_2.1.1" / "valid_unseen").mkdir()
+    monkeypatch.setenv("ALFWORLD_DATA", str(root))
+    ended = train("experiment=alfworld_aem", f"paths.root_dir={tmp_path}")
+    assert_clear(ended, "valid_unseen", "no playable game", "datamodule=alfworld_generated")
+
+
+def test_an_unknown_task_type_is_not_explained(
+    train: Run, alfworld_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALFWORLD_DATA", str(alfworld_root))
+    ended = train(
+        "experiment=alfworld_aem", f"paths.root_dir={tmp_path}", "datamodule.task_types=[fly]"
+    )
+    assert_clear(ended, "task_types=['fly']", "pick_and_place_simple")
+
+
+def test_an_error_leaves_no_traceback_to_read(train: Run, toy: list[str], tmp_path: Path) -> None:
+    train(*toy, "group_size=1")
+    (log,) = tmp_path.glob("logs/*/*/error.log")
+    assert "Traceback" in log.read_text()
+
+
+def test_eval_of_nothing_says_something_else(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(*overrides: str) -> Ended:
+        place = f"paths.root_dir={tmp_path}"
+        return command("eval.py", place, *overrides, capfd=capfd, monkeypatch=monkeypatch)
+
+    assert_clear(run(), "ckpt_path=last", "has a checkpoint yet")
+    assert_clear(run("ckpt_path=null"), "ckpt_path=null", "type ckpt_path=")
+    assert_clear(run("sed=1"), "sed=1", "Did you mean seed?", "python eval.py --cfg job")

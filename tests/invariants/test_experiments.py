@@ -1,0 +1,54 @@
+"""Every file in configs/experiment composes, and everything in it can be made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from runs import CONFIGS, built, composed
+
+from aem_lightning.callbacks import AdapterExport, AEMMonitor, StepTime, Transcripts
+from aem_lightning.modules import AgentModule
+from aem_lightning.rollout import RolloutEngine
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_cannot_be_made(
+    experiment: str, toy_model: str, alfworld_root: Path, tmp_path: Path
+) -> None:
+    cfg = composed(
+        [
+            f"experiment={experiment}",
+            f"policy.model={toy_model}",
+            f"datamodule.root={alfworld_root}",
+            "datamodule.generate=null",
+            f"paths.root_dir={tmp_path}",
+            f"paths.output_dir={tmp_path}",
+            "trainer.accelerator=cpu",
+        ]
+    )
+    assert cfg.name == experiment
+    with built(cfg) as (trainer, module, datamodule):
+        assert isinstance(trainer, L.Trainer)
+        assert isinstance(module, AgentModule)
+        assert trainer.max_epochs * cfg.iterations_per_epoch >= cfg.iterations
+        assert isinstance(trainer.logger, TensorBoardLogger)
+        found = [type(callback) for callback in trainer.callbacks]
+        assert {AEMMonitor, StepTime, Transcripts, AdapterExport} <= set(found)
+        assert isinstance(module.engine, RolloutEngine)
+        made = module.configure_optimizers()
+        trained = [p for group in made["optimizer"].param_groups for p in group["params"]]
+        assert {id(p) for p in trained} == {id(p) for p in module.policy.trainable().values()}
+        assert all(p.dtype == torch.float32 for p in trained)
+        assert len(datamodule.tasks("train")) == 6
+
+
+def test_the_headline_and_its_base_differ_by_more_than_the_modulation() -> None:
+    place = "paths.output_dir=."
+    aem, grpo = (composed([f"experiment=alfworld_{name}", place]) for name in ("aem", "grpo"))
+    assert {key for key in aem if aem[key] != grpo[key]} == {"name", "modulation"}

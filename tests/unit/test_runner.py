@@ -1,0 +1,125 @@
+"""Runs of the real config on the toy environment, in this process: what they leave and return."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from runs import composed, toy_config
+
+from aem_lightning.runner import evaluate, train
+from aem_lightning.runner.evaluate import _training_config
+
+QUICK = (
+    "datamodule._target_=local_coin.LocalCoin",
+    "policy.warm_start.demonstrations=16",
+    "policy.warm_start.epochs=2",
+    "iterations=2",
+    "iterations_per_epoch=1",
+    "tasks_per_iteration=2",
+    "max_turns=2",
+    "optimizer.lr=1e-2",
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("runner")
+
+
+def config(root, time, *overrides):
+    """A run that finds its games and checkpoints below ``root``, as runs of one project do."""
+    folder = root / "logs" / "toy" / time
+    paths = (f"paths.root_dir={root}", "name=toy")
+    return toy_config(folder, None, *QUICK, *paths, *overrides)
+
+
+def evaluation(root, *overrides):
+    output = root / "evaluation"
+    output.mkdir(exist_ok=True)
+    places = (f"paths.root_dir={root}", f"paths.output_dir={output}")
+    return composed([*places, *overrides], "eval")
+
+
+@pytest.fixture(scope="module")
+def first(root):
+    """The summary of a first run."""
+    return train(config(root, "1"))
+
+
+def test_a_run_leaves_summary_checkpoint_and_adapter(root, first):
+    folder = root / "logs" / "toy" / "1"
+    assert json.loads((folder / "summary.json").read_text()) == first
+    assert first["iterations"] == 2
+    assert first["name"] == "toy"
+    for stage in ("success_before", "success_after"):
+        result = first[stage]
+        assert 0 <= result["low"] <= result["rate"] <= result["high"] <= 1
+        assert result["episodes"] == 8
+        assert set(result["by_type"]) == {"red", "blue", "green", "white"}
+    stages = ["tasks", "warm_start", "evaluation_before", "training", "evaluation_after"]
+    assert list(first["seconds"]) == stages
+    assert Path(first["paths"]["checkpoint"]).is_file()
+    assert (Path(first["paths"]["adapter"]) / "adapter_config.json").is_file()
+    assert first["next"][0].endswith(f"ckpt_path={first['paths']['checkpoint']}")
+
+
+def test_a_checkpoint_is_plain_data_with_the_whole_config(first):
+    stored = torch.load(first["paths"]["checkpoint"], weights_only=True)
+    assert stored["aem_lightning"]["iteration"] == 2
+    assert stored["aem_lightning"]["config"]["group_size"] == 4
+    assert all("lora_" in name for name in stored["state_dict"])
+
+
+def test_a_second_run_takes_the_warm_start_and_the_first_evaluation_of_the_first(root, first):
+    summary = train(config(root, "2", "ckpt_path=last", "iterations=3"))
+    assert summary["iterations"] == 3
+    assert len(list((root / "data" / "warm_start").iterdir())) == 1
+    assert summary["success_before"] == first["success_before"]
+
+
+def test_the_warm_start_stage_alone_leaves_a_model_to_start_from(root):
+    summary = train(config(root, "warm", "stage=warm_start", "policy.warm_start.seed=4"))
+    assert Path(summary["paths"]["model"], "config.json").is_file()
+    assert summary["warm_start"]["demonstrations"] > 0
+    assert summary["paths"]["model"] in summary["next"][0]
+
+
+def test_an_evaluation_plays_every_task_once_by_split_and_type(root, first):
+    cfg = evaluation(root, f"ckpt_path={first['paths']['checkpoint']}")
+    report = evaluate(cfg)
+    written = json.loads((root / "evaluation" / "evaluation.json").read_text())
+    assert written == report
+    assert report["iteration"] == 2
+    assert set(report["by_split"]) == {"valid_seen", "valid_unseen"}
+    tasks = [(episode["split"], episode["task"]) for episode in report["episodes"]]
+    assert len(set(tasks)) == len(tasks) == 8
+    assert report["success"]["rate"] == sum(e["won"] for e in report["episodes"]) / 8
+    assert report["success"] == first["success_after"]
+
+
+def test_an_evaluation_of_some_splits_at_another_temperature(root, first):
+    cfg = evaluation(root, "splits=[valid_seen]", "temperature=0.5", "run=toy")
+    report = evaluate(cfg)
+    assert list(report["by_split"]) == ["valid_seen"]
+    assert report["temperature"] == 0.5
+    assert report["success"]["episodes"] == 4
+
+
+def test_an_evaluation_without_a_checkpoint_says_what_to_type(root):
+    with pytest.raises(ValueError, match=r"type ckpt_path=/path/to/last\.ckpt"):
+        evaluate(evaluation(root, "ckpt_path=null"))
+
+
+def test_wishes_change_the_stored_config_and_unknown_ones_are_refused(root):
+    stored = OmegaConf.to_container(config(root, "1"), resolve=True)
+    cfg = evaluation(root, 'overrides=["datamodule.workers=5"]', "seed=9")
+    merged = _training_config(cfg, stored)
+    assert merged.datamodule.workers == 5
+    assert merged.seed == 9
+    assert merged.group_size == 4
+    assert merged.callbacks is None
+    misspelt = evaluation(root, 'overrides=["datamodule.wokers=5"]')
+    with pytest.raises(ValueError, match=r"datamodule\.wokers=5.*'wokers' is not.*--cfg job"):
+        _training_config(misspelt, stored)

@@ -1,0 +1,304 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from runs import CONFIGS, composed
+
+from aem_lightning.runner import build, cli
+from aem_lightning.runner.build import instantiate
+from aem_lightning.runner.checkpoints import find_checkpoint
+from aem_lightning.runner.checks import ConfigError, check_config
+from aem_lightning.runner.summary import StageClock, print_results, write_summary
+from aem_lightning.runner.warm_start import WarmStart
+
+RESULT = {
+    "rate": 0.5,
+    "low": 0.25,
+    "high": 0.75,
+    "episodes": 8,
+    "by_type": {"pick": {"rate": 1.0, "low": 0.5, "high": 1.0, "episodes": 4}},
+}
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return composed(["experiment=quickstart", "paths.output_dir=/nonexistent"])
+
+
+def changed(cfg, **changes):
+    copy = cfg.copy()
+    for name, value in changes.items():
+        OmegaConf.update(copy, name.replace("__", "."), value)
+    return copy
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def test_the_config_of_the_quickstart_has_no_problems(quickstart):
+    check_config(quickstart)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("iterations", 0, "at least 1"),
+        ("group_size", 2.5, "at least 1"),
+        ("max_turns", True, "at least 1"),
+        ("max_context", "long", "at least 1"),
+        ("memory", "forever", "memory=window, memory=transcript"),
+        ("stage", "test", "stage=train, stage=warm_start"),
+        ("temperature", 0, "a number > 0"),
+        ("temperature", float("nan"), "a number > 0"),
+        ("eval_temperature", -1, "a number >= 0"),
+        ("max_grad_norm", "big", "a number > 0"),
+        ("history_length", -1, "a whole number >= 0"),
+        ("max_context", 12, "type max_context=48"),
+        ("policy__warm_start__required", False, "policy=tiny"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(quickstart, name, value, advice):
+    with pytest.raises(ConfigError) as error:
+        check_config(changed(quickstart, **{name: value}))
+    (problem,) = str(error.value).splitlines()[1:]
+    assert advice in problem
+    if "__" not in name:
+        assert f"{name}={value!r}" in problem
+
+
+def test_greedy_evaluation_is_allowed(quickstart):
+    check_config(changed(quickstart, eval_temperature=0))
+
+
+def test_every_problem_is_told_at_once(quickstart):
+    wrong = {"iterations": 0, "group_size": -1, "memory": "x", "temperature": -2.0}
+    with pytest.raises(ConfigError) as error:
+        check_config(changed(quickstart, **wrong))
+    message = str(error.value)
+    assert all(f"{name}={value!r}" in message for name, value in wrong.items())
+    assert len(message.splitlines()) == 1 + len(wrong)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def checkpoint(logs, name, time, modified):
+    path = logs / name / time / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    os.utime(path, (modified, modified))
+    return path
+
+
+def wish(logs, ckpt_path):
+    return OmegaConf.create({"ckpt_path": ckpt_path, "paths": {"log_dir": str(logs)}})
+
+
+def test_last_is_the_newest_checkpoint_of_the_runs_with_that_name(tmp_path):
+    older = checkpoint(tmp_path, "mine", "2", modified=100)
+    newer = checkpoint(tmp_path, "mine", "1", modified=200)
+    other = checkpoint(tmp_path, "other", "1", modified=300)
+    assert find_checkpoint(wish(tmp_path, "last"), "mine") == newer
+    assert find_checkpoint(wish(tmp_path, "last"), None) == other
+    assert find_checkpoint(wish(tmp_path, str(older)), "mine") == older
+    assert find_checkpoint(wish(tmp_path, None), "mine") is None
+
+
+def test_a_checkpoint_is_found_from_any_working_directory(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path, "mine", "1", modified=1)
+    monkeypatch.chdir(tmp_path)
+    relative = wish(Path("."), "mine/1/checkpoints/last.ckpt")
+    assert find_checkpoint(relative, None) == path
+    assert find_checkpoint(wish(Path("."), "last"), None).is_absolute()
+
+
+def test_without_any_checkpoint_last_says_so(tmp_path):
+    checkpoint(tmp_path, "other", "1", modified=1)
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path=last: no run under .*mine"):
+        find_checkpoint(wish(tmp_path, "last"), "mine")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path=/no/such\.ckpt: .*no such file"):
+        find_checkpoint(wish(tmp_path, "/no/such.ckpt"), None)
+
+
+# --------------------------------------------------------------------------------------- overrides
+
+
+def complaint(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.check_overrides(CONFIGS, "train", list(arguments))
+    assert isinstance(ended.value.code, str)
+    return ended.value.code
+
+
+def test_good_overrides_pass():
+    cli.check_overrides(CONFIGS, "train", ["experiment=quickstart", "optimizer.lr=1e-3"])
+
+
+def test_hydras_own_flags_are_left_to_hydra():
+    cli.check_overrides(CONFIGS, "train", ["--cfg", "no_such_key=1"])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("group_sise=4", "group_size"), ("optimizer.lrr=1", "optimizer.lr"), ("loss.klcoef=0", "kl")],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_ones(given, meant):
+    message = complaint("experiment=quickstart", given)
+    assert given.partition("=")[0] in message
+    assert "Did you mean" in message
+    assert meant in message.partition("Did you mean")[2]
+
+
+def test_an_unknown_option_is_answered_with_those_that_there_are():
+    message = complaint("experiment=quickstrat")
+    assert "quickstrat" in message
+    assert "quickstart" in message
+    assert "alfworld_grpo" in message
+
+
+def test_a_broken_override_is_named():
+    assert "Given: group_size=[1" in complaint("group_size=[1")
+
+
+# ------------------------------------------------------------------------------------ clear errors
+
+
+class HydraRuntime:
+    """Where Hydra says that the run's folder is."""
+
+    def __init__(self, folder):
+        self.runtime = OmegaConf.create({"output_dir": str(folder)})
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: HydraRuntime(tmp_path))
+    return tmp_path
+
+
+def test_what_a_person_can_mend_ends_with_its_message_and_keeps_the_traceback(run_folder, caplog):
+    with pytest.raises(SystemExit) as ended, cli.clear_errors():
+        raise FileNotFoundError("type this instead")
+    assert ended.value.code == 1
+    assert "type this instead" in caplog.text
+    assert "Traceback" not in caplog.text
+    assert "Traceback" in (run_folder / "error.log").read_text()
+
+
+def test_the_cause_is_shown_and_not_what_hydra_wraps_around_it(run_folder, caplog):
+    node = {"_target_": "aem_lightning.algorithms.AEM", "min_range": -1}
+    with pytest.raises(SystemExit), cli.clear_errors():
+        instantiate(node)
+    assert caplog.messages[-1].startswith("modulation.min_range=-1")
+
+
+def test_a_programming_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), cli.clear_errors():
+        _ = 1 / 0
+
+
+# ----------------------------------------------------------------------------------------- summary
+
+
+def test_stages_are_timed_in_their_order_and_added_up():
+    clock = StageClock()
+    for stage in ("tasks", "training", "tasks"):
+        with clock(stage):
+            sum(range(1000))
+    assert list(clock.seconds) == ["tasks", "training"]
+    with pytest.raises(ValueError, match="stop"), clock("broken"):
+        raise ValueError("stop")
+    assert clock.seconds["broken"] > 0
+
+
+def test_the_table_shows_rates_intervals_and_types(capsys):
+    other = {**RESULT, "by_type": {}}
+    print_results("title", {"success_before": other, "success_after": RESULT})
+    lines = capsys.readouterr().out.splitlines()
+    every = next(line for line in lines if "all" in line)
+    assert every.count("50.0 %") == 2
+    assert "[25.0, 75.0]" in every
+    pick = next(line for line in lines if "pick" in line)
+    assert "–" in pick
+    assert "100.0 %" in pick
+    assert any("success before" in line for line in lines)
+
+
+def test_a_summary_is_written_as_json_and_shown(tmp_path, capsys):
+    summary = {
+        "name": "quickstart",
+        "iterations": 60,
+        "success_before": RESULT,
+        "success_after": RESULT,
+        "seconds": {"warm_start": 61.2, "training": 1234.5},
+        "paths": {"run": str(tmp_path)},
+        "next": ["python eval.py ckpt_path=last"],
+    }
+    path = write_summary(tmp_path, summary)
+    assert json.loads(path.read_text()) == summary
+    shown = capsys.readouterr().out
+    assert "quickstart: 60 iterations" in shown
+    assert "1,23" in shown
+    assert "warm start" in shown
+    assert f"run: {tmp_path}" in shown.replace("\n", "")
+    assert "next: python eval.py ckpt_path=last" in shown
+
+
+def test_a_run_without_evaluation_has_a_summary_too(tmp_path, capsys):
+    summary = {"success_before": None, "seconds": {}, "paths": {}, "next": []}
+    assert write_summary(tmp_path, summary).is_file()
+    assert "success rate" not in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------- warm start
+
+
+@pytest.fixture
+def warm_start_folder(quickstart, monkeypatch):
+    """The folder that a config's warm start goes to, without running it."""
+    monkeypatch.setattr(build, "tiny_base", lambda *given: None)
+    monkeypatch.setattr(build, "build_encoder", lambda *given: None)
+
+    def stand_in(*given, folder, **options):
+        return WarmStart(folder, False, 0.0, {})
+
+    monkeypatch.setattr(build, "run_warm_start", stand_in)
+    return lambda **changes: build.warm_start(changed(quickstart, **changes), None).folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"policy__warm_start__lr": 0.5},
+        {"policy__warm_start__seed": 3},
+        {"policy__architecture__hidden_size": 8},
+        {"prompt__turn": "say {observation}"},
+        {"memory": "window"},
+        {"max_turns": 7},
+        {"datamodule__generate__difficulty": "hard"},
+    ],
+)
+def test_a_warm_start_is_made_anew_when_what_it_depends_on_changes(warm_start_folder, changes):
+    assert warm_start_folder(**changes) != warm_start_folder()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 5},
+        {"iterations": 3},
+        {"group_size": 16},
+        {"tasks_per_iteration": 2},
+        {"optimizer__lr": 0.5},
+        {"policy__lora__r": 64},
+        {"datamodule__workers": 7},
+        {"modulation": {"_target_": "aem_lightning.algorithms.NoModulation"}},
+    ],
+)
+def test_a_warm_start_is_kept_when_only_the_reinforcement_changes(warm_start_folder, changes):
+    assert warm_start_folder(**changes) == warm_start_folder()
