@@ -1,0 +1,88 @@
+"""Draw the learning curve of one or more runs.
+
+python scripts/plot_learning_curve.py logs/quickstart/<time> --out docs/learning_curve.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+Curve = tuple[list[int], list[float]]
+
+
+def read_curves(run: Path, tags: tuple[str, ...]) -> dict[str, Curve]:
+    """The scalar curves of a run by tag; x is the iteration."""
+    points: dict[str, dict[int, float]] = {tag: {} for tag in tags}
+    for file in sorted((run / "tensorboard").glob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in set(tags) & set(events.Tags()["scalars"]):
+            points[tag] |= {event.step: event.value for event in events.Scalars(tag)}
+    return {
+        tag: (sorted(found), [found[x] for x in sorted(found)]) for tag, found in points.items()
+    }
+
+
+def smooth(values: list[float], window: int = 5) -> list[float]:
+    """A running mean over the last ``window`` values."""
+    return [
+        sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))
+    ]
+
+
+def draw(runs: list[Path], out: Path) -> None:
+    """Success above, entropy below; error bars are the evaluations before and after."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (success, entropy) = plt.subplots(
+        2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
+    )
+    for number, run in enumerate(runs):
+        color = f"C{number}"
+        curves = read_curves(run, ("train/success_rate", "val/success_rate", "aem/entropy"))
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        label = f"seed {summary['seed']}"
+        xs, ys = curves["train/success_rate"]
+        success.plot(xs, smooth(ys), color=color, alpha=0.5, label=f"{label}, training (mean of 5)")
+        success.plot(*curves["val/success_rate"], "o--", color=color, markersize=4, alpha=0.7)
+        for x, name in ((0, "success_before"), (summary["iterations"], "success_after")):
+            if found := summary[name]:
+                rate = found["rate"]
+                bars = [[rate - found["low"]], [found["high"] - rate]]
+                place = x + 0.4 * number
+                success.errorbar(place, rate, yerr=bars, color=color, fmt="s", capsize=4)
+        xs, ys = curves["aem/entropy"]
+        entropy.plot(xs, smooth(ys), color=color, label=label)
+    success.set(
+        ylabel="success rate", ylim=(0, 1), title="squares: every evaluation game, 95 % interval"
+    )
+    success.legend(fontsize=8, loc="upper left")
+    entropy.set(xlabel="iteration", ylabel="token entropy (nats)")
+    figure.savefig(out, dpi=120)
+
+
+def main() -> None:
+    """Parse the command line and draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--out", type=Path, default=Path("learning_curve.png"))
+    arguments = parser.parse_args()
+    missing = [str(run) for run in arguments.runs if not (run / "summary.json").is_file()]
+    if missing:
+        sys.exit(f"no summary.json in {', '.join(missing)}: give folders of finished runs")
+    try:
+        draw(arguments.runs, arguments.out)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is missing: pip install 'aem-lightning[notebooks]'")
+
+
+if __name__ == "__main__":
+    main()
