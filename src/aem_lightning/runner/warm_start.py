@@ -40,7 +40,7 @@ from aem_lightning.types import Trajectory
 log = logging.getLogger(__name__)
 
 # Raise it when the stage changes what it makes: older folders are then not taken for new ones.
-FORMAT = 3
+FORMAT = 4
 RESULT = "warm_start.json"
 
 
@@ -51,7 +51,10 @@ class WarmStartSettings:
     Attributes:
         required: The policy is made by this stage; it has no other weights.
         demonstrations: Expert episodes to play.
-        slip: Share of random actions in them, which are not imitated: the expert has to recover.
+        max_turns: Turns of a demonstration.
+        slip: Share of random actions in them, from which the expert has to recover.
+        imitate_slips: Learn the random actions too, as from a careless player; reinforcement can
+            then unlearn them.
         epochs: Passes over them.
         lr: Peak learning rate.
         prompt_weight: Weight of a prompt token in the loss; a response token has 1.
@@ -62,7 +65,9 @@ class WarmStartSettings:
 
     required: bool = False
     demonstrations: int = 1000
+    max_turns: int = 50
     slip: float = 0.0
+    imitate_slips: bool = False
     epochs: int = 3
     lr: float = 1e-3
     prompt_weight: float = 0.0
@@ -115,14 +120,15 @@ def play_demonstrations(
         settings.slip,
         settings.seed,
     )
+    limits = {**limits, "max_turns": settings.max_turns}
     collector = Collector(datamodule.pool, encoder, responder, rewards, **limits)
     played = collector.collect(episodes, seed=settings.seed)
     won = [trajectory for trajectory in played if trajectory.won]
     if not won:
         raise ValueError(
             f"The expert won none of {len(episodes)} episodes within "
-            f"max_turns={limits['max_turns']}, so there is nothing to learn from. Type a larger "
-            "max_turns=..."
+            f"policy.warm_start.max_turns={settings.max_turns}, so there is nothing to learn from. "
+            "Type a larger one."
         )
     log.info("expert play: %d of %d episodes won", len(won), len(episodes))
     return won, responder.slips
@@ -146,7 +152,9 @@ def run_warm_start(
     start = time.perf_counter()
     played, slips = play_demonstrations(datamodule, encoder, settings, rewards, limits)
     seconds_play = time.perf_counter() - start
-    dataset = demonstrations_dataset(played, slips)
+    dataset = demonstrations_dataset(
+        played, set() if settings.imitate_slips else slips
+    )
     sampler = DemonstrationSampler(
         [len(row) for row in dataset["input_ids"]], settings.batch_tokens, settings.seed
     )
