@@ -51,7 +51,7 @@ class WarmStartSettings:
     Attributes:
         required: The policy is made by this stage; it has no other weights.
         demonstrations: Expert episodes to play.
-        max_turns: Turns of a demonstration.
+        max_turns: Turns of a demonstration; ``None`` allows as many as the run does.
         slip: Share of random actions in them, from which the expert has to recover.
         imitate_slips: Learn the random actions too, as from a careless player; reinforcement can
             then unlearn them.
@@ -65,7 +65,7 @@ class WarmStartSettings:
 
     required: bool = False
     demonstrations: int = 1000
-    max_turns: int = 50
+    max_turns: int | None = None
     slip: float = 0.0
     imitate_slips: bool = False
     epochs: int = 3
@@ -120,15 +120,15 @@ def play_demonstrations(
         settings.slip,
         settings.seed,
     )
-    limits = {**limits, "max_turns": settings.max_turns}
+    limits = {**limits, "max_turns": settings.max_turns or limits["max_turns"]}
     collector = Collector(datamodule.pool, encoder, responder, rewards, **limits)
     played = collector.collect(episodes, seed=settings.seed)
     won = [trajectory for trajectory in played if trajectory.won]
     if not won:
         raise ValueError(
             f"The expert won none of {len(episodes)} episodes within "
-            f"policy.warm_start.max_turns={settings.max_turns}, so there is nothing to learn from. "
-            "Type a larger one."
+            f"max_turns={limits['max_turns']}, so there is nothing to learn from. Type a larger "
+            "policy.warm_start.max_turns=..."
         )
     log.info("expert play: %d of %d episodes won", len(won), len(episodes))
     return won, responder.slips
