@@ -152,9 +152,7 @@ def run_warm_start(
     start = time.perf_counter()
     played, slips = play_demonstrations(datamodule, encoder, settings, rewards, limits)
     seconds_play = time.perf_counter() - start
-    dataset = demonstrations_dataset(
-        played, set() if settings.imitate_slips else slips
-    )
+    dataset = demonstrations_dataset(played, set() if settings.imitate_slips else slips)
     sampler = DemonstrationSampler(
         [len(row) for row in dataset["input_ids"]], settings.batch_tokens, settings.seed
     )
