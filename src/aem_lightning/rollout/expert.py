@@ -26,8 +26,8 @@ class ExpertResponder:
 
     With ``slip`` > 0 some actions are not the expert's but a random one: an admissible action, or
     one that was admissible at an earlier turn and mostly fails now. The expert then has to recover,
-    which is what a policy that makes mistakes must learn. Slips are kept in ``slips``: nobody
-    should imitate them. Source: DART, arXiv 1703.09327.
+    which is what a policy that makes mistakes must learn. ``slips`` says which turns they are, so
+    that a caller can leave them out. Source: DART, arXiv 1703.09327.
 
     Args:
         encoder: Messages to token ids.

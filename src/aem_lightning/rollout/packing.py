@@ -123,7 +123,7 @@ def _check_finite(
             trajectory = trajectories[n]
             raise ValueError(
                 "A log-probability or entropy is not finite in episode "
-                f"{trajectory.group}/{trajectory.copy} (task {trajectory.task.id!r}), turn {t}: "
+                f"{trajectory.key} (task {trajectory.task.id!r}), turn {t}: "
                 "the policy has diverged. Go back to the last checkpoint with ckpt_path=last and a "
                 "lower learning rate: optimizer.lr=..."
             )
