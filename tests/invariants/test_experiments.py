@@ -36,7 +36,7 @@ def test_an_experiment_cannot_be_made(
     with built(cfg) as (trainer, module, datamodule):
         assert isinstance(trainer, L.Trainer)
         assert isinstance(module, AgentModule)
-        assert trainer.max_epochs * cfg.iterations_per_epoch >= cfg.iterations
+        assert trainer.max_epochs * cfg.iterations_per_epoch == cfg.iterations
         assert isinstance(trainer.logger, TensorBoardLogger)
         found = [type(callback) for callback in trainer.callbacks]
         assert {AEMMonitor, StepTime, Transcripts, AdapterExport} <= set(found)

@@ -56,6 +56,7 @@ def test_the_config_of_the_quickstart_has_no_problems(quickstart):
         ("max_grad_norm", "big", "a number > 0"),
         ("history_length", -1, "a whole number >= 0"),
         ("max_context", 12, "type max_context=48"),
+        ("iterations", 7, "type iterations=10, or iterations_per_epoch=1"),
         ("policy__warm_start__required", False, "policy=tiny"),
     ],
 )
@@ -279,7 +280,8 @@ def warm_start_folder(quickstart, monkeypatch):
         {"policy__architecture__hidden_size": 8},
         {"prompt__turn": "say {observation}"},
         {"memory": "window"},
-        {"max_turns": 7},
+        {"policy__warm_start__max_turns": 7},
+        {"policy__warm_start__max_turns": None, "max_turns": 7},
         {"datamodule__generate__difficulty": "hard"},
     ],
 )
@@ -292,6 +294,7 @@ def test_a_warm_start_is_made_anew_when_what_it_depends_on_changes(warm_start_fo
     [
         {"seed": 5},
         {"iterations": 3},
+        {"max_turns": 7},  # the quickstart's demonstrations have a limit of their own
         {"group_size": 16},
         {"tasks_per_iteration": 2},
         {"optimizer__lr": 0.5},

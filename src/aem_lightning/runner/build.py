@@ -85,7 +85,8 @@ def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
 def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     """The model folder that the supervised stage leaves, keyed by everything that it depends on."""
     settings = WarmStartSettings(**plain(cfg.policy.warm_start))
-    limits = {key: cfg[key] for key in ("max_turns", "max_context", "max_new_tokens")}
+    limits = {key: cfg[key] for key in ("max_context", "max_new_tokens")}
+    limits["max_turns"] = settings.max_turns or cfg.max_turns
     policy_config = plain(cfg.policy)
     if policy_config["model"] is None:
         policy_config.pop("lora")  # a tiny model is warm-started without adapters
@@ -163,7 +164,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     """The Trainer, with callbacks and logger; its epochs come from the number of iterations."""
     callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values()]
     logger: Logger | None = instantiate(cfg.logger) if cfg.logger else None
-    epochs = -(-cfg.iterations // cfg.iterations_per_epoch)
+    epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number
     # A partial: Hydra would take the objects for configs, and some loggers look like one.
     trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
         callbacks=callbacks, logger=logger or False, max_epochs=epochs

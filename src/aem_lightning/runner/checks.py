@@ -45,6 +45,12 @@ def check_config(cfg: DictConfig) -> None:
     ]
     if type(cfg.history_length) is not int or cfg.history_length < 0:
         problems.append(f"history_length={cfg.history_length!r}: a whole number >= 0")
+    if not problems and cfg.iterations % cfg.iterations_per_epoch:
+        per_epoch = cfg.iterations_per_epoch
+        problems.append(
+            f"iterations={cfg.iterations} is no multiple of iterations_per_epoch={per_epoch}: type "
+            f"iterations={-(-cfg.iterations // per_epoch) * per_epoch}, or iterations_per_epoch=1"
+        )
     if not problems and cfg.max_context <= cfg.max_new_tokens:
         problems.append(
             f"max_context={cfg.max_context} leaves no room for a prompt beside "
