@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -181,6 +181,17 @@ class ClippedLoss:
         if self.entropy_coef:
             loss = loss - self.entropy_coef * (weights * entropies).sum()
         return LossTerms(loss, stats)
+
+    def adapted(self, coef: float, entropy: float) -> tuple[ClippedLoss, float]:
+        """The loss for an iteration of this mean token entropy, and the coefficient of the next.
+
+        Without ``adaptive_entropy`` both stay as they are. ``coef`` is the state, which the agent
+        keeps and saves: ``entropy_coef`` is 0 while the entropy is over its target.
+        """
+        rule = self.adaptive_entropy
+        if rule is None:
+            return self, coef
+        return replace(self, entropy_coef=rule.active(coef, entropy)), rule.after(coef, entropy)
 
     def weights(self, logprobs: Tensor, columns: TokenColumns | None) -> Tensor:
         """How much each token counts in the sum, [T]."""

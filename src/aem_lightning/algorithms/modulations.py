@@ -30,19 +30,23 @@ class Modulated:
     change: Callable[[Tensor], Tensor] | None = None
 
     def apply(self, advantages: Tensor, batch: RolloutBatch) -> Tensor:
-        """The advantages of the loss: [R], or [S, L] for those of tokens.
+        """The advantages of the loss: [R], or [S, L] for those of tokens; 0 outside the loss.
 
         Raises:
             ValueError: A modulation that is more than a factor meets advantages of tokens.
         """
+        kept = batch.response_mask
         if advantages.ndim == 1:
-            return self.alpha * advantages if self.change is None else self.change(advantages)
+            changed = self.alpha * advantages if self.change is None else self.change(advantages)
+            return torch.where(kept, changed, torch.zeros_like(changed))
         if self.change is not None:
             raise ValueError(
                 "This modulation adds to the advantage of a response, and PPO has one a token: "
                 "type modulation=aem_batch or modulation=none"
             )
-        return self.alpha[batch.response_index.clamp(min=0)] * advantages
+        index = batch.response_index.clamp(min=0)
+        changed = self.alpha[index] * advantages
+        return torch.where(kept[index], changed, torch.zeros_like(changed))
 
 
 class Modulation(Protocol):

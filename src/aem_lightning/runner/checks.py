@@ -18,6 +18,7 @@ _AT_LEAST_ONE = (
     "max_new_tokens",
     "max_context",
     "concurrency",
+    "collection_rounds",
     "update_epochs",
     "num_minibatches",
     "micro_batch_tokens",
