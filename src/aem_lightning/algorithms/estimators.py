@@ -35,25 +35,27 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class Overlong:
-    """DAPO's soft punishment of long responses; ``scale`` is the reward that the longest loses.
+    """DAPO's soft punishment of long responses.
 
-    Source: arXiv 2503.14476, equation 13, where ``scale`` is 1 beside a reward of 1.
+    It grows over the last ``share`` of ``max_length`` tokens, up to ``scale``, the reward that the
+    longest response loses. Source: arXiv 2503.14476, equation 13 (a share of 0.2; a scale of 1
+    beside a reward of 1).
     """
 
     max_length: int
-    cache: int
+    share: float = 0.2
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.cache <= self.max_length:
+        if not 0 < self.share <= 1:
             raise ValueError(
-                f"advantage.overlong.cache={self.cache} is not allowed: type 1 to "
-                f"advantage.overlong.max_length={self.max_length} tokens"
+                f"advantage.overlong.share={self.share} is not allowed: type a share in (0, 1]"
             )
 
     def __call__(self, batch: RolloutBatch) -> Tensor:
         """The returns with the punishments of their responses, [N]."""
-        penalty = self.scale * overlong_penalty(batch.length, self.max_length, self.cache)
+        cache = max(1, round(self.share * self.max_length))
+        penalty = self.scale * overlong_penalty(batch.length, self.max_length, cache)
         return batch.returns.index_add(0, batch.trajectory, penalty.to(batch.returns.dtype))
 
 

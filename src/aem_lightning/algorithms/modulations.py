@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -198,22 +198,21 @@ class EMPG:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Modulations one after the other, e.g. AEM on what EMPG leaves."""
+    """One modulation after another, e.g. AEM on the advantages that EMPG leaves.
 
-    parts: Sequence[Modulation]
+    The coefficients multiply; the gate is the second one's.
+    """
+
+    first: Modulation
+    then: Modulation
 
     def __call__(self, batch: RolloutBatch) -> Modulated:
-        done = [part(batch) for part in self.parts]
-        alpha = torch.ones_like(batch.entropy)
-        for modulated in done:
-            alpha = alpha * modulated.alpha
+        first, then = self.first(batch), self.then(batch)
 
         def change(advantages: Tensor) -> Tensor:
-            for modulated in done:
-                advantages = modulated.apply(advantages, batch)
-            return advantages
+            return then.apply(first.apply(advantages, batch), batch)
 
-        return Modulated(alpha, done[-1].gated if done else 1.0, change)
+        return Modulated(first.alpha * then.alpha, then.gated, change)
 
 
 def _gated_share(entropy: Tensor, group: Tensor, min_range: float) -> float:

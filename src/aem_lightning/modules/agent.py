@@ -221,8 +221,7 @@ class AgentModule(L.LightningModule):
         step (the batch is then exactly on-policy), the reference when ``kl_coef`` is 0.
         """
         first_epoch = self.first_epoch(plan)
-        temperature = self.rollout.temperature
-        from_engine = bool((batch.entropies != 0).any())
+        from_engine, temperature = bool((batch.entropies != 0).any()), self.rollout.temperature
         if len(plan) > 1 or not from_engine:
             with watch("old_logprobs"):
                 batch.old_logprobs, entropies = score_rows(

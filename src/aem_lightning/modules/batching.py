@@ -36,7 +36,7 @@ def make_batch(
 def wants_actions(modulation: Modulation) -> bool:
     """Whether a modulation, or a part of it, looks at the tokens of actions alone."""
     if isinstance(modulation, Stacked):
-        return any(wants_actions(part) for part in modulation.parts)
+        return wants_actions(modulation.first) or wants_actions(modulation.then)
     return isinstance(modulation, AEM) and modulation.tokens == "action"
 
 
