@@ -1,4 +1,4 @@
-"""Every experiment of an estimator, shrunk to the toy environment, moves the tiny policy's weights."""
+"""Every experiment of an estimator, shrunk to the toy environment, trains the tiny policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ NAMES = sorted(
     for path in (CONFIGS / "experiment").glob("alfworld_*.yaml")
     if path.stem != "alfworld_warm_start"
 )
-ESTIMATORS = "grpo dapo gspo ppo rloo gigpo grpopp drgrpo reinforcepp empg".split()
+GROUPED = ("grpo", "dapo", "gspo", "rloo", "gigpo", "grpopp", "drgrpo", "empg")
+ESTIMATORS = (*GROUPED, "ppo", "reinforcepp")
 # The experiment as it is, but for what is played, who plays, and how much.
 SHRUNK = (
     "datamodule=coin",

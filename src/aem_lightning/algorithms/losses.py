@@ -197,9 +197,12 @@ class ClippedLoss:
         """How much each token counts in the sum, [T]."""
         if self.aggregation == "token":
             return torch.ones_like(logprobs.detach())
-        lengths = _given(columns).lengths
-        weights = aggregation_weights(lengths, self.aggregation, constant=self.constant)
-        return weights.to(logprobs.dtype)
+        return aggregation_weights(
+            _given(columns).lengths,
+            self.aggregation,
+            constant=self.constant,
+            dtype=logprobs.dtype,
+        )
 
     def surrogate(
         self,

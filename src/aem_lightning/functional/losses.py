@@ -137,7 +137,11 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def aggregation_weights(
-    lengths: Tensor, aggregation: Aggregation = "token", *, constant: int | None = None
+    lengths: Tensor,
+    aggregation: Aggregation = "token",
+    *,
+    constant: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weight of each token in a sum that its caller divides by the number of units.
 
@@ -156,9 +160,10 @@ def aggregation_weights(
         lengths: Tokens of the response that each token is in, [T].
         aggregation: ``token``, ``sequence`` or ``constant``.
         constant: The divisor of ``constant``, e.g. the most tokens that a response may have.
+        dtype: Of the weights.
 
     Returns:
-        [T], float32.
+        [T].
 
     Raises:
         ValueError: An unknown aggregation, or ``constant`` without a number >= 1.
@@ -173,12 +178,12 @@ def aggregation_weights(
     if aggregation not in get_args(Aggregation):
         raise ValueError(f"aggregation={aggregation!r}: choose one of {get_args(Aggregation)}")
     if aggregation == "sequence":
-        return 1.0 / lengths.clamp(min=1).float()
+        return 1.0 / lengths.clamp(min=1).to(dtype)
     if aggregation == "token":
-        return torch.ones_like(lengths, dtype=torch.float32)
+        return torch.ones_like(lengths, dtype=dtype)
     if constant is None or constant < 1:
         raise ValueError(f"constant={constant}: aggregation='constant' needs a number >= 1")
-    return torch.full_like(lengths, 1.0 / constant, dtype=torch.float32)
+    return torch.full_like(lengths, 1.0 / constant, dtype=dtype)
 
 
 def clipped_value_loss(
