@@ -64,15 +64,15 @@ def test_a_mixed_batch_is_collected_again():
 
 
 def test_uniform_groups_are_not_replaced_by_as_many_new_tasks():
-    made, log = source({task.id for task in TASKS[::2]})
-    played = made.collect(TASKS[:4], rounds=10)
+    made, log = source({task.id for task in TASKS[16:]})
+    played = made.collect(TASKS[:4], rounds=30)
     assert log[0][1] == [(task.id, i) for i, task in enumerate(TASKS[:4])]
     seen = [task for _, groups in log for task, _ in groups]
     assert len(seen) == len(set(seen)), "a task was played twice"
     numbers = [group for _, groups in log for _, group in groups]
     assert numbers == list(range(len(seen)))
     assert len({seed for seed, _ in log}) == len(log), "two rounds sample with one seed"
-    kept, dropped = split_uniform(played, 10)
+    kept, dropped = split_uniform(played, 30)
     assert len({t.group for t in kept}) == 4
     assert not mixed_groups(dropped)
     assert len(kept) + len(dropped) == len(played) == 2 * len(seen)
