@@ -47,7 +47,9 @@ def check_config(cfg: DictConfig) -> None:
     if type(cfg.history_length) is not int or cfg.history_length < 0:
         problems.append(f"history_length={cfg.history_length!r}: a whole number >= 0")
     if type(cfg.anchor_similarity) not in (int, float) or not 0 < cfg.anchor_similarity <= 1:
-        problems.append(f"anchor_similarity={cfg.anchor_similarity!r}: a number in (0, 1], e.g. 0.9")
+        problems.append(
+            f"anchor_similarity={cfg.anchor_similarity!r}: a number in (0, 1], e.g. 0.9"
+        )
     if not problems and cfg.max_context <= cfg.max_new_tokens:
         problems.append(
             f"max_context={cfg.max_context} leaves no room for a prompt beside "
