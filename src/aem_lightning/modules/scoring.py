@@ -99,19 +99,10 @@ def micro_batch_loss(
         chosen=column(chosen),
     )
     spread = advantages[piece.responses] if advantages.ndim == 1 else piece.gather(advantages)
-    terms = loss(
-        logprobs[kept],
-        old[kept],
-        column(batch.ref_logprobs),
-        entropies[kept],
-        spread[kept],
-        columns,
-    )
+    reference = column(batch.ref_logprobs)
+    terms = loss(logprobs[kept], old[kept], reference, entropies[kept], spread[kept], columns)
     if critic is None or policy.value_head is None:
         return terms
     values = policy.value_head(hidden if critic.train_trunk else hidden.detach())[kept]
-    old_values, goals = column(batch.values), column(batch.value_targets)
-    assert old_values is not None
-    assert goals is not None
-    weights = loss.weights(values, columns)
-    return with_value_loss(critic, terms, values, old_values, goals, weights)
+    known = column(batch.values), column(batch.value_targets)
+    return with_value_loss(critic, terms, values, *known, loss.weights(values, columns))

@@ -61,11 +61,17 @@ def with_value_loss(
     critic: PPO,
     terms: LossTerms,
     values: Tensor,
-    old_values: Tensor,
-    targets: Tensor,
+    old_values: Tensor | None,
+    targets: Tensor | None,
     weights: Tensor,
 ) -> LossTerms:
-    """The loss of T tokens with that of their values; ``weights`` are the aggregation's, [T]."""
+    """The loss of T tokens with that of their values; ``weights`` are the aggregation's, [T].
+
+    Raises:
+        ValueError: The batch has no values: `fill_values` comes first.
+    """
+    if old_values is None or targets is None:
+        raise ValueError("the batch has no values: fill_values comes before the update")
     losses = critic.value_loss(values, old_values, targets)
     stats = {
         "value_loss": losses.detach().sum(),
