@@ -138,6 +138,7 @@ class Trajectory:
         truncated: Cut by a limit (turns, context) rather than ended by the environment.
         infra_error: What broke outside the policy's doing; such a trajectory is left out of the
             loss.
+        round: The collection round that played it; 0 unless dynamic sampling asks for more.
     """
 
     task: Task
@@ -149,6 +150,7 @@ class Trajectory:
     score: float = 0.0
     truncated: bool = False
     infra_error: str | None = None
+    round: int = 0
 
     @property
     def key(self) -> str:
@@ -176,7 +178,11 @@ class RolloutBatch:
     ``response_index``        [S, L]  -1 outside responses, else the response r of 0..R-1
     ``old_logprobs``          [S, L]  of the sampled token before the update, fp32; 0 elsewhere
     ``ref_logprobs``          [S, L]  the same under the reference policy; None without ``kl_coef``
+    ``sampler_logprobs``      [S, L]  of the sampled token as the engine saw it, fp32; 0 elsewhere
     ``entropies``             [S, L]  fp32, full-vocabulary token entropy in nats, detached
+    ``action_mask``           [S, L]  bool: tokens of the action; None unless something needs them
+    ``values``                [S, L]  before each response token, fp32; None without a value head
+    ``value_targets``         [S, L]  what the value head should have said; None without one
     ``trajectory``            [R]     the trajectory of a response
     ``turn``                  [R]     its turn
     ``length``                [R]     its tokens
@@ -187,7 +193,9 @@ class RolloutBatch:
     ``anchor``                [R]     id of the observation it answers; equal for equal texts
     ``group``                 [N]     the group of a trajectory
     ``returns``               [N]     the undiscounted sum of its rewards
-    ``loss_mask``             [N]     bool: False keeps the trajectory out of statistics and loss
+    ``judged``                [N]     bool: False where the return says nothing about the policy
+    ``loss_mask``             [N]     bool: False keeps the trajectory out of the loss and of the
+                                      statistics over responses; implies nothing about its return
     ========================= ======= ============================================================
     """
 
@@ -208,6 +216,11 @@ class RolloutBatch:
     group: Tensor
     returns: Tensor
     loss_mask: Tensor
+    judged: Tensor
+    sampler_logprobs: Tensor | None = None
+    action_mask: Tensor | None = None
+    values: Tensor | None = None
+    value_targets: Tensor | None = None
 
     @property
     def num_responses(self) -> int:
@@ -224,7 +237,7 @@ class RolloutBatch:
 
     @property
     def response_mask(self) -> Tensor:
-        """True for the responses whose trajectory takes part in statistics and loss, [R] bool."""
+        """True for the responses whose trajectory takes part in the loss, [R] bool."""
         return self.loss_mask[self.trajectory]
 
     def to(self, device: torch.device | str) -> RolloutBatch:
@@ -243,9 +256,9 @@ class Iteration:
 
     Attributes:
         index: Number of this iteration, from 0; x axis of every curve.
-        trajectories: The episodes, for transcripts and success rates.
+        trajectories: The episodes that are trained on, for transcripts and success rates.
         batch: The rollout batch, on the training device.
-        advantages: Base advantage of each response, [R].
+        advantages: Base advantage of each response, [R]; PPO: the mean over its tokens.
         alpha: Modulation coefficient of each response, [R]; ones without modulation.
         gated: Share of the groups whose entropy range was under the gate (their alpha is 1).
         seconds: Wall time by stage, in the order of the paper's cost table: ``rollout``,
@@ -254,6 +267,7 @@ class Iteration:
         metrics: Scalars of the update, e.g. ``policy/approx_kl``.
         skipped: The reason why there was no update (every group uniform), else ``None``.
         entropy_source: Where the token entropies came from: ``engine`` or ``trainer``.
+        dropped: Episodes that were played and not trained on: dynamic sampling's uniform groups.
     """
 
     index: int
@@ -266,3 +280,4 @@ class Iteration:
     metrics: Mapping[str, float]
     skipped: str | None = None
     entropy_source: Literal["engine", "trainer"] = "engine"
+    dropped: Sequence[Trajectory] = ()

@@ -45,7 +45,7 @@ def test_an_unknown_key_is_not_explained(train: Run, toy: list[str]) -> None:
 
 
 def test_an_unknown_option_is_not_explained(train: Run, toy: list[str]) -> None:
-    assert_clear(train(*toy, "modulation=foo"), "modulation=foo", "Allowed: aem, none")
+    assert_clear(train(*toy, "modulation=foo"), "modulation=foo", "Allowed: aem, aem_batch")
     assert_clear(train("experiment=quickstrat"), "experiment=quickstrat", "quickstart")
 
 

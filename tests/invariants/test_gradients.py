@@ -114,7 +114,8 @@ def test_the_first_ratio_is_not_one(
         loss, update = module.loss, module.update
 
         class Recording:
-            kl_coef, entropy_coef = loss.kl_coef, loss.entropy_coef
+            def __getattr__(self, name: str) -> Any:
+                return getattr(loss, name)
 
             def __call__(self, logprobs: Tensor, old: Tensor, *rest: Any) -> Any:
                 log_ratios.append((logprobs - old).detach().abs().max())

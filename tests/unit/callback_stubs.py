@@ -50,6 +50,7 @@ def make_iteration(index: int, entropy: float = 0.5) -> Iteration:
         group=torch.tensor([0, 0, 1, 1]),
         returns=torch.zeros(4),
         loss_mask=torch.tensor([True, True, True, False]),
+        judged=torch.tensor([True, True, True, False]),
     )
     return Iteration(
         index=index,

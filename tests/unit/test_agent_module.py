@@ -222,9 +222,9 @@ def test_a_checkpoint_holds_the_adapters_alone_and_fits_only_the_same_ones():
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token():
     agent = make_agent()
-    assert agent.pad_id == agent.policy.tokenizer.pad_token_id
+    assert agent.encoder.pad_id == agent.policy.tokenizer.pad_token_id
     agent.policy.tokenizer.pad_token = None
-    assert agent.pad_id == agent.policy.tokenizer.eos_token_id
+    assert agent.encoder.pad_id == agent.policy.tokenizer.eos_token_id
 
 
 def test_rows_are_scored_the_same_in_any_micro_batches(trained):

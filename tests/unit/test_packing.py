@@ -133,9 +133,10 @@ def test_without_a_single_response_there_is_nothing_to_train_on():
 
 def test_a_batch_moves_with_all_its_tensors():
     batch = pack(two_trajectories()).to("meta")
-    tensors = [getattr(batch, f.name) for f in fields(batch) if f.name != "ref_logprobs"]
-    assert {str(tensor.device) for tensor in tensors} == {"meta"}
-    assert batch.ref_logprobs is None
+    columns = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    missing = {name for name, column in columns.items() if column is None}
+    assert missing == {"ref_logprobs", "action_mask", "values", "value_targets"}
+    assert {str(c.device) for c in columns.values() if c is not None} == {"meta"}
 
 
 def test_micro_batches_stay_within_the_budget_and_hold_every_row_once():

@@ -1,7 +1,57 @@
 """Estimators, modulations and losses: thin settings over `aem_lightning.functional`."""
 
-from aem_lightning.algorithms.estimators import GRPO, Estimator
-from aem_lightning.algorithms.losses import ClippedLoss
-from aem_lightning.algorithms.modulations import AEM, Modulation, NoModulation
+from aem_lightning.algorithms.entropy_control import (
+    AdaptiveEntropy,
+    ClipCov,
+    CovarianceControl,
+    KLCov,
+)
+from aem_lightning.algorithms.estimators import (
+    GRPO,
+    RLOO,
+    Estimator,
+    GiGPO,
+    Overlong,
+    ReinforcePP,
+    response_means,
+)
+from aem_lightning.algorithms.losses import (
+    ClippedLoss,
+    ImportanceCorrection,
+    LossTerms,
+    TokenColumns,
+)
+from aem_lightning.algorithms.modulations import (
+    AEM,
+    EMPG,
+    Modulated,
+    Modulation,
+    NoModulation,
+    Stacked,
+)
+from aem_lightning.algorithms.ppo import PPO
 
-__all__ = ["AEM", "GRPO", "ClippedLoss", "Estimator", "Modulation", "NoModulation"]
+__all__ = [
+    "AEM",
+    "EMPG",
+    "GRPO",
+    "PPO",
+    "RLOO",
+    "AdaptiveEntropy",
+    "ClipCov",
+    "ClippedLoss",
+    "CovarianceControl",
+    "Estimator",
+    "GiGPO",
+    "ImportanceCorrection",
+    "KLCov",
+    "LossTerms",
+    "Modulated",
+    "Modulation",
+    "NoModulation",
+    "Overlong",
+    "ReinforcePP",
+    "Stacked",
+    "TokenColumns",
+    "response_means",
+]

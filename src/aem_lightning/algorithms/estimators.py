@@ -3,40 +3,163 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from aem_lightning.functional import grpo_advantages
+from aem_lightning.algorithms.ranks import over_ranks
+from aem_lightning.functional import (
+    gigpo_advantages,
+    gigpo_step_advantages,
+    grpo_advantages,
+    overlong_penalty,
+    reinforcepp_advantages,
+    rloo_advantages,
+    step_returns,
+)
 from aem_lightning.types import RolloutBatch
 
 
 class Estimator(Protocol):
-    """Anything that gives base advantages, [R], and names the smallest group it can compare."""
+    """Anything that gives base advantages, [R], and names the smallest group it can compare.
 
-    min_group_size: int
+    `PPO` gives one a token, [S, L].
+    """
+
+    @property
+    def min_group_size(self) -> int: ...
 
     def __call__(self, batch: RolloutBatch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """DAPO's soft punishment of long responses.
+
+    It grows over the last ``share`` of ``max_length`` tokens, up to ``scale``, the reward that the
+    longest response loses. Source: arXiv 2503.14476, equation 13 (a share of 0.2; a scale of 1
+    beside a reward of 1).
+    """
+
+    max_length: int
+    share: float = 0.2
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(
+                f"advantage.overlong.share={self.share} is not allowed: type a share in (0, 1]"
+            )
+
+    def __call__(self, batch: RolloutBatch) -> Tensor:
+        """The returns with the punishments of their responses, [N]."""
+        cache = max(1, round(self.share * self.max_length))
+        penalty = self.scale * overlong_penalty(batch.length, self.max_length, cache)
+        return batch.returns.index_add(0, batch.trajectory, penalty.to(batch.returns.dtype))
 
 
 @dataclass(frozen=True)
 class GRPO:
     """Group-relative advantages: (return - group mean) / (group std + eps), for every response.
 
-    Statistics are over trajectories, so a long failed episode counts no more than a short one.
-    Source: arXiv 2402.03300, equation 3.
+    ``statistics=trajectory`` counts every trajectory once, so a long failed episode weighs no more
+    than a short one; ``step`` counts every response, as verl-agent does. Source: arXiv 2402.03300,
+    equation 3. Dr.GRPO (arXiv 2503.20783) is ``normalize_std=False``; DAPO (arXiv 2503.14476) adds
+    ``overlong``.
     """
 
     normalize_std: bool = True
     eps: float = 1e-6
+    statistics: Literal["trajectory", "step"] = "trajectory"
+    overlong: Overlong | None = None
+    min_group_size: int = 2
+
+    def __post_init__(self) -> None:
+        if self.statistics not in ("trajectory", "step"):
+            raise ValueError(
+                f"advantage.statistics={self.statistics!r} is unknown; allowed: "
+                "advantage.statistics=trajectory, advantage.statistics=step"
+            )
+
+    def __call__(self, batch: RolloutBatch) -> Tensor:
+        returns = batch.returns if self.overlong is None else self.overlong(batch)  # [N]
+        group, mask, spread = batch.group, batch.judged, batch.trajectory
+        if self.statistics == "step":
+            returns, group, mask = returns[spread], group[spread], mask[spread]  # [R]
+        advantages = grpo_advantages(
+            returns, group, normalize_std=self.normalize_std, eps=self.eps, mask=mask
+        )
+        return advantages if self.statistics == "step" else advantages[spread]
+
+
+@dataclass(frozen=True)
+class RLOO:
+    """Leave-one-out advantages: return minus the mean return of the group's other trajectories.
+
+    Source: arXiv 2402.14740. GRPO++ (DeepSWE) uses it too, with a loss of its own.
+    """
+
     min_group_size: int = 2
 
     def __call__(self, batch: RolloutBatch) -> Tensor:
-        advantages = grpo_advantages(
-            batch.returns,
-            batch.group,
+        return rloo_advantages(batch.returns, batch.group, mask=batch.judged)[batch.trajectory]
+
+
+@dataclass(frozen=True)
+class ReinforcePP:
+    """REINFORCE++ advantages: returns whitened over the rollout batch of all ranks.
+
+    It compares a trajectory with every other one, so groups may be of one. Source: arXiv
+    2501.03262.
+    """
+
+    eps: float = 1e-6
+    min_group_size: int = 1
+
+    def __call__(self, batch: RolloutBatch) -> Tensor:
+        returns, mine = over_ranks(batch.returns)
+        judged, _ = over_ranks(batch.judged)
+        return reinforcepp_advantages(returns, eps=self.eps, mask=judged)[mine][batch.trajectory]
+
+
+@dataclass(frozen=True)
+class GiGPO:
+    """Group-in-group advantages: GRPO's, plus ``step_weight`` times those among anchor states.
+
+    The step part compares discounted returns among the responses of a group to one observation;
+    ``anchor_similarity`` of the run's settings says how alike is one. Source: arXiv 2505.10978.
+    """
+
+    normalize_std: bool = True
+    eps: float = 1e-6
+    step_weight: float = 1.0
+    gamma: float = 0.95
+    min_group_size: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"advantage.gamma={self.gamma} is not a discount: type one in (0, 1]")
+
+    def __call__(self, batch: RolloutBatch) -> Tensor:
+        episode = GRPO(self.normalize_std, self.eps)(batch)
+        following = step_returns(batch.reward, batch.trajectory, batch.turn, self.gamma)
+        step = gigpo_step_advantages(
+            following,
+            batch.response_group,
+            batch.anchor,
             normalize_std=self.normalize_std,
             eps=self.eps,
-            mask=batch.loss_mask,
-        )  # [N]
-        return advantages[batch.trajectory]
+            mask=batch.judged[batch.trajectory],
+        )
+        return gigpo_advantages(episode, step, step_weight=self.step_weight)
+
+
+def response_means(advantages: Tensor, batch: RolloutBatch) -> Tensor:
+    """One advantage a response, [R]: that of the response, or the mean over its tokens."""
+    if advantages.ndim == 1:
+        return advantages
+    inside = batch.response_index >= 0
+    sums = torch.zeros(batch.num_responses, dtype=advantages.dtype, device=advantages.device)
+    sums.index_add_(0, batch.response_index[inside], advantages[inside])
+    return sums / batch.length.clamp(min=1)

@@ -6,29 +6,65 @@ but torch is imported.
 """
 
 from aem_lightning.functional.advantages import (
+    gigpo_advantages,
     gigpo_step_advantages,
     grpo_advantages,
+    reinforcepp_advantages,
     rloo_advantages,
+    whiten,
 )
-from aem_lightning.functional.entropy import entropy_drift, response_entropy, token_entropy
+from aem_lightning.functional.covariance import clip_cov_tokens, kl_cov_tokens, token_covariances
+from aem_lightning.functional.entropy import (
+    entropy_drift,
+    next_entropy_coef,
+    response_entropy,
+    token_entropy,
+)
+from aem_lightning.functional.importance import importance_weights
 from aem_lightning.functional.logprob import token_logprob_entropy
-from aem_lightning.functional.losses import clipped_surrogate, kl_k3, sequence_ratio
-from aem_lightning.functional.modulation import aem_coefficients, empg_gain
-from aem_lightning.functional.returns import discounted_returns, gae
+from aem_lightning.functional.losses import (
+    aggregation_weights,
+    clipped_surrogate,
+    clipped_value_loss,
+    kl_k3,
+    sequence_ratio,
+)
+from aem_lightning.functional.modulation import aem_coefficients, empg_bonus, empg_gain
+from aem_lightning.functional.returns import (
+    discounted_returns,
+    gae,
+    overlong_penalty,
+    step_returns,
+    token_gae,
+)
 
 __all__ = [
     "aem_coefficients",
+    "aggregation_weights",
+    "clip_cov_tokens",
     "clipped_surrogate",
+    "clipped_value_loss",
     "discounted_returns",
+    "empg_bonus",
     "empg_gain",
     "entropy_drift",
     "gae",
+    "gigpo_advantages",
     "gigpo_step_advantages",
     "grpo_advantages",
+    "importance_weights",
+    "kl_cov_tokens",
     "kl_k3",
+    "next_entropy_coef",
+    "overlong_penalty",
+    "reinforcepp_advantages",
     "response_entropy",
     "rloo_advantages",
     "sequence_ratio",
+    "step_returns",
+    "token_covariances",
     "token_entropy",
+    "token_gae",
     "token_logprob_entropy",
+    "whiten",
 ]

@@ -83,3 +83,29 @@ def entropy_drift(advantage: Tensor, surprisal: Tensor, response_entropy: Tensor
         tensor([ 0.5000, -0.5000])
     """
     return advantage * (surprisal - response_entropy)
+
+
+def next_entropy_coef(
+    coef: float, entropy: float, *, target: float, step: float, maximum: float
+) -> float:
+    """The entropy coefficient of the next iteration, moved a step towards holding a target.
+
+    ``c' = clip(c + step, 0, maximum)`` while the entropy is under the target, ``c - step`` while it
+    is over: the adaptive entropy control of Skywork-OR1 (arXiv 2505.22312, section 4).
+
+    Args:
+        coef: The coefficient c that this iteration used.
+        entropy: Mean token entropy that it measured, nats.
+        target: The entropy to hold, nats.
+        step: How far the coefficient moves.
+        maximum: Its upper bound; the lower one is 0.
+
+    Returns:
+        The next coefficient.
+
+    Example:
+        >>> next_entropy_coef(0.01, 0.1, target=0.2, step=0.005, maximum=0.1)
+        0.015
+    """
+    moved = coef + step if entropy < target else coef - step
+    return min(max(moved, 0.0), maximum)

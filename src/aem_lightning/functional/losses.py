@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from aem_lightning.functional.segments import segment_mean
+
+Aggregation = Literal["token", "sequence", "constant"]
 
 # exp(20) is 5e8, far behind every clip; beyond it the gradient of a clipped ratio would be 0 * inf
 # = NaN.
@@ -130,6 +134,87 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     difference = (ref_logprobs - logprobs).clamp(max=_MAX_LOG_RATIO)
     # expm1 keeps the digits that exp(d) - 1 loses while policy and reference are close.
     return torch.expm1(difference) - difference
+
+
+def aggregation_weights(
+    lengths: Tensor,
+    aggregation: Aggregation = "token",
+    *,
+    constant: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight of each token in a sum that its caller divides by the number of units.
+
+    =============  ==============  ============  ===============================================
+    aggregation    weight          units         source
+    =============  ==============  ============  ===============================================
+    ``token``      1               tokens        DAPO's token mean (arXiv 2503.14476)
+    ``sequence``   1 / length      responses     GRPO's mean of means (arXiv 2402.03300)
+    ``constant``   1 / constant    responses     Dr.GRPO (arXiv 2503.20783): no length bias
+    =============  ==============  ============  ===============================================
+
+    The units are counted over all micro-batches and ranks of an update, so how a minibatch is cut
+    does not change its gradient.
+
+    Args:
+        lengths: Tokens of the response that each token is in, [T].
+        aggregation: ``token``, ``sequence`` or ``constant``.
+        constant: The divisor of ``constant``, e.g. the most tokens that a response may have.
+        dtype: Of the weights.
+
+    Returns:
+        [T].
+
+    Raises:
+        ValueError: An unknown aggregation, or ``constant`` without a number >= 1.
+
+    Example:
+        >>> lengths = torch.tensor([1, 4, 4, 4, 4])
+        >>> aggregation_weights(lengths, "sequence")
+        tensor([1.0000, 0.2500, 0.2500, 0.2500, 0.2500])
+        >>> aggregation_weights(lengths, "constant", constant=5)
+        tensor([0.2000, 0.2000, 0.2000, 0.2000, 0.2000])
+    """
+    if aggregation not in get_args(Aggregation):
+        raise ValueError(f"aggregation={aggregation!r}: choose one of {get_args(Aggregation)}")
+    if aggregation == "sequence":
+        return 1.0 / lengths.clamp(min=1).to(dtype)
+    if aggregation == "token":
+        return torch.ones_like(lengths, dtype=dtype)
+    if constant is None or constant < 1:
+        raise ValueError(f"constant={constant}: aggregation='constant' needs a number >= 1")
+    return torch.full_like(lengths, 1.0 / constant, dtype=dtype)
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float = 0.2
+) -> Tensor:
+    """Squared error of each value, or of the value kept near the old one: whichever is larger.
+
+    ``0.5 * max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)``: the value loss of PPO
+    implementations (arXiv 1707.06347; arXiv 2005.12729 on the clip).
+
+    Args:
+        values: From the value head, any shape.
+        old_values: Before the update, same shape.
+        returns: What they should be, same shape; no gradient flows through.
+        clip: Distance c from the old value; > 0.
+
+    Returns:
+        Same shape.
+
+    Raises:
+        ValueError: Shapes that differ, or a clip out of range.
+
+    Example:
+        >>> clipped_value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0]))
+        tensor([1.6200])
+    """
+    if not clip > 0:
+        raise ValueError(f"clip={clip}: give a distance > 0")
+    _check_shapes(values=values, old_values=old_values, returns=returns)
+    near = torch.clamp(values, old_values - clip, old_values + clip)
+    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
 
 def _check_shapes(**tensors: Tensor) -> None:

@@ -7,7 +7,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from aem_lightning.functional.segments import check_rows, segment_ids, segment_mean, segment_range
+from aem_lightning.functional.segments import (
+    check_rows,
+    segment_ids,
+    segment_mean,
+    segment_range,
+    segment_sum,
+)
 
 Direction = Literal["paper", "reversed", "shuffled"]
 
@@ -20,6 +26,7 @@ def aem_coefficients(
     min_range: float = 0.1,
     direction: Direction = "paper",
     mask: Tensor | None = None,
+    weight: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The factor alpha of Adaptive Entropy Modulation, by which a response's advantage is scaled.
@@ -42,6 +49,8 @@ def aem_coefficients(
             alpha within each group. The last two are the paper's ablations.
         mask: Responses that count, [R] bool; the others (empty, or of a trajectory that is left out
             of the loss) enter no statistic and have alpha = 1.
+        weight: How much each response counts in the mean that alpha is divided by, [R]; e.g. its
+            tokens, for a mean over tokens. ``None`` counts responses.
         generator: Randomness for ``shuffled``.
 
     Returns:
@@ -59,7 +68,7 @@ def aem_coefficients(
         raise ValueError(f"direction={direction!r} is unknown: choose one of {get_args(Direction)}")
     if not min_range >= 0:
         raise ValueError(f"min_range={min_range} is not allowed: a width in nats >= 0")
-    check_rows(entropy=entropy, group=group, mask=mask)
+    check_rows(entropy=entropy, group=group, mask=mask, weight=weight)
     entropy = entropy.detach()
     if mask is None:
         mask = torch.ones_like(group, dtype=torch.bool)
@@ -72,15 +81,15 @@ def aem_coefficients(
             f"are {entropy[broken].tolist()}"
         )
     ids, count = segment_ids(group[keep])
-    alpha = _normalised_gain(
-        values, ids, count, -sharpness if direction != "reversed" else sharpness, min_range
-    )
+    slope = -sharpness if direction != "reversed" else sharpness
+    counted = None if weight is None else weight[keep].to(values.dtype)
+    alpha = _normalised_gain(values, ids, count, slope, min_range, counted)
     if direction == "shuffled":
         alpha = _shuffled(alpha, ids, generator)
     return torch.ones_like(entropy).index_copy(0, keep, alpha)
 
 
-def empg_gain(entropy: Tensor, *, k: float = 1.0) -> Tensor:
+def empg_gain(entropy: Tensor, *, k: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """The self-calibrating gain g of EMPG: certain steps weigh more, with mean 1 over the batch.
 
     ``g = exp(-k * H~) / mean(exp(-k * H~))`` with ``H~`` scaled to [0, 1] over the whole batch
@@ -89,6 +98,7 @@ def empg_gain(entropy: Tensor, *, k: float = 1.0) -> Tensor:
     Args:
         entropy: Mean token entropy of each response, [R], nats. No gradient flows through.
         k: How much certain steps are preferred; 0 gives exactly 1.
+        mask: Responses that count, [R] bool; the others enter no statistic and have a gain of 1.
 
     Returns:
         [R], detached; ones where all entropies are equal.
@@ -101,11 +111,65 @@ def empg_gain(entropy: Tensor, *, k: float = 1.0) -> Tensor:
         tensor([1.5194, 0.9216, 0.5590])
     """
     one_batch = torch.zeros_like(entropy, dtype=torch.long)
-    return aem_coefficients(entropy, one_batch, sharpness=k, min_range=0.0)
+    return aem_coefficients(entropy, one_batch, sharpness=k, min_range=0.0, mask=mask)
+
+
+def empg_bonus(
+    entropy: Tensor,
+    trajectory: Tensor,
+    turn: Tensor,
+    *,
+    k: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """EMPG's future clarity f: a response earns the certainty of the one that follows it.
+
+    ``f_t = exp(-k * H~_{t+1})`` with ``H~`` scaled to [0, 1] over the whole batch; 0 where the
+    trajectory has no next response (EMPG, arXiv 2509.09265).
+
+    Args:
+        entropy: Mean token entropy of each response, [R], nats. No gradient flows through.
+        trajectory: The trajectory of each response, [R], any integers.
+        turn: Its place in time within the trajectory, [R].
+        k: How fast the bonus falls with the next response's entropy.
+        mask: Responses that count, [R] bool; the others enter no statistic and earn nothing.
+
+    Returns:
+        [R], detached.
+
+    Raises:
+        ValueError: Shapes that differ.
+
+    Example:
+        >>> entropy, turn = torch.tensor([0.2, 0.5, 0.8]), torch.tensor([0, 1, 2])
+        >>> empg_bonus(entropy, torch.tensor([0, 0, 0]), turn)
+        tensor([0.6065, 0.3679, 0.0000])
+    """
+    check_rows(entropy=entropy, trajectory=trajectory, turn=turn, mask=mask)
+    counted = torch.ones_like(turn, dtype=torch.bool) if mask is None else mask
+    if not counted.any():
+        return torch.zeros_like(entropy)
+    values = entropy.detach()
+    low, high = values[counted].min(), values[counted].max()
+    clarity = torch.exp(
+        -k * (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
+    )
+    # In the order of trajectory and turn, the next response is the next entry.
+    order = turn.argsort(stable=True)
+    order = order[trajectory[order].argsort(stable=True)]
+    here, following = order[:-1], order[1:]
+    joined = (trajectory[here] == trajectory[following]) & counted[here] & counted[following]
+    bonus = torch.zeros_like(values)
+    return bonus.index_copy(0, here[joined], clarity[following[joined]])
 
 
 def _normalised_gain(
-    values: Tensor, ids: Tensor, count: int, slope: float, min_range: float
+    values: Tensor,
+    ids: Tensor,
+    count: int,
+    slope: float,
+    min_range: float,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """``exp(slope * H~)`` over its segment's mean, [n]; 1 where the range is 0 or gated."""
     low, high = segment_range(values, ids, count)
@@ -113,7 +177,11 @@ def _normalised_gain(
     gated = (width < min_range) | (width == 0)
     scaled = (values - low[ids]) / torch.where(gated, torch.ones_like(width), width)[ids]
     gain = torch.exp(slope * scaled)
-    alpha = gain / segment_mean(gain, ids, count)[ids]
+    if weight is None:
+        mean = segment_mean(gain, ids, count)
+    else:
+        mean = segment_sum(gain * weight, ids, count) / segment_sum(weight, ids, count)
+    alpha = gain / mean[ids]
     return torch.where(gated[ids], torch.ones_like(alpha), alpha)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -11,14 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aem_lightning.algorithms import ClippedLoss, Estimator, Modulation
+from aem_lightning.algorithms import PPO, ClippedLoss, Estimator, Modulation, response_means
 from aem_lightning.functional import response_entropy
 from aem_lightning.metrics import EpisodeMetrics
-from aem_lightning.modules.policy import Policy
+from aem_lightning.modules.batching import (
+    choose_tokens,
+    entropy_sums,
+    make_batch,
+    sum_gradients,
+    trained_units,
+)
+from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform
+from aem_lightning.modules.policy import Policy, check_adapters
 from aem_lightning.modules.reporting import rollout_metrics
 from aem_lightning.modules.scoring import micro_batch_loss, score_rows
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
 from aem_lightning.modules.timing import Stopwatch
+from aem_lightning.modules.value import fill_values
 from aem_lightning.rollout import (
     Collector,
     EngineResponder,
@@ -29,7 +39,6 @@ from aem_lightning.rollout import (
     make_groups,
     micro_batches,
     minibatches,
-    pack,
     stable_seed,
 )
 from aem_lightning.types import Iteration, RolloutBatch, Task, Trajectory
@@ -64,7 +73,7 @@ class AgentModule(L.LightningModule):
         ValueError: The group is too small for the estimator.
     """
 
-    # Checkpoints hold the adapters only; on_load_checkpoint compares the names.
+    # Checkpoints hold what trains only; on_load_checkpoint compares the names.
     strict_loading = False
 
     def __init__(
@@ -92,6 +101,9 @@ class AgentModule(L.LightningModule):
                 f"{estimator.min_group_size}. Type group_size=8."
             )
         self.automatic_optimization = False
+        self.critic = estimator if isinstance(estimator, PPO) else None
+        if self.critic is not None:
+            policy.add_value_head()
         self.policy = policy
         self.engine = engine
         self.encoder = encoder
@@ -99,6 +111,7 @@ class AgentModule(L.LightningModule):
         self.estimator = estimator
         self.modulation = modulation
         self.loss = loss
+        self.entropy_coef = loss.entropy_coef  # moves where the loss has a target for the entropy
         self.rollout = rollout
         self.update_settings = update
         self.seed = seed
@@ -112,29 +125,35 @@ class AgentModule(L.LightningModule):
         """One iteration: play a group for each task of ``batch``, then update the policy on it."""
         watch = Stopwatch(self.device)
         with watch("rollout"):
-            trajectories = self.collect(batch, watch)
-            rollouts = pack(trajectories, self.pad_id).to(self.device)
+            played = self.collect(batch, watch)
+            trajectories, dropped = split_uniform(played, self.rollout.collection_rounds)
+            rollouts = make_batch(trajectories, self.rollout, self.modulation, self.encoder)
+            rollouts = rollouts.to(self.device)
         plan = self.plan_update(rollouts)
         rollouts, entropy_source = self.score(rollouts, plan, watch)
         with watch("advantage"):
-            advantages = self.estimator(rollouts)  # [R]
+            if self.critic is not None:
+                fill_values(self.critic, self.policy, rollouts, self.first_epoch(plan))
+            advantages = self.estimator(rollouts)  # [R]; PPO: [S, L]
         with watch("modulation"):
             modulated = self.modulation(rollouts)  # alpha [R]
+            weights = modulated.apply(advantages, rollouts)  # as advantages
         with watch("update"):
-            skipped = self.reason_to_skip(advantages)
-            weights = modulated.alpha * advantages
+            self.adapt_entropy(rollouts)
+            skipped = self.reason_to_skip(weights)
             metrics = self.update(rollouts, weights, plan) if skipped is None else {}
         done = Iteration(
             index=self.iteration,
             trajectories=trajectories,
             batch=rollouts,
-            advantages=advantages,
+            advantages=response_means(advantages, rollouts),
             alpha=modulated.alpha,
             gated=modulated.gated,
             seconds=watch.seconds,
             metrics=metrics,
             skipped=skipped,
             entropy_source=entropy_source,
+            dropped=dropped,
         )
         self.report(done)
         self.iteration += 1
@@ -143,14 +162,22 @@ class AgentModule(L.LightningModule):
     # -------------------------------------------------------------------------------------- collect
 
     def collect(self, tasks: Sequence[Task], watch: Stopwatch) -> list[Trajectory]:
-        """``group_size`` trajectories of every task, sampled with the current weights."""
+        """``group_size`` trajectories of every task, sampled with the current weights.
+
+        With ``collection_rounds`` above 1, those of more tasks follow while groups are uniform.
+        """
         self.engine.sync(self.policy, self.iteration)
-        seed = ("train", self.seed, self.iteration, self.global_rank)
-        collector = self.collector(self.rollout.temperature, seed)
-        episodes = make_groups(tasks, self.rollout.group_size)
-        trajectories = collector.collect(episodes, seed=stable_seed(self.seed, self.iteration))
-        watch.add("environment", collector.environment_seconds)
-        return trajectories
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        source = GroupSource(
+            collector=partial(self.collector, self.rollout.temperature),
+            group_size=self.rollout.group_size,
+            tasks=lambda: data.tasks(data.train_split),
+            key=("train", self.seed, self.iteration, self.global_rank),
+            environment_seed=stable_seed(self.seed, self.iteration),
+        )
+        played = source.collect(tasks, self.rollout.collection_rounds)
+        watch.add("environment", source.environment_seconds)
+        return played
 
     def collector(self, temperature: float, seed: tuple[object, ...]) -> Collector:
         """A collector that plays the trainer's environments with this policy."""
@@ -181,6 +208,10 @@ class AgentModule(L.LightningModule):
             for rows in minibatches(len(lengths), settings.num_minibatches, generator)
         ]
 
+    def first_epoch(self, plan: list[list[list[int]]]) -> list[list[int]]:
+        """The micro-batches of the first update epoch: every row once."""
+        return [rows for step in plan[: self.update_settings.num_minibatches] for rows in step]
+
     def score(
         self, batch: RolloutBatch, plan: list[list[list[int]]], watch: Stopwatch
     ) -> tuple[RolloutBatch, Any]:
@@ -189,10 +220,8 @@ class AgentModule(L.LightningModule):
         Passes that nothing needs are not run: old log-probabilities when there is one optimizer
         step (the batch is then exactly on-policy), the reference when ``kl_coef`` is 0.
         """
-        first_steps = plan[: self.update_settings.num_minibatches]
-        first_epoch = [rows for step in first_steps for rows in step]
-        temperature = self.rollout.temperature
-        from_engine = bool((batch.entropies != 0).any())
+        first_epoch = self.first_epoch(plan)
+        from_engine, temperature = bool((batch.entropies != 0).any()), self.rollout.temperature
         if len(plan) > 1 or not from_engine:
             with watch("old_logprobs"):
                 batch.old_logprobs, entropies = score_rows(
@@ -219,15 +248,19 @@ class AgentModule(L.LightningModule):
     def update(
         self, batch: RolloutBatch, advantages: Tensor, plan: list[list[list[int]]]
     ) -> dict[str, float]:
-        """Every optimizer step of the plan; ``advantages`` are [R]. Means over tokens and steps."""
+        """Every optimizer step of the plan; ``advantages`` are [R] (PPO: [S, L]). Means of each."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
-        tokens_of_row = self.trained_tokens(batch)
+        tokens_of_row = trained_units(batch, "token")
+        units_of_row = trained_units(batch, self.loss.aggregation)
+        seed = stable_seed(self.seed, self.iteration, self.global_rank, "covariance")
+        chosen = choose_tokens(self.loss.covariance, batch, advantages, seed)
         sums: dict[str, Tensor] = {}
         norms: list[Tensor] = []
         for step in plan:
             rows = [row for micro in step for row in micro]
             tokens = self.global_sum(tokens_of_row[rows].sum()).clamp(min=1)
+            units = self.global_sum(units_of_row[rows].sum()).clamp(min=1)
             optimizer.zero_grad()
             for micro in step:
                 terms = micro_batch_loss(
@@ -238,9 +271,11 @@ class AgentModule(L.LightningModule):
                     self.loss,
                     self.rollout.temperature,
                     on_policy=len(plan) == 1,
+                    chosen=chosen,
+                    critic=self.critic,
                 )
                 self.check_finite("loss", terms.loss)
-                (terms.loss / tokens).backward()
+                (terms.loss / units).backward()
                 for name, value in terms.stats.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value / tokens
             norms.append(self.clip_gradients_globally())
@@ -249,14 +284,14 @@ class AgentModule(L.LightningModule):
         means = self.global_sum(torch.stack([*sums.values()]).float()) / len(plan)
         metrics = dict(zip(sums, means.tolist(), strict=True))
         metrics["grad_norm"] = float(torch.stack(norms).mean())
+        metrics["entropy_coef"] = self.loss.entropy_coef
         return {f"policy/{name}": value for name, value in metrics.items()}
 
-    @staticmethod
-    def trained_tokens(batch: RolloutBatch) -> Tensor:
-        """Response tokens of each row that take part in the loss, [S]."""
-        inside = batch.response_index >= 0
-        kept = batch.response_mask[batch.response_index.clamp(min=0)]
-        return (inside & kept).sum(dim=1).float()
+    def adapt_entropy(self, batch: RolloutBatch) -> None:
+        """Move the entropy coefficient by the batch's entropy, where the loss has a target."""
+        if self.loss.adaptive_entropy is not None:
+            total, tokens = self.global_sum(entropy_sums(batch)).tolist()
+            self.loss, self.entropy_coef = self.loss.adapted(self.entropy_coef, total / tokens)
 
     def check_finite(self, name: str, value: Tensor) -> None:
         """Stop before a broken gradient reaches the weights."""
@@ -271,12 +306,7 @@ class AgentModule(L.LightningModule):
         """Sum the gradients over ranks, once and flat, then clip; the norm before clipping."""
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if self.trainer.world_size > 1:
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            flat = torch.cat([g.reshape(-1) for g in gradients])
-            dist.all_reduce(flat)
-            pieces = flat.split([p.numel() for p in parameters])
-            for parameter, piece in zip(parameters, pieces, strict=True):
-                parameter.grad = piece.view_as(parameter)
+            sum_gradients(parameters)
         return torch.nn.utils.clip_grad_norm_(parameters, self.update_settings.max_grad_norm)
 
     def global_sum(self, value: Tensor) -> Tensor:
@@ -358,21 +388,12 @@ class AgentModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {f"policy.{name}" for name in self.policy.trainable()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        checkpoint["aem_lightning"] = {"iteration": self.iteration, "config": self.config}
+        ours = {"iteration": self.iteration, "entropy_coef": self.entropy_coef}
+        checkpoint["aem_lightning"] = {**ours, "config": self.config}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         expected = {f"policy.{name}": p.shape for name, p in self.policy.trainable().items()}
-        found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        if expected != found:
-            wrong = sorted(set(expected.items()) ^ set(found.items()), key=str)
-            raise ValueError(
-                f"The checkpoint's adapters do not fit this policy ({len(wrong)} differences, the "
-                f"first: {wrong[0][0]} with shape {tuple(wrong[0][1])}). Use the policy and "
-                "policy.lora settings that the checkpoint was trained with."
-            )
-        self.iteration = checkpoint["aem_lightning"]["iteration"]
-
-    @property
-    def pad_id(self) -> int:
-        pad = self.policy.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.policy.tokenizer.eos_token_id)
+        check_adapters(expected, checkpoint["state_dict"])
+        ours = checkpoint["aem_lightning"]
+        self.iteration = ours["iteration"]
+        self.entropy_coef = ours.get("entropy_coef", self.entropy_coef)

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from aem_lightning.functional import token_logprob_entropy
+from aem_lightning.modules.value import ValueHead
 
 FULL_PRECISION = torch.float32
 
@@ -75,6 +76,7 @@ class Policy(nn.Module):
             assert isinstance(base, PreTrainedModel)
             self.causal_lm = base
         self.causal_lm.config.use_cache = False
+        self.value_head: ValueHead | None = None
 
     @classmethod
     def from_pretrained(
@@ -145,13 +147,27 @@ class Policy(nn.Module):
         Returns:
             Log-probabilities [T] and full-vocabulary entropies [T] in nats, float32, row by row.
         """
+        hidden = self.hidden_states(input_ids, mask)
+        return self.score_hidden(hidden, input_ids[:, 1:][mask[:, 1:]], temperature)
+
+    def hidden_states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states that predict the masked tokens, [T, d]; arguments as for `score`."""
         decoder = self.causal_lm.get_decoder()
-        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, d]
+        hidden: Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden[:, :-1][mask[:, 1:]]  # the hidden state left of a token predicts it
+
+    def score_hidden(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies, [T] each, of ``targets`` [T] after `hidden_states`."""
         weight = self.causal_lm.get_output_embeddings().weight  # [V, d]
-        predicts = mask[:, 1:]  # the hidden state left of a token predicts it
-        return token_logprob_entropy(
-            hidden[:, :-1][predicts], weight, input_ids[:, 1:][predicts], temperature or 1.0
-        )
+        return token_logprob_entropy(hidden, weight, targets, temperature or 1.0)
+
+    def add_value_head(self) -> None:
+        """Give the policy a value head, which trains and is saved with the adapters."""
+        if self.value_head is None:
+            width = self.causal_lm.get_output_embeddings().weight.shape[1]
+            self.value_head = ValueHead(int(width)).to(self.causal_lm.device)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -181,6 +197,22 @@ class Policy(nn.Module):
         model.save_pretrained(str(folder))
         self.causal_lm.config.use_cache = False
         self.tokenizer.save_pretrained(str(folder))
+
+
+def check_adapters(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
+    """Raise unless a checkpoint's ``state`` has exactly the names and shapes that are expected.
+
+    Raises:
+        ValueError: Naming the first difference.
+    """
+    found = {name: value.shape for name, value in state.items()}
+    if dict(expected) != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()), key=str)
+        raise ValueError(
+            f"The checkpoint's adapters do not fit this policy ({len(wrong)} differences, the "
+            f"first: {wrong[0][0]} with shape {tuple(wrong[0][1])}). Use the policy and "
+            "policy.lora settings that the checkpoint was trained with."
+        )
 
 
 def _merged_copy(causal_lm: PreTrainedModel) -> PreTrainedModel:

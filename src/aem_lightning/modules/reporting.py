@@ -8,8 +8,14 @@ from aem_lightning.types import Iteration
 
 
 def rollout_metrics(done: Iteration) -> dict[str, float]:
-    """Scalars of one iteration's episodes: outcome, length, and how mixed the groups are."""
+    """Scalars of one iteration's episodes: outcome, length, and how mixed the groups are.
+
+    Outcomes and counts of groups are over everything that was played, also what dynamic sampling
+    left out; the other scalars are over what is trained on.
+    """
     trajectories, batch = done.trajectories, done.batch
+    played = [*trajectories, *done.dropped]
+    groups, dropped = ({t.group for t in part} for part in (played, done.dropped))
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     _, index = batch.group.unique(return_inverse=True)
     ones = torch.ones_like(batch.returns)
@@ -19,15 +25,18 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
     tokens = int(batch.length.sum())
     inadmissible = sum(turn.action is not None and not turn.is_valid for turn in turns)
     return {
-        "train/success_rate": sum(t.won for t in trajectories) / len(trajectories),
-        "train/return": float(batch.returns.mean()),
+        "train/success_rate": sum(t.won for t in played) / len(played),
+        "train/return": sum(t.total_reward for t in played) / len(played),
         "rollout/turns": len(turns) / len(trajectories),
         "rollout/response_tokens": tokens / len(turns),
         "rollout/malformed_rate": sum(turn.action is None for turn in turns) / len(turns),
         "rollout/inadmissible_rate": inadmissible / len(turns),
         "rollout/truncated_rate": sum(t.truncated for t in trajectories) / len(trajectories),
         "rollout/infra_errors": float(sum(t.infra_error is not None for t in trajectories)),
-        "rollout/mixed_groups": float(mixed.float().mean()),
+        "rollout/mixed_groups": float(mixed.sum()) / len(groups),
+        "rollout/groups_played": float(len(groups)),
+        "rollout/groups_dropped": float(len(dropped)),
+        "rollout/collection_rounds": 1.0 + max(t.round for t in played),
         "rollout/entropy": float((batch.entropy * batch.length).sum() / tokens),
         "rollout/skipped_update": float(done.skipped is not None),
         "rollout/entropy_from_trainer": float(done.entropy_source == "trainer"),

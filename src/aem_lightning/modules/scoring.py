@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aem_lightning.algorithms.losses import ClippedLoss, LossTerms
+from aem_lightning.algorithms import PPO, ClippedLoss, LossTerms, TokenColumns
 from aem_lightning.modules.policy import Policy
+from aem_lightning.modules.value import with_value_loss
 from aem_lightning.types import RolloutBatch
 
 
@@ -72,21 +73,36 @@ def micro_batch_loss(
     temperature: float,
     *,
     on_policy: bool,
+    chosen: Tensor | None = None,
+    critic: PPO | None = None,
 ) -> LossTerms:
-    """The summed loss of one micro-batch; ``advantages`` are [R].
+    """The summed loss of one micro-batch; ``advantages`` are [R], or [S, L] for those of tokens.
 
     With ``on_policy`` the log-probabilities of this very pass are the old ones: no separate pass is
-    needed, and the ratio is 1 to the bit.
+    needed, and the ratio is 1 to the bit. ``chosen`` [S, L] are the tokens of covariance control;
+    with a ``critic`` the value head learns too.
     """
     piece = MicroBatch.cut(batch, rows)
-    logprobs, entropies = policy.score(piece.input_ids, piece.mask, temperature)
+    hidden = policy.hidden_states(piece.input_ids, piece.mask)
+    targets = piece.input_ids[piece.mask]
+    logprobs, entropies = policy.score_hidden(hidden, targets, temperature)
     old = logprobs.detach() if on_policy else piece.gather(batch.old_logprobs)
-    reference = None if batch.ref_logprobs is None else piece.gather(batch.ref_logprobs)
     kept = batch.response_mask[piece.responses]
-    return loss(
-        logprobs[kept],
-        old[kept],
-        None if reference is None else reference[kept],
-        entropies[kept],
-        advantages[piece.responses][kept],
+
+    def column(values: Tensor | None) -> Tensor | None:
+        return None if values is None else piece.gather(values)[kept]
+
+    columns = TokenColumns(
+        responses=piece.responses[kept],
+        lengths=batch.length[piece.responses][kept],
+        sampler_logprobs=column(batch.sampler_logprobs),
+        chosen=column(chosen),
     )
+    spread = advantages[piece.responses] if advantages.ndim == 1 else piece.gather(advantages)
+    reference = column(batch.ref_logprobs)
+    terms = loss(logprobs[kept], old[kept], reference, entropies[kept], spread[kept], columns)
+    if critic is None or policy.value_head is None:
+        return terms
+    values = policy.value_head(hidden if critic.train_trunk else hidden.detach())[kept]
+    known = column(batch.values), column(batch.value_targets)
+    return with_value_loss(critic, terms, values, *known, loss.weights(values, columns))

@@ -17,6 +17,10 @@ class RolloutSettings:
         temperature: Sampling temperature in training.
         eval_temperature: Sampling temperature in evaluation; 0 is greedy.
         concurrency: Episodes in play at once.
+        collection_rounds: With more than 1, uniform groups are replaced by groups of new tasks in
+            up to that many rounds (DAPO's dynamic sampling).
+        compact_filtering: Trajectories that a limit cut leave the loss (DeepSWE's GRPO++).
+        anchor_similarity: How alike two observations are that share an anchor state; 1 is equality.
     """
 
     group_size: int = 8
@@ -26,6 +30,9 @@ class RolloutSettings:
     temperature: float = 1.0
     eval_temperature: float = 0.4
     concurrency: int = 128
+    collection_rounds: int = 1
+    compact_filtering: bool = False
+    anchor_similarity: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Rollouts: prompts and their encoding, engines and their protocol, the collector, packing."""
 
+from aem_lightning.rollout.actions import action_mask
+from aem_lightning.rollout.anchors import anchor_states
 from aem_lightning.rollout.collector import (
     Collector,
     EngineResponder,
@@ -33,6 +35,8 @@ __all__ = [
     "RolloutEngine",
     "Sampling",
     "SlotEngine",
+    "action_mask",
+    "anchor_states",
     "make_groups",
     "micro_batches",
     "minibatches",

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -39,11 +39,11 @@ class Episode:
         return f"{self.group}/{self.copy}"
 
 
-def make_groups(tasks: Iterable[Task], group_size: int) -> list[Episode]:
+def make_groups(tasks: Iterable[Task], group_size: int, first_group: int = 0) -> list[Episode]:
     """``group_size`` copies of every task; one group for each entry of ``tasks``."""
     episodes = []
     seen: Counter[str] = Counter()
-    for group, task in enumerate(tasks):
+    for group, task in enumerate(tasks, first_group):
         repeat = seen[task.id]
         seen[task.id] += 1
         episodes += [Episode(task, group, copy, repeat) for copy in range(group_size)]
@@ -134,6 +134,9 @@ class Collector:
     max_new_tokens: int
     concurrency: int = 64
     environment_seconds: float = 0.0
+    _starts: dict[int, tuple[Episode, EnvStep]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def collect(self, episodes: Sequence[Episode], *, seed: int = 0) -> list[Trajectory]:
         """The trajectories of ``episodes``, in their order.
@@ -143,11 +146,13 @@ class Collector:
             seed: Seed of the environments' own randomness; the copies of a group share it.
 
         Raises:
-            ValueError: The opening prompt leaves no room for a response.
+            ValueError: The opening prompt leaves no room for a response, or two copies of a group
+                start in different states.
         """
         waiting = deque(episodes)
         live: dict[str, Live] = {}
         played: dict[str, Trajectory] = {}
+        self._starts.clear()
         while waiting or live:
             live |= self._start(waiting, self.concurrency - len(live), seed)
             playing = {key: item for key, item in live.items() if not self._is_over(item)}
@@ -177,6 +182,9 @@ class Collector:
         started = {}
         for episode in new:
             step = steps[episode.key]
+            if step.infra_error is None:
+                first, start = self._starts.setdefault(episode.group, (episode, step))
+                check_same_start(episode, step, first, start)
             prompt = self.encoder.first(step)
             if len(prompt) + self.max_new_tokens > self.max_context:
                 raise ValueError(
@@ -236,6 +244,27 @@ class Collector:
         answer = call()
         self.environment_seconds += time.perf_counter() - start
         return answer
+
+
+def check_same_start(episode: Episode, step: EnvStep, other: Episode, start: EnvStep) -> None:
+    """Raise unless two copies of a group start alike: else their returns cannot be compared.
+
+    Raises:
+        ValueError: Naming the task, the copies and what differs.
+    """
+    pairs = {
+        "observation": (start.observation, step.observation),
+        "admissible_actions": (sorted(start.admissible_actions), sorted(step.admissible_actions)),
+        "goal": (start.info.get("goal"), step.info.get("goal")),
+    }
+    for name, (one, another) in pairs.items():
+        if one != another:
+            raise ValueError(
+                f"Copies {other.copy} and {episode.copy} of task {episode.task.id!r} start in "
+                f"different states: the {name} is {str(one)[:200]!r} and {str(another)[:200]!r}. "
+                "A group compares episodes from one start: reset(seed, options) must depend on "
+                "the seed and the task_id alone. check_env finds what else it depends on."
+            )
 
 
 def _sent_to_environment(item: Live) -> str:

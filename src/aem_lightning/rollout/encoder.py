@@ -84,6 +84,12 @@ class PromptEncoder:
         text = self.prompt.demonstration.format(action=action)
         return [*self._encode(text), *self.stop_ids]
 
+    @property
+    def pad_id(self) -> int:
+        """What rows are filled up with: the tokenizer's padding, else its end token."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """A response as text, without its end token and other special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()

@@ -8,15 +8,29 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from aem_lightning.rollout.anchors import anchor_states
 from aem_lightning.types import RolloutBatch, Trajectory, Turn
 
 
-def pack(trajectories: Sequence[Trajectory], pad_id: int = 0) -> RolloutBatch:
+def pack(
+    trajectories: Sequence[Trajectory],
+    pad_id: int = 0,
+    *,
+    compact_filtering: bool = False,
+    anchor_similarity: float = 1.0,
+) -> RolloutBatch:
     """The rollout batch of ``trajectories``, on the CPU.
 
     Responses are numbered in the order of trajectories and turns. Token entropies that no engine
     gave are 0 here, and so is ``entropy``: the scoring pass fills them in. A trajectory with an
-    ``infra_error`` or without a response leaves the loss.
+    ``infra_error`` or without a response leaves the loss, and its return is not judged.
+
+    Args:
+        trajectories: The episodes.
+        pad_id: Fills the rows up.
+        compact_filtering: Trajectories that a limit cut leave the loss too. Their returns still
+            count in the baseline of their group (DeepSWE's GRPO++).
+        anchor_similarity: How alike two observations are that share an anchor; 1 is equality.
 
     Raises:
         ValueError: There is no response at all, or a log-probability or entropy is not finite.
@@ -46,6 +60,8 @@ def pack(trajectories: Sequence[Trajectory], pad_id: int = 0) -> RolloutBatch:
         if turn.entropies is not None:
             entropies[s, span] = torch.tensor(turn.entropies)
     turns = [turn for _, _, turn in responses]
+    judged = torch.tensor([bool(tr.turns) and tr.infra_error is None for tr in trajectories])
+    truncated = torch.tensor([trajectory.truncated for trajectory in trajectories])
     length = torch.tensor([turn.length for turn in turns])
     total_entropy = torch.tensor([sum(turn.entropies or (0.0,)) for turn in turns])
     return RolloutBatch(
@@ -53,6 +69,7 @@ def pack(trajectories: Sequence[Trajectory], pad_id: int = 0) -> RolloutBatch:
         row_length=torch.tensor([len(row) for row in rows]),
         response_index=response_index,
         old_logprobs=logprobs,
+        sampler_logprobs=logprobs,
         ref_logprobs=None,
         entropies=entropies,
         trajectory=torch.tensor([n for n, _, _ in responses]),
@@ -62,10 +79,11 @@ def pack(trajectories: Sequence[Trajectory], pad_id: int = 0) -> RolloutBatch:
         surprisal=torch.tensor([-sum(turn.logprobs) for turn in turns]),
         reward=torch.tensor([turn.reward for turn in turns]),
         valid=torch.tensor([turn.is_valid for turn in turns]),
-        anchor=_anchors(trajectories),
+        anchor=anchor_states(trajectories, anchor_similarity),
         group=torch.tensor([trajectory.group for trajectory in trajectories]),
         returns=torch.tensor([trajectory.total_reward for trajectory in trajectories]),
-        loss_mask=torch.tensor([bool(tr.turns) and tr.infra_error is None for tr in trajectories]),
+        loss_mask=judged & ~truncated if compact_filtering else judged,
+        judged=judged,
     )
 
 
@@ -100,18 +118,6 @@ def _offsets(counts: Iterable[int]) -> list[int]:
     for count in counts:
         offsets.append(offsets[-1] + count)
     return offsets
-
-
-def _anchors(trajectories: Sequence[Trajectory]) -> Tensor:
-    """An id for each response: equal exactly where group and observation are equal."""
-    ids: dict[tuple[int, str], int] = {}
-    return torch.tensor(
-        [
-            ids.setdefault((trajectory.group, turn.observation), len(ids))
-            for trajectory in trajectories
-            for turn in trajectory.turns
-        ]
-    )
 
 
 def _check_finite(

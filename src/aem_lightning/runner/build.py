@@ -175,4 +175,5 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
 
 
 def _pick(cfg: DictConfig, settings: type[RolloutSettings | UpdateSettings]) -> Mapping[str, Any]:
-    return {field.name: cfg[field.name] for field in fields(settings)}
+    # A checkpoint of an earlier version knows fewer settings.
+    return {field.name: cfg[field.name] for field in fields(settings) if field.name in cfg}

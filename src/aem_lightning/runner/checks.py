@@ -18,6 +18,7 @@ _AT_LEAST_ONE = (
     "max_new_tokens",
     "max_context",
     "concurrency",
+    "collection_rounds",
     "update_epochs",
     "num_minibatches",
     "micro_batch_tokens",
@@ -45,6 +46,10 @@ def check_config(cfg: DictConfig) -> None:
     ]
     if type(cfg.history_length) is not int or cfg.history_length < 0:
         problems.append(f"history_length={cfg.history_length!r}: a whole number >= 0")
+    if type(cfg.anchor_similarity) not in (int, float) or not 0 < cfg.anchor_similarity <= 1:
+        problems.append(
+            f"anchor_similarity={cfg.anchor_similarity!r}: a number in (0, 1], e.g. 0.9"
+        )
     if not problems and cfg.iterations % cfg.iterations_per_epoch:
         per_epoch = cfg.iterations_per_epoch
         problems.append(

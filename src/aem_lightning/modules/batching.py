@@ -1,0 +1,101 @@
+"""A rollout batch as the settings want it, and what an update needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aem_lightning.algorithms import AEM, CovarianceControl, Modulation, Stacked
+from aem_lightning.functional.losses import Aggregation
+from aem_lightning.modules.settings import RolloutSettings
+from aem_lightning.rollout import PromptEncoder, action_mask, pack
+from aem_lightning.types import RolloutBatch, Trajectory
+
+
+def make_batch(
+    trajectories: Sequence[Trajectory],
+    settings: RolloutSettings,
+    modulation: Modulation,
+    encoder: PromptEncoder,
+) -> RolloutBatch:
+    """The rollout batch, on the CPU, with the tokens of actions where the modulation asks."""
+    batch = pack(
+        trajectories,
+        encoder.pad_id,
+        compact_filtering=settings.compact_filtering,
+        anchor_similarity=settings.anchor_similarity,
+    )
+    if wants_actions(modulation):
+        batch.action_mask = action_mask(batch, trajectories, encoder.decode)
+    return batch
+
+
+def wants_actions(modulation: Modulation) -> bool:
+    """Whether a modulation, or a part of it, looks at the tokens of actions alone."""
+    if isinstance(modulation, Stacked):
+        return wants_actions(modulation.first) or wants_actions(modulation.then)
+    return isinstance(modulation, AEM) and modulation.tokens == "action"
+
+
+def entropy_sums(batch: RolloutBatch) -> Tensor:
+    """The sum of all token entropies and the number of tokens, [2]; both add up over ranks."""
+    return torch.stack([(batch.entropy * batch.length).sum(), batch.length.sum().float()])
+
+
+def trained_tokens(batch: RolloutBatch) -> Tensor:
+    """Response tokens of each row that take part in the loss, [S]."""
+    inside = batch.response_index >= 0
+    kept = batch.response_mask[batch.response_index.clamp(min=0)]
+    return (inside & kept).sum(dim=1).float()
+
+
+def trained_units(batch: RolloutBatch, aggregation: Aggregation) -> Tensor:
+    """What the loss is a mean over, counted in each row, [S]: tokens, or responses.
+
+    A response is within one row, so summed over the rows of a minibatch and over ranks these are
+    the units of ``aggregation_weights``.
+    """
+    if aggregation == "token":
+        return trained_tokens(batch)
+    inside = batch.response_index >= 0
+    row_of = torch.full_like(batch.length, -1)
+    row_of[batch.response_index[inside]] = inside.nonzero()[:, 0]
+    kept = batch.response_mask & (row_of >= 0)
+    return torch.bincount(row_of[kept], minlength=len(batch.row_length)).float()
+
+
+def choose_tokens(
+    control: CovarianceControl | None, batch: RolloutBatch, advantages: Tensor, seed: int
+) -> Tensor | None:
+    """The tokens that covariance control chooses from the batch, [S, L] bool; ``None`` without it.
+
+    Args:
+        control: Clip-Cov, KL-Cov or none.
+        batch: Its old log-probabilities are those of the policy that sampled.
+        advantages: Of the loss: [R], or [S, L] for those of tokens.
+        seed: Of the random choice.
+    """
+    if control is None:
+        return None
+    inside = batch.response_index >= 0
+    responses = batch.response_index[inside]
+    values = advantages[responses] if advantages.ndim == 1 else advantages[inside]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros_like(inside)
+    chosen[inside] = control.select(
+        batch.old_logprobs[inside], values, batch.response_mask[responses], generator
+    )
+    return chosen
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Sum the gradients of ``parameters`` over ranks, once and flat."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    pieces = flat.split([p.numel() for p in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = piece.view_as(parameter)

@@ -1,0 +1,104 @@
+"""Dynamic sampling: play on with new tasks until enough groups have something to compare."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from aem_lightning.rollout import Collector, make_groups, stable_seed
+from aem_lightning.types import Task, Trajectory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class GroupSource:
+    """Plays groups of one iteration, in as many rounds as it takes.
+
+    Attributes:
+        collector: A collector for a sampling seed.
+        group_size: Copies of a task.
+        tasks: Every training task; asked only when a further round needs new ones.
+        key: Seed of the sampling; further rounds add their number.
+        environment_seed: Seed of the environments' own randomness.
+        environment_seconds: Wall time spent waiting for environments so far.
+    """
+
+    collector: Callable[[tuple[object, ...]], Collector]
+    group_size: int
+    tasks: Callable[[], Sequence[Task]]
+    key: tuple[object, ...]
+    environment_seed: int
+    environment_seconds: float = 0.0
+
+    def collect(self, tasks: Sequence[Task], rounds: int) -> list[Trajectory]:
+        """Every episode of at most ``rounds`` collection rounds.
+
+        The first round plays ``tasks``; each further one as many new tasks as groups are still
+        uniform (all copies earned the same). Source: DAPO, arXiv 2503.14476, section 3.2.
+        """
+        played: list[Trajectory] = []
+        wanted, groups, seen = list(tasks), 0, {task.id for task in tasks}
+        for number in range(rounds):
+            played += self.play(wanted, number, groups)
+            groups += len(wanted)
+            missing = len(tasks) - len(mixed_groups(played)) if number + 1 < rounds else 0
+            if not missing:
+                break
+            seed = stable_seed(*self.key, "tasks", number + 1)
+            wanted = draw_tasks(self.tasks(), missing, seen, seed)
+            seen |= {task.id for task in wanted}
+        return played
+
+    def play(self, tasks: Sequence[Task], number: int, first_group: int) -> list[Trajectory]:
+        """The episodes of round ``number``, whose groups count from ``first_group``."""
+        collector = self.collector((*self.key, "round", number) if number else self.key)
+        episodes = make_groups(tasks, self.group_size, first_group)
+        played = collector.collect(episodes, seed=self.environment_seed)
+        self.environment_seconds += collector.environment_seconds
+        for trajectory in played:
+            trajectory.round = number
+        return played
+
+
+def draw_tasks(tasks: Sequence[Task], count: int, seen: set[str], seed: int) -> list[Task]:
+    """``count`` random tasks that were not played yet; any tasks where too few are left."""
+    fresh = [task for task in tasks if task.id not in seen]
+    chooser = random.Random(seed)
+    if len(fresh) >= count:
+        return chooser.sample(fresh, count)
+    return [chooser.choice(tasks) for _ in range(count)]
+
+
+def mixed_groups(played: Sequence[Trajectory]) -> set[int]:
+    """The groups whose copies did not all earn the same; broken episodes do not count."""
+    earned: dict[int, set[float]] = {}
+    for trajectory in played:
+        if trajectory.turns and trajectory.infra_error is None:
+            earned.setdefault(trajectory.group, set()).add(trajectory.total_reward)
+    return {group for group, returns in earned.items() if len(returns) > 1}
+
+
+def split_uniform(
+    played: Sequence[Trajectory], rounds: int
+) -> tuple[Sequence[Trajectory], Sequence[Trajectory]]:
+    """The episodes to train on and those of uniform groups, which dynamic sampling drops.
+
+    With a single round everything is kept. Where no group is mixed the first round is: an
+    iteration needs a batch to report.
+    """
+    if rounds == 1:
+        return played, []
+    mixed = mixed_groups(played) or {t.group for t in played if t.round == 0}
+    kept = [trajectory for trajectory in played if trajectory.group in mixed]
+    dropped = [trajectory for trajectory in played if trajectory.group not in mixed]
+    log.info(
+        "%d collection rounds of at most %d: %d groups kept, %d dropped",
+        1 + max(trajectory.round for trajectory in played),
+        rounds,
+        len(mixed),
+        len({trajectory.group for trajectory in dropped}),
+    )
+    return kept, dropped

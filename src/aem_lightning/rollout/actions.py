@@ -1,0 +1,63 @@
+"""Where in a response its action is, in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from aem_lightning.types import RolloutBatch, Trajectory, Turn
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def action_mask(batch: RolloutBatch, trajectories: Sequence[Trajectory], decode: Decode) -> Tensor:
+    """The tokens of the actions: a bool mask, [S, L].
+
+    Of each response the shortest span of tokens, the last such one, whose text holds the action. A
+    response without an action (malformed) is marked whole.
+
+    Args:
+        batch: The packed trajectories.
+        trajectories: The episodes that it was packed from.
+        decode: Token ids to text, as `PromptEncoder.decode`.
+    """
+    index = batch.response_index
+    mask = torch.zeros_like(index, dtype=torch.bool)
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    rows, columns = (index >= 0).nonzero(as_tuple=True)
+    responses = index[rows, columns]
+    order = responses.argsort(stable=True)
+    places = order.split(torch.bincount(responses, minlength=len(turns)).tolist())
+    ids = batch.input_ids.cpu()
+    for turn, place in zip(turns, places, strict=True):
+        row, column = rows[place], columns[place]
+        start, end = action_span(turn, ids[row.cpu(), column.cpu()].tolist(), decode)
+        mask[row[start:end], column[start:end]] = True
+    return mask
+
+
+def action_span(turn: Turn, ids: Sequence[int], decode: Decode) -> tuple[int, int]:
+    """First token of the action and the one behind its last, within a response's ``ids``."""
+    if turn.action is None:
+        return 0, len(ids)
+
+    def holds(part: Sequence[int]) -> bool:
+        return turn.action is not None and turn.action in " ".join(decode(part).split())
+
+    if not holds(ids):
+        return 0, len(ids)
+    # Text that holds the action still does with tokens added at either end: bisection finds both.
+    start = _last_true(lambda at: holds(ids[at:]), len(ids))
+    kept = _last_true(lambda cut: holds(ids[start : len(ids) - cut]), len(ids) - start)
+    return start, len(ids) - kept
+
+
+def _last_true(test: Callable[[int], bool], end: int) -> int:
+    """The largest number under ``end`` that passes, given that 0 does and passing is monotone."""
+    low, high = 0, end
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if test(middle) else (low, middle)
+    return low

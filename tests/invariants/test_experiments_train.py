@@ -1,0 +1,115 @@
+"""Every experiment of an estimator, shrunk to the toy environment, trains the tiny policy."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from runs import CONFIGS, ROOT, SHORT, SMALL, built, composed, equal_bits, weights
+
+from aem_lightning.types import Iteration
+
+NAMES = sorted(
+    path.stem
+    for path in (CONFIGS / "experiment").glob("alfworld_*.yaml")
+    if path.stem != "alfworld_warm_start"
+)
+GROUPED = ("grpo", "dapo", "gspo", "rloo", "gigpo", "grpopp", "drgrpo", "empg")
+ESTIMATORS = (*GROUPED, "ppo", "reinforcepp")
+# The experiment as it is, but for what is played, who plays, and how much.
+SHRUNK = (
+    "datamodule=coin",
+    f"hydra.searchpath=[file://{ROOT / 'tests' / 'configs'}]",
+    "prompt=alfworld_plain",
+    "policy=tiny",
+    "trainer=default",
+    *SMALL,
+    *SHORT,
+    "iterations=2",
+    "iterations_per_epoch=2",
+    "memory=transcript",
+    "max_turns=2",
+    "callbacks=none",
+    "logger=none",
+    "trainer.enable_checkpointing=false",
+    "+trainer.limit_val_batches=0",
+    "num_minibatches=2",
+    "optimizer.lr=1e-2",
+)
+
+
+class Keep(L.Callback):
+    """Keeps what training steps return."""
+
+    def __init__(self) -> None:
+        self.iterations: list[Iteration] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, *_: object
+    ) -> None:
+        assert isinstance(outputs, dict)
+        self.iterations.append(outputs["iteration"])
+
+
+def test_an_estimator_has_no_experiment_without_or_with_aem() -> None:
+    wanted = {f"alfworld_{name}{end}" for name in ESTIMATORS for end in ("", "_aem")}
+    assert set(NAMES) == wanted | {"alfworld_aem"}
+
+
+OPTIONS = (
+    ("loss=adaptive_entropy",),
+    ("loss=clip_cov", "loss.covariance.low=0", "loss.covariance.ratio=0.1"),
+    ("loss=entropy_bonus",),
+    ("loss=kl_cov",),
+    ("loss=truncated_is", "loss.correction.level=sequence", "loss.correction.mode=mask"),
+    ("modulation=aem_reversed",),
+    ("modulation=aem_shuffled",),
+    ("modulation.scope=anchor_state", "anchor_similarity=0.8"),
+    ("modulation.scope=trajectory", "modulation.mean=token"),
+    ("modulation.tokens=action", "prompt=alfworld_tagged", "memory=window", "max_context=1024"),
+    ("advantage.statistics=step",),
+    (
+        "callbacks=curriculum",
+        "callbacks.horizon_growth.start=1",
+        "~callbacks.best_checkpoint",
+        "~callbacks.last_checkpoint",
+    ),
+)
+
+
+def trained(folder: Path, model: str, *overrides: str) -> list[Iteration]:
+    """The updates of a short run; its weights have moved and its metrics are finite."""
+    places = [f"policy.model={model}", f"paths.root_dir={folder}", f"paths.output_dir={folder}"]
+    cfg = composed([*SHRUNK, *places, *overrides])
+    for part in (cfg.modulation, cfg.modulation.get("then")):
+        if part and "min_range" in part:
+            part.min_range = 0.0
+    with built(cfg) as (trainer, module, datamodule):
+        keep = Keep()
+        trainer.callbacks.append(keep)
+        before = weights(module)
+        trainer.fit(module, datamodule=datamodule)
+    assert not equal_bits(before, weights(module))
+    updates = [done for done in keep.iterations if done.skipped is None]
+    assert updates
+    for done in updates:
+        assert all(math.isfinite(value) for value in done.metrics.values())
+        assert done.metrics["policy/grad_norm"] > 0
+        assert done.metrics["policy/sampler_gap"] < 1e-3
+        assert done.advantages.shape == done.alpha.shape == (done.batch.num_responses,)
+    return updates
+
+
+@pytest.mark.parametrize("experiment", NAMES)
+def test_an_experiment_does_not_train(experiment: str, toy_model: str, tmp_path: Path) -> None:
+    modulated = experiment.endswith("aem") or experiment == "alfworld_empg"
+    for done in trained(tmp_path, toy_model, f"experiment={experiment}"):
+        assert torch.equal(done.alpha, torch.ones_like(done.alpha)) != modulated
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options[0])
+def test_an_option_does_not_train(options: tuple[str, ...], toy_model: str, tmp_path: Path) -> None:
+    assert trained(tmp_path, toy_model, "experiment=alfworld_aem", *options)

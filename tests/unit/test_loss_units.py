@@ -1,0 +1,99 @@
+"""The gradient of an update, whatever its micro-batches and ranks are."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_play import make_policy
+
+from aem_lightning.algorithms import PPO, ClippedLoss
+from aem_lightning.modules.batching import trained_units
+from aem_lightning.modules.scoring import micro_batch_loss
+from aem_lightning.modules.value import fill_values
+from aem_lightning.rollout import pack
+from aem_lightning.types import Task, Trajectory, Turn
+
+
+def make_trajectories():
+    """Four transcripts of unequal turns and lengths; the third is out of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for n, lengths in enumerate([[2, 5], [1], [3, 3], [4, 1, 2]]):
+        row, turns = [], []
+        for length in lengths:
+            row += torch.randint(3, 20, (4,), generator=generator).tolist()
+            logprobs = (-torch.rand(length, generator=generator)).tolist()
+            turns.append(Turn("o", (), "r", "a", 0, len(row), logprobs, [0.5] * length))
+            row += torch.randint(3, 20, (length,), generator=generator).tolist()
+        turns[-1].reward = float(n % 2)
+        made.append(Trajectory(Task("t"), n // 2, n % 2, turns, [row]))
+    made[2].infra_error = "died"
+    return made
+
+
+LOSSES = {
+    "token": ClippedLoss(kl_coef=0.0),
+    "sequence": ClippedLoss(kl_coef=0.0, aggregation="sequence"),
+    "constant": ClippedLoss(kl_coef=0.0, aggregation="constant", constant=6),
+    "gspo": ClippedLoss(kl_coef=0.0, aggregation="sequence", ratio="sequence"),
+}
+
+
+def gradient(policy, batches, micro, loss, critic=None):
+    """Of one update whose ranks hold ``batches``; every rank cuts its rows into ``micro``."""
+    units = sum(trained_units(batch, loss.aggregation).sum() for batch in batches)
+    policy.zero_grad()
+    for batch in batches:
+        advantages = 1.0 + batch.length.float() / 7
+        rows = list(range(len(batch.row_length)))
+        if critic is not None:
+            fill_values(critic, policy, batch, [rows])
+        for part in [rows[i : i + micro] for i in range(0, len(rows), micro)]:
+            terms = micro_batch_loss(
+                policy, batch, part, advantages, loss, 1.0, on_policy=False, critic=critic
+            )
+            (terms.loss / units).backward()
+    return {name: p.grad.clone() for name, p in policy.trainable().items()}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("critic", [None, PPO(value_coef=0.01, train_trunk=True)])
+def test_micro_batches_or_ranks_change_the_gradient(name, critic):
+    policy, played = make_policy(awake=True), make_trajectories()
+    if critic is not None:
+        policy.add_value_head()
+        torch.nn.init.ones_(policy.value_head.linear.weight)
+    whole = gradient(policy, [pack(played)], 4, LOSSES[name], critic)
+    assert any(value.abs().max() > 1e-4 for value in whole.values())
+    for batches, micro in (([played], 1), ([played[:1], played[1:]], 4), ([played], 3)):
+        found = gradient(policy, [pack(part) for part in batches], micro, LOSSES[name], critic)
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_units_count_masked_tokens_or_miss_responses():
+    batch = pack(make_trajectories())
+    assert trained_units(batch, "token").tolist() == [7, 1, 0, 7]
+    assert trained_units(batch, "sequence").tolist() == [2, 1, 0, 3]
+    assert trained_units(batch, "constant").tolist() == [2, 1, 0, 3]
+    empty = replace(batch, response_index=torch.full_like(batch.response_index, -1))
+    assert not trained_units(empty, "sequence").any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_first_update_is_not_the_policy_gradient_of_the_batch(name):
+    policy, batch = make_policy(awake=True), pack(make_trajectories())
+    mask = batch.response_index >= 0
+    logprobs, _ = policy.score(batch.input_ids, mask)
+    kept = [r for r in range(batch.num_responses) if batch.response_mask[r]]
+    total = 0.0
+    for r in kept:
+        mine = logprobs[batch.response_index[mask] == r]
+        divisor = {"token": 15, "constant": 6 * len(kept)}.get(name, len(mine) * len(kept))
+        total = total - (1.0 + len(mine) / 7) * mine.sum() / divisor
+    policy.zero_grad()
+    total.backward()
+    expected = {n: p.grad.clone() for n, p in policy.trainable().items()}
+    batch.old_logprobs = torch.zeros_like(batch.old_logprobs)
+    batch.old_logprobs[mask] = logprobs.detach()
+    found = gradient(policy, [batch], 4, LOSSES[name])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
