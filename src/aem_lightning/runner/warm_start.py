@@ -53,6 +53,8 @@ class WarmStartSettings:
         demonstrations: Expert episodes to play.
         max_turns: Turns of a demonstration; ``None`` allows as many as the run does.
         slip: Share of random actions in them, from which the expert has to recover.
+        imitate_slips: Learn the random actions too, as from a careless player; reinforcement can
+            then unlearn them.
         epochs: Passes over them.
         lr: Peak learning rate.
         prompt_weight: Weight of a prompt token in the loss; a response token has 1.
@@ -65,6 +67,7 @@ class WarmStartSettings:
     demonstrations: int = 1000
     max_turns: int | None = None
     slip: float = 0.0
+    imitate_slips: bool = False
     epochs: int = 3
     lr: float = 1e-3
     prompt_weight: float = 0.0
@@ -148,7 +151,7 @@ def run_warm_start(
     start = time.perf_counter()
     played, slips = play_demonstrations(datamodule, encoder, settings, rewards, limits)
     seconds_play = time.perf_counter() - start
-    dataset = demonstrations_dataset(played, slips)
+    dataset = demonstrations_dataset(played, set() if settings.imitate_slips else slips)
     sampler = DemonstrationSampler(
         [len(row) for row in dataset["input_ids"]], settings.batch_tokens, settings.seed
     )
