@@ -14,6 +14,7 @@ from torch import Tensor
 from aem_lightning.algorithms import ClippedLoss, Estimator, Modulation
 from aem_lightning.functional import response_entropy
 from aem_lightning.metrics import EpisodeMetrics
+from aem_lightning.modules.attention import is_packed
 from aem_lightning.modules.policy import Policy
 from aem_lightning.modules.reporting import rollout_metrics
 from aem_lightning.modules.scoring import micro_batch_loss, score_rows
@@ -176,7 +177,7 @@ class AgentModule(L.LightningModule):
         generator = torch.Generator().manual_seed(seed)
         lengths = batch.row_length.cpu()
         return [
-            micro_batches(rows, lengths, settings.micro_batch_tokens)
+            micro_batches(rows, lengths, settings.micro_batch_tokens, padded=not self.packed)
             for _ in range(settings.update_epochs)
             for rows in minibatches(len(lengths), settings.num_minibatches, generator)
         ]
@@ -196,7 +197,7 @@ class AgentModule(L.LightningModule):
         if len(plan) > 1 or not from_engine:
             with watch("old_logprobs"):
                 batch.old_logprobs, entropies = score_rows(
-                    self.policy, batch, first_epoch, temperature
+                    self.policy, batch, first_epoch, temperature, packed=self.packed
                 )
             if not from_engine:
                 batch.entropies = entropies
@@ -205,7 +206,9 @@ class AgentModule(L.LightningModule):
                 )
         if self.loss.kl_coef:
             with watch("ref_logprobs"), self.policy.reference():
-                batch.ref_logprobs, _ = score_rows(self.policy, batch, first_epoch, temperature)
+                batch.ref_logprobs, _ = score_rows(
+                    self.policy, batch, first_epoch, temperature, packed=self.packed
+                )
         return batch, "engine" if from_engine else "trainer"
 
     # --------------------------------------------------------------------------------------- update
@@ -238,6 +241,7 @@ class AgentModule(L.LightningModule):
                     self.loss,
                     self.rollout.temperature,
                     on_policy=len(plan) == 1,
+                    packed=self.packed,
                 )
                 self.check_finite("loss", terms.loss)
                 (terms.loss / tokens).backward()
@@ -371,6 +375,11 @@ class AgentModule(L.LightningModule):
                 "policy.lora settings that the checkpoint was trained with."
             )
         self.iteration = checkpoint["aem_lightning"]["iteration"]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rows of a micro-batch are packed."""
+        return is_packed(self.update_settings.packing, self.policy.causal_lm)
 
     @property
     def pad_id(self) -> int:

@@ -22,20 +22,36 @@ class MicroBatch:
         input_ids: [B, l].
         mask: [B, l] bool, True at response tokens.
         responses: [T] the response of each token.
+        lengths: Tokens of each row.
     """
 
     rows: Tensor
     input_ids: Tensor
     mask: Tensor
     responses: Tensor
+    lengths: tuple[int, ...]
 
     @classmethod
     def cut(cls, batch: RolloutBatch, rows: Sequence[int]) -> MicroBatch:
         index = torch.tensor(rows, device=batch.input_ids.device)
-        width = int(batch.row_length[index].max())
+        lengths = tuple(batch.row_length[index].tolist())
+        width = max(lengths)
         responses = batch.response_index[index, :width]
         mask = responses >= 0
-        return cls(index, batch.input_ids[index, :width], mask, responses[mask])
+        return cls(index, batch.input_ids[index, :width], mask, responses[mask], lengths)
+
+    def score(self, policy: Policy, temperature: float, *, packed: bool) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of the response tokens, both [T].
+
+        Packed, the rows lie one after the other without their padding.
+        """
+        if not packed:
+            return policy.score(self.input_ids, self.mask, temperature)
+        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
+        ends = torch.tensor(self.lengths, device=self.mask.device)
+        inside = columns < ends[:, None]
+        ids, mask = self.input_ids[inside][None], self.mask[inside][None]
+        return policy.score(ids, mask, temperature, self.lengths)
 
     def gather(self, values: Tensor) -> Tensor:
         """Entries of an [S, L] tensor at this micro-batch's response tokens, [T]."""
@@ -50,14 +66,19 @@ class MicroBatch:
 
 @torch.no_grad()
 def score_rows(
-    policy: Policy, batch: RolloutBatch, micro: Iterable[Sequence[int]], temperature: float
+    policy: Policy,
+    batch: RolloutBatch,
+    micro: Iterable[Sequence[int]],
+    temperature: float,
+    *,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of every response token, both [S, L] float32, 0 elsewhere."""
     logprobs = torch.zeros(batch.input_ids.shape, device=batch.input_ids.device)
     entropies = torch.zeros_like(logprobs)
     for rows in micro:
         piece = MicroBatch.cut(batch, rows)
-        lp, entropy = policy.score(piece.input_ids, piece.mask, temperature)
+        lp, entropy = piece.score(policy, temperature, packed=packed)
         piece.scatter(logprobs, lp)
         piece.scatter(entropies, entropy)
     return logprobs, entropies
@@ -72,6 +93,7 @@ def micro_batch_loss(
     temperature: float,
     *,
     on_policy: bool,
+    packed: bool = False,
 ) -> LossTerms:
     """The summed loss of one micro-batch; ``advantages`` are [R].
 
@@ -79,7 +101,7 @@ def micro_batch_loss(
     needed, and the ratio is 1 to the bit.
     """
     piece = MicroBatch.cut(batch, rows)
-    logprobs, entropies = policy.score(piece.input_ids, piece.mask, temperature)
+    logprobs, entropies = piece.score(policy, temperature, packed=packed)
     old = logprobs.detach() if on_policy else piece.gather(batch.old_logprobs)
     reference = None if batch.ref_logprobs is None else piece.gather(batch.ref_logprobs)
     kept = batch.response_mask[piece.responses]
