@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,11 +16,20 @@ from aem_lightning.algorithms import ClippedLoss, Estimator, Modulation
 from aem_lightning.functional import response_entropy
 from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.attention import is_packed
+from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy
 from aem_lightning.modules.reporting import rollout_metrics
-from aem_lightning.modules.scoring import micro_batch_loss, score_rows
+from aem_lightning.modules.scoring import Objective, score_rows
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
 from aem_lightning.modules.timing import Stopwatch
+from aem_lightning.modules.update import (
+    UpdatePlan,
+    accumulate_gradients,
+    means_of_steps,
+    rows_with_gradient,
+    sum_gradients,
+    trained_tokens,
+)
 from aem_lightning.rollout import (
     Collector,
     EngineResponder,
@@ -28,8 +38,6 @@ from aem_lightning.rollout import (
     RolloutEngine,
     Sampling,
     make_groups,
-    micro_batches,
-    minibatches,
     pack,
     stable_seed,
 )
@@ -115,16 +123,15 @@ class AgentModule(L.LightningModule):
         with watch("rollout"):
             trajectories = self.collect(batch, watch)
             rollouts = pack(trajectories, self.pad_id).to(self.device)
-        plan = self.plan_update(rollouts)
-        rollouts, entropy_source = self.score(rollouts, plan, watch)
         with watch("advantage"):
             advantages = self.estimator(rollouts)  # [R]
+        plan = self.plan_update(rollouts, advantages)
+        rollouts, entropy_source = self.score(rollouts, plan, watch)
         with watch("modulation"):
             modulated = self.modulation(rollouts)  # alpha [R]
         with watch("update"):
-            skipped = self.reason_to_skip(advantages)
             weights = modulated.alpha * advantages
-            metrics = self.update(rollouts, weights, plan) if skipped is None else {}
+            metrics = self.update(rollouts, weights, plan) if plan.skipped is None else {}
         done = Iteration(
             index=self.iteration,
             trajectories=trajectories,
@@ -134,7 +141,7 @@ class AgentModule(L.LightningModule):
             gated=modulated.gated,
             seconds=watch.seconds,
             metrics=metrics,
-            skipped=skipped,
+            skipped=plan.skipped,
             entropy_source=entropy_source,
         )
         self.report(done)
@@ -170,48 +177,15 @@ class AgentModule(L.LightningModule):
 
     # ---------------------------------------------------------------------------------------- score
 
-    def plan_update(self, batch: RolloutBatch) -> list[list[list[int]]]:
-        """For each optimizer step of every update epoch, a minibatch cut into micro-batches."""
-        settings = self.update_settings
+    def plan_update(self, batch: RolloutBatch, advantages: Tensor) -> UpdatePlan:
+        """The optimizer steps of this iteration, without the rows that change no gradient."""
         seed = stable_seed(self.seed, self.iteration, self.global_rank, "plan")
         generator = torch.Generator().manual_seed(seed)
-        lengths = batch.row_length.cpu()
-        return [
-            micro_batches(rows, lengths, settings.micro_batch_tokens, padded=not self.packed)
-            for _ in range(settings.update_epochs)
-            for rows in minibatches(len(lengths), settings.num_minibatches, generator)
-        ]
-
-    def score(
-        self, batch: RolloutBatch, plan: list[list[list[int]]], watch: Stopwatch
-    ) -> tuple[RolloutBatch, Any]:
-        """The batch with old and reference log-probabilities, and where its entropies came from.
-
-        Passes that nothing needs are not run: old log-probabilities when there is one optimizer
-        step (the batch is then exactly on-policy), the reference when ``kl_coef`` is 0.
-        """
-        first_steps = plan[: self.update_settings.num_minibatches]
-        first_epoch = [rows for step in first_steps for rows in step]
-        temperature = self.rollout.temperature
-        from_engine = bool((batch.entropies != 0).any())
-        if len(plan) > 1 or not from_engine:
-            with watch("old_logprobs"):
-                batch.old_logprobs, entropies = score_rows(
-                    self.policy, batch, first_epoch, temperature, packed=self.packed
-                )
-            if not from_engine:
-                batch.entropies = entropies
-                batch.entropy = response_entropy(
-                    entropies, batch.response_index, batch.num_responses
-                )
-        if self.loss.kl_coef:
-            with watch("ref_logprobs"), self.policy.reference():
-                batch.ref_logprobs, _ = score_rows(
-                    self.policy, batch, first_epoch, temperature, packed=self.packed
-                )
-        return batch, "engine" if from_engine else "trainer"
-
-    # --------------------------------------------------------------------------------------- update
+        skipped = self.reason_to_skip(advantages)
+        active = rows_with_gradient(batch, advantages, self.loss)
+        if skipped is not None:
+            active = torch.zeros_like(active)
+        return UpdatePlan.draw(active, self.update_settings, generator, skipped)
 
     def reason_to_skip(self, advantages: Tensor) -> str | None:
         """Why there is nothing to learn from this batch, on every rank; ``None`` when there is."""
@@ -219,48 +193,78 @@ class AgentModule(L.LightningModule):
             return None
         return "every group is uniform: all copies of each task earned the same return"
 
-    def update(
-        self, batch: RolloutBatch, advantages: Tensor, plan: list[list[list[int]]]
-    ) -> dict[str, float]:
-        """Every optimizer step of the plan; ``advantages`` are [R]. Means over tokens and steps."""
+    @functools.cached_property
+    def budget(self) -> TokenBudget:
+        """What a micro-batch may hold; it stays smaller once memory has run out."""
+        settings = self.update_settings
+        packed = is_packed(settings.packing, self.policy.causal_lm)
+        return TokenBudget(settings.micro_batch_tokens, packed=packed)
+
+    def score(
+        self, batch: RolloutBatch, plan: UpdatePlan, watch: Stopwatch
+    ) -> tuple[RolloutBatch, Any]:
+        """The batch with old and reference log-probabilities, and where its entropies came from.
+
+        Passes that nothing needs are not run: old log-probabilities when there is one optimizer
+        step (the batch is then exactly on-policy), the reference when ``kl_coef`` is 0, and either
+        on rows without a gradient. Entropies that no engine gave are needed of every row.
+        """
+        parts = plan.first_epoch
+        scores = functools.partial(
+            score_rows, self.policy, batch, temperature=self.rollout.temperature, budget=self.budget
+        )
+        from_engine = bool((batch.entropies != 0).any())
+        if not (from_engine and plan.is_on_policy):
+            with watch("old_logprobs"):
+                idle = [] if from_engine else [plan.idle]
+                batch.old_logprobs, entropies = scores(parts=[*parts, *idle])
+            if not from_engine:
+                batch.entropies = entropies
+                batch.entropy = response_entropy(
+                    entropies, batch.response_index, batch.num_responses
+                )
+        if self.loss.kl_coef:
+            with watch("ref_logprobs"), self.policy.reference():
+                batch.ref_logprobs, _ = scores(parts=parts)
+        return batch, "engine" if from_engine else "trainer"
+
+    # --------------------------------------------------------------------------------------- update
+
+    def update(self, batch: RolloutBatch, advantages: Tensor, plan: UpdatePlan) -> dict[str, float]:
+        """Every optimizer step of the plan; ``advantages`` are [R].
+
+        Metrics are means over steps and over the tokens of active rows. The loss is divided by the
+        tokens of all rows of the minibatch: leaving out those without a gradient changes no weight.
+        """
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
-        tokens_of_row = self.trained_tokens(batch)
+        objective = Objective(
+            self.policy,
+            batch,
+            advantages,
+            self.loss,
+            self.rollout.temperature,
+            on_policy=plan.is_on_policy,
+            packed=self.budget.packed,
+        )
+        tokens_of_row = trained_tokens(batch)  # [S]
         sums: dict[str, Tensor] = {}
         norms: list[Tensor] = []
-        for step in plan:
-            rows = [row for micro in step for row in micro]
-            tokens = self.global_sum(tokens_of_row[rows].sum()).clamp(min=1)
-            optimizer.zero_grad()
-            for micro in step:
-                terms = micro_batch_loss(
-                    self.policy,
-                    batch,
-                    micro,
-                    advantages,
-                    self.loss,
-                    self.rollout.temperature,
-                    on_policy=len(plan) == 1,
-                    packed=self.packed,
-                )
-                self.check_finite("loss", terms.loss)
-                (terms.loss / tokens).backward()
-                for name, value in terms.stats.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value / tokens
+        for step in plan.steps:
+            counts = [tokens_of_row[rows].sum() for rows in (step.rows, step.active)]
+            tokens, active = self.global_sum(torch.stack(counts)).clamp(min=1)
+            accumulate = functools.partial(
+                accumulate_gradients, objective, tokens=tokens, check=self.check_finite
+            )
+            stats = self.budget.run(accumulate, step.active, batch.row_length)
+            for name, value in stats.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value / active
             norms.append(self.clip_gradients_globally())
             self.check_finite("gradient norm", norms[-1])
             optimizer.step()
-        means = self.global_sum(torch.stack([*sums.values()]).float()) / len(plan)
-        metrics = dict(zip(sums, means.tolist(), strict=True))
+        metrics = means_of_steps(sums or objective.no_stats(), plan, self.global_sum)
         metrics["grad_norm"] = float(torch.stack(norms).mean())
         return {f"policy/{name}": value for name, value in metrics.items()}
-
-    @staticmethod
-    def trained_tokens(batch: RolloutBatch) -> Tensor:
-        """Response tokens of each row that take part in the loss, [S]."""
-        inside = batch.response_index >= 0
-        kept = batch.response_mask[batch.response_index.clamp(min=0)]
-        return (inside & kept).sum(dim=1).float()
 
     def check_finite(self, name: str, value: Tensor) -> None:
         """Stop before a broken gradient reaches the weights."""
@@ -272,15 +276,9 @@ class AgentModule(L.LightningModule):
             )
 
     def clip_gradients_globally(self) -> Tensor:
-        """Sum the gradients over ranks, once and flat, then clip; the norm before clipping."""
+        """Sum the gradients over ranks, then clip; the norm before clipping."""
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        if self.trainer.world_size > 1:
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            flat = torch.cat([g.reshape(-1) for g in gradients])
-            dist.all_reduce(flat)
-            pieces = flat.split([p.numel() for p in parameters])
-            for parameter, piece in zip(parameters, pieces, strict=True):
-                parameter.grad = piece.view_as(parameter)
+        sum_gradients(parameters, self.trainer.world_size)
         return torch.nn.utils.clip_grad_norm_(parameters, self.update_settings.max_grad_norm)
 
     def global_sum(self, value: Tensor) -> Tensor:
@@ -375,11 +373,6 @@ class AgentModule(L.LightningModule):
                 "policy.lora settings that the checkpoint was trained with."
             )
         self.iteration = checkpoint["aem_lightning"]["iteration"]
-
-    @property
-    def packed(self) -> bool:
-        """Whether the rows of a micro-batch are packed."""
-        return is_packed(self.update_settings.packing, self.policy.causal_lm)
 
     @property
     def pad_id(self) -> int:

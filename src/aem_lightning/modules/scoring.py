@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aem_lightning.algorithms.losses import ClippedLoss, LossTerms
+from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy
 from aem_lightning.types import RolloutBatch
 
@@ -68,47 +69,74 @@ class MicroBatch:
 def score_rows(
     policy: Policy,
     batch: RolloutBatch,
-    micro: Iterable[Sequence[int]],
+    parts: Iterable[Sequence[int]],
     temperature: float,
-    *,
-    packed: bool = False,
+    budget: TokenBudget,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of every response token, both [S, L] float32, 0 elsewhere."""
-    logprobs = torch.zeros(batch.input_ids.shape, device=batch.input_ids.device)
-    entropies = torch.zeros_like(logprobs)
-    for rows in micro:
-        piece = MicroBatch.cut(batch, rows)
-        lp, entropy = piece.score(policy, temperature, packed=packed)
-        piece.scatter(logprobs, lp)
-        piece.scatter(entropies, entropy)
+    """Log-probabilities and entropies of the response tokens of some rows, both [S, L] float32.
+
+    Args:
+        policy: The policy.
+        batch: The rollout batch; rows that are not scored keep what it holds of both.
+        parts: Rows to score. No micro-batch spans two parts: cut like a later pass, rows get the
+            same rounding as there.
+        temperature: Sampling temperature.
+        budget: What micro-batches may hold.
+    """
+    logprobs, entropies = batch.old_logprobs.clone(), batch.entropies.clone()
+
+    def score(micro: Iterator[list[int]]) -> None:
+        for rows in micro:
+            piece = MicroBatch.cut(batch, rows)
+            lp, entropy = piece.score(policy, temperature, packed=budget.packed)
+            piece.scatter(logprobs, lp)
+            piece.scatter(entropies, entropy)
+
+    for rows in parts:
+        budget.run(score, rows, batch.row_length)
     return logprobs, entropies
 
 
-def micro_batch_loss(
-    policy: Policy,
-    batch: RolloutBatch,
-    rows: Sequence[int],
-    advantages: Tensor,
-    loss: ClippedLoss,
-    temperature: float,
-    *,
-    on_policy: bool,
-    packed: bool = False,
-) -> LossTerms:
-    """The summed loss of one micro-batch; ``advantages`` are [R].
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a rollout batch, as a function of some of its rows.
 
-    With ``on_policy`` the log-probabilities of this very pass are the old ones: no separate pass is
-    needed, and the ratio is 1 to the bit.
+    Attributes:
+        policy: The policy.
+        batch: The rollout batch.
+        advantages: Of each response, [R].
+        loss: The clipped loss.
+        temperature: Sampling temperature.
+        on_policy: The log-probabilities of the pass itself are the old ones: no separate pass is
+            needed, and the ratio is 1 to the bit.
+        packed: Whether rows are packed, else padded.
     """
-    piece = MicroBatch.cut(batch, rows)
-    logprobs, entropies = piece.score(policy, temperature, packed=packed)
-    old = logprobs.detach() if on_policy else piece.gather(batch.old_logprobs)
-    reference = None if batch.ref_logprobs is None else piece.gather(batch.ref_logprobs)
-    kept = batch.response_mask[piece.responses]
-    return loss(
-        logprobs[kept],
-        old[kept],
-        None if reference is None else reference[kept],
-        entropies[kept],
-        advantages[piece.responses][kept],
-    )
+
+    policy: Policy
+    batch: RolloutBatch
+    advantages: Tensor
+    loss: ClippedLoss
+    temperature: float
+    on_policy: bool
+    packed: bool
+
+    def __call__(self, rows: Sequence[int]) -> LossTerms:
+        """The summed loss of one micro-batch."""
+        batch = self.batch
+        piece = MicroBatch.cut(batch, rows)
+        logprobs, entropies = piece.score(self.policy, self.temperature, packed=self.packed)
+        old = logprobs.detach() if self.on_policy else piece.gather(batch.old_logprobs)
+        reference = None if batch.ref_logprobs is None else piece.gather(batch.ref_logprobs)
+        kept = batch.response_mask[piece.responses]
+        return self.loss(
+            logprobs[kept],
+            old[kept],
+            None if reference is None else reference[kept],
+            entropies[kept],
+            self.advantages[piece.responses][kept],
+        )
+
+    def no_stats(self) -> dict[str, Tensor]:
+        """The sums for the log of a rank that has no row to compute: zeros, by the same names."""
+        none = self.batch.old_logprobs.new_zeros(0)
+        return self.loss(none, none, none, none, none).stats

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 
 log = logging.getLogger(__name__)
 
-# What people can mend: bad values, missing files and packages. Anything else keeps its traceback.
-MENDABLE = (ValueError, FileNotFoundError, ImportError, HydraException)
+# What people can mend: bad values, missing files and packages, too little memory. Anything else
+# keeps its traceback.
+MENDABLE = (ValueError, FileNotFoundError, ImportError, MemoryError, HydraException)
 
 
 @contextlib.contextmanager
