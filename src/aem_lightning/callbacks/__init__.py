@@ -7,7 +7,8 @@ counts updates, of which one iteration makes several.
 
 from aem_lightning.callbacks.adapter_export import AdapterExport
 from aem_lightning.callbacks.aem import AEMMonitor
+from aem_lightning.callbacks.profile import Profile
 from aem_lightning.callbacks.step_time import StepTime
 from aem_lightning.callbacks.transcripts import Transcripts
 
-__all__ = ["AEMMonitor", "AdapterExport", "StepTime", "Transcripts"]
+__all__ = ["AEMMonitor", "AdapterExport", "Profile", "StepTime", "Transcripts"]

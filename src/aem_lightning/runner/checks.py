@@ -27,6 +27,7 @@ _CHOICES = {
     "memory": ("window", "transcript"),
     "stage": ("train", "warm_start"),
     "packing": ("auto", "packed", "padded"),
+    "profile": (False, True),
 }
 
 

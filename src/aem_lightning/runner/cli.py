@@ -41,6 +41,14 @@ def clear_errors() -> Iterator[None]:
         sys.exit(1)
 
 
+def accept_plus(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``+profile=true`` as ``profile=true``.
+
+    Hydra takes a plus for keys that a config lacks, and no other. This one is typed either way.
+    """
+    return [a.removeprefix("+") if a.startswith("+profile=") else a for a in arguments]
+
+
 def check_overrides(config_dir: Path, config_name: str, arguments: Sequence[str]) -> None:
     """End with a hint where an override names a key or an option that does not exist."""
     if any(argument.startswith("-") for argument in arguments):
