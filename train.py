@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from aem_lightning.runner import train
-from aem_lightning.runner.cli import check_overrides, clear_errors, quiet_libraries
+from aem_lightning.runner.cli import accept_plus, check_overrides, clear_errors, quiet_libraries
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -21,5 +21,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = accept_plus(sys.argv[1:])
     check_overrides(CONFIGS, "train", sys.argv[1:])
     main()

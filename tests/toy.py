@@ -85,3 +85,24 @@ class SameSampling(L.Callback):
         self._folder.mkdir(exist_ok=True)
         trained = {name: p.detach().clone() for name, p in pl_module.policy.trainable().items()}
         torch.save(trained, self._folder / f"rank_{trainer.global_rank}.pt")
+
+
+class MemoryRunsOut(L.Callback):
+    """On one rank, a forward pass that holds a few rows finds no memory: once, late in the pass."""
+
+    def __init__(self, rank: int, after: int) -> None:
+        self._rank, self._after = rank, after
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_rank != self._rank:
+            return
+        score, calls = pl_module.policy.score, []
+
+        def failing(input_ids: Any, mask: Any, temperature: float, lengths: Any = None) -> Any:
+            if len(lengths) > 1 and torch.is_grad_enabled():
+                calls.append(lengths)
+                if len(calls) == self._after:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return score(input_ids, mask, temperature, lengths)
+
+        pl_module.policy.score = failing

@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_run(root: Path) -> subprocess.CompletedProcess[str]:
     """The headline command, in a process of its own, as a person types it."""
     return subprocess.run(
-        [sys.executable, "train.py", *HEADLINE, f"paths.root_dir={root}"],
+        [sys.executable, "train.py", *HEADLINE, "+profile=true", f"paths.root_dir={root}"],
         cwd=ROOT,
         env=COMMAND_ENVIRONMENT,
         capture_output=True,
@@ -56,6 +56,14 @@ def summary_of(root: Path) -> tuple[Path, dict[str, Any]]:
     """The newest run, and its summary."""
     newest = max(root.glob("logs/alfworld_aem/*/summary.json"))
     return newest.parent, json.loads(newest.read_text())
+
+
+def test_a_profile_that_was_asked_for_is_missing(
+    first_run: subprocess.CompletedProcess[str], root: Path
+) -> None:
+    folder, _ = summary_of(root)
+    assert (folder / "profile.json.gz").stat().st_size > 1000
+    assert "Largest operators: " in (folder / "run.log").read_text(encoding="utf-8")
 
 
 def test_the_headline_does_not_train_offline(

@@ -83,7 +83,7 @@ def test_size_of_micro_batches_changes_the_gradient(
         toy_config(tmp_path, toy_model, *ONE_STEP, "micro_batch_tokens=1"), trajectories
     )
     lengths = torch.tensor([len(row) for t in trajectories for row in t.rows])
-    counts = [len(m.plan_update(_rows(lengths))[0]) for m in (module, other)]
+    counts = [len(m.budget.cut(range(len(lengths)), lengths)) for m in (module, other)]
     assert counts == [1, len(trajectories)]
     torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-6)
 
@@ -123,12 +123,13 @@ def test_the_first_ratio_is_not_one(
 
         log_ratios: list[Tensor] = []
 
-        def updating(batch: Any, advantages: Tensor, plan: list[Any]) -> dict[str, float]:
+        def updating(batch: Any, advantages: Tensor, plan: Any) -> dict[str, float]:
             log_ratios.clear()
             metrics = update(batch, advantages, plan)
             values = iter(log_ratios)
-            updates.append([torch.stack([next(values) for _ in step]).max() for step in plan])
-            if len(plan) == 1:
+            cut = [module.budget.cut(step.active, batch.row_length) for step in plan.steps]
+            updates.append([torch.stack([next(values) for _ in step]).max() for step in cut])
+            if len(plan.steps) == 1:
                 assert metrics["policy/approx_kl"] == metrics["policy/clip_fraction"] == 0
             return metrics
 
@@ -142,12 +143,3 @@ def test_the_first_ratio_is_not_one(
         assert steps[0] == 0
         assert all(later > 0 for later in steps[1:])
         assert len(steps) == update_epochs * num_minibatches
-
-
-def _rows(lengths: Tensor) -> Any:
-    """As much of a rollout batch as a plan looks at."""
-
-    class Rows:
-        row_length = lengths
-
-    return Rows()

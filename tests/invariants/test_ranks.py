@@ -14,6 +14,11 @@ from runs import COMMAND_ENVIRONMENT, ROOT, curves, fit, toy_config, toy_overrid
 STEP = ("optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1", "iterations=2")
 WHOLE = ("update_epochs=1", "num_minibatches=1", "micro_batch_tokens=64")
 SPLIT = ("update_epochs=2", "num_minibatches=3", "micro_batch_tokens=64")
+SHORT_OF_MEMORY = (
+    "+callbacks.fail._target_=toy.MemoryRunsOut",
+    "+callbacks.fail.rank=1",
+    "+callbacks.fail.after=2",
+)
 HELP = ("+callbacks.ranks._target_=toy.SameSampling",)
 
 
@@ -62,5 +67,8 @@ def test_statistics_over_the_batch_stop_at_the_rank(toy_model: str, tmp_path: Pa
 
 
 def test_uneven_ranks_hang_or_drift_apart(toy_model: str, tmp_path: Path) -> None:
-    first, second = weights_of_ranks(toy_model, tmp_path, *SPLIT)
+    """On one of them memory runs out in the middle of an update, too."""
+    first, second = weights_of_ranks(toy_model, tmp_path, *SPLIT, *SHORT_OF_MEMORY)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+    (log,) = tmp_path.glob("logs/*/*/*.log")
+    assert "Out of memory: the budget" in log.read_text(encoding="utf-8")

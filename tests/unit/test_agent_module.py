@@ -10,6 +10,7 @@ from tiny_play import make_policy
 
 from aem_lightning.algorithms import ClippedLoss
 from aem_lightning.modules import Lora, Policy, RolloutSettings, UpdateSettings
+from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.reporting import rollout_metrics
 from aem_lightning.modules.scoring import score_rows
 from aem_lightning.modules.timing import STAGES, Stopwatch
@@ -231,8 +232,10 @@ def test_rows_are_scored_the_same_in_any_micro_batches(trained):
     agent, _, recorder = trained
     batch = recorder.iterations[0].batch
     rows = range(len(batch.input_ids))
-    together = score_rows(agent.policy, batch, [list(rows)], 1.0)
-    apart = score_rows(agent.policy, batch, [[row] for row in rows], 1.0)
+    together, apart = (
+        score_rows(agent.policy, batch, [rows], 1.0, TokenBudget(tokens, packed=False))
+        for tokens in (100_000, 1)
+    )
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
         assert not one[batch.response_index < 0].any()

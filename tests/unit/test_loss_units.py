@@ -8,8 +8,8 @@ from tiny_play import make_policy
 
 from aem_lightning.algorithms import PPO, ClippedLoss
 from aem_lightning.modules.batching import trained_units
-from aem_lightning.modules.scoring import micro_batch_loss
-from aem_lightning.modules.value import fill_values
+from aem_lightning.modules.memory import TokenBudget
+from aem_lightning.modules.scoring import Objective, fill_values
 from aem_lightning.rollout import pack
 from aem_lightning.types import Task, Trajectory, Turn
 
@@ -39,7 +39,7 @@ LOSSES = {
 }
 
 
-def gradient(policy, batches, micro, loss, critic=None):
+def gradient(policy, batches, micro, loss, critic=None, packed=False):
     """Of one update whose ranks hold ``batches``; every rank cuts its rows into ``micro``."""
     units = sum(trained_units(batch, loss.aggregation).sum() for batch in batches)
     policy.zero_grad()
@@ -47,12 +47,12 @@ def gradient(policy, batches, micro, loss, critic=None):
         advantages = 1.0 + batch.length.float() / 7
         rows = list(range(len(batch.row_length)))
         if critic is not None:
-            fill_values(critic, policy, batch, [rows])
+            fill_values(policy, batch, critic, TokenBudget(10_000, packed=packed))
+        objective = Objective(
+            policy, batch, advantages, loss, 1.0, on_policy=False, packed=packed, critic=critic
+        )
         for part in [rows[i : i + micro] for i in range(0, len(rows), micro)]:
-            terms = micro_batch_loss(
-                policy, batch, part, advantages, loss, 1.0, on_policy=False, critic=critic
-            )
-            (terms.loss / units).backward()
+            (objective(part).loss / units).backward()
     return {name: p.grad.clone() for name, p in policy.trainable().items()}
 
 
@@ -65,8 +65,14 @@ def test_micro_batches_or_ranks_change_the_gradient(name, critic):
         torch.nn.init.ones_(policy.value_head.linear.weight)
     whole = gradient(policy, [pack(played)], 4, LOSSES[name], critic)
     assert any(value.abs().max() > 1e-4 for value in whole.values())
-    for batches, micro in (([played], 1), ([played[:1], played[1:]], 4), ([played], 3)):
-        found = gradient(policy, [pack(part) for part in batches], micro, LOSSES[name], critic)
+    for batches, micro, packed in (
+        ([played], 1, False),
+        ([played[:1], played[1:]], 4, False),
+        ([played], 3, False),
+        ([played], 3, True),
+    ):
+        packs = [pack(part) for part in batches]
+        found = gradient(policy, packs, micro, LOSSES[name], critic, packed)
         torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-7)
 
 

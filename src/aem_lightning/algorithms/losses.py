@@ -182,6 +182,11 @@ class ClippedLoss:
             loss = loss - self.entropy_coef * (weights * entropies).sum()
         return LossTerms(loss, stats)
 
+    @property
+    def moves_entropy(self) -> bool:
+        """Whether there is, or may come to be, a bonus for entropy."""
+        return bool(self.entropy_coef) or self.adaptive_entropy is not None
+
     def adapted(self, coef: float, entropy: float) -> tuple[ClippedLoss, float]:
         """The loss for an iteration of this mean token entropy, and the coefficient of the next.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -50,7 +50,13 @@ class Modulated:
 
 
 class Modulation(Protocol):
-    """Anything that gives a coefficient for each response of a batch."""
+    """Anything that gives a coefficient for each response of a batch.
+
+    ``keeps_zeros``: an advantage of 0 stays 0, so its response needs no pass of the update.
+    """
+
+    @property
+    def keeps_zeros(self) -> bool: ...
 
     def __call__(self, batch: RolloutBatch) -> Modulated: ...
 
@@ -58,6 +64,8 @@ class Modulation(Protocol):
 @dataclass(frozen=True)
 class NoModulation:
     """The base estimator as it is: every coefficient is 1."""
+
+    keeps_zeros: ClassVar[bool] = True
 
     def __call__(self, batch: RolloutBatch) -> Modulated:
         return Modulated(torch.ones_like(batch.entropy), 1.0)
@@ -90,6 +98,8 @@ class AEM:
         mean: alpha averages 1 over the group's responses, or over its tokens.
         seed: Of the shuffle, which depends on it and on the batch alone.
     """
+
+    keeps_zeros: ClassVar[bool] = True
 
     sharpness: float = 1.0
     min_range: float = 0.1
@@ -172,6 +182,8 @@ class EMPG:
     Source: arXiv 2509.09265.
     """
 
+    keeps_zeros: ClassVar[bool] = False
+
     k: float = 1.0
     k_future: float = 1.0
     zeta: float = 0.05
@@ -205,6 +217,10 @@ class Stacked:
 
     first: Modulation
     then: Modulation
+
+    @property
+    def keeps_zeros(self) -> bool:
+        return self.first.keeps_zeros and self.then.keeps_zeros
 
     def __call__(self, batch: RolloutBatch) -> Modulated:
         first, then = self.first(batch), self.then(batch)

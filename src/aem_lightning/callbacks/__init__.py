@@ -9,7 +9,16 @@ iteration makes several.
 from aem_lightning.callbacks.adapter_export import AdapterExport
 from aem_lightning.callbacks.aem import AEMMonitor
 from aem_lightning.callbacks.curriculum import HorizonGrowth, TaskWeights
+from aem_lightning.callbacks.profile import Profile
 from aem_lightning.callbacks.step_time import StepTime
 from aem_lightning.callbacks.transcripts import Transcripts
 
-__all__ = ["AEMMonitor", "AdapterExport", "HorizonGrowth", "StepTime", "TaskWeights", "Transcripts"]
+__all__ = [
+    "AEMMonitor",
+    "AdapterExport",
+    "HorizonGrowth",
+    "Profile",
+    "StepTime",
+    "TaskWeights",
+    "Transcripts",
+]

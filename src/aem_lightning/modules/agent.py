@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import lightning as L
@@ -15,20 +15,22 @@ from torch import Tensor
 from aem_lightning.algorithms import PPO, ClippedLoss, Estimator, Modulation, response_means
 from aem_lightning.functional import response_entropy
 from aem_lightning.metrics import EpisodeMetrics
-from aem_lightning.modules.batching import (
-    choose_tokens,
-    entropy_sums,
-    make_batch,
-    sum_gradients,
-    trained_units,
-)
+from aem_lightning.modules.attention import is_packed
+from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
 from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform
+from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy, check_adapters
 from aem_lightning.modules.reporting import rollout_metrics
-from aem_lightning.modules.scoring import micro_batch_loss, score_rows
+from aem_lightning.modules.scoring import Objective, fill_values, score_rows
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
 from aem_lightning.modules.timing import Stopwatch
-from aem_lightning.modules.value import fill_values
+from aem_lightning.modules.update import (
+    UpdatePlan,
+    accumulate_gradients,
+    means_of_steps,
+    rows_with_gradient,
+    sum_gradients,
+)
 from aem_lightning.rollout import (
     Collector,
     EngineResponder,
@@ -37,8 +39,6 @@ from aem_lightning.rollout import (
     RolloutEngine,
     Sampling,
     make_groups,
-    micro_batches,
-    minibatches,
     stable_seed,
 )
 from aem_lightning.types import Iteration, RolloutBatch, Task, Trajectory
@@ -129,19 +129,16 @@ class AgentModule(L.LightningModule):
             trajectories, dropped = split_uniform(played, self.rollout.collection_rounds)
             rollouts = make_batch(trajectories, self.rollout, self.modulation, self.encoder)
             rollouts = rollouts.to(self.device)
-        plan = self.plan_update(rollouts)
-        rollouts, entropy_source = self.score(rollouts, plan, watch)
         with watch("advantage"):
-            if self.critic is not None:
-                fill_values(self.critic, self.policy, rollouts, self.first_epoch(plan))
-            advantages = self.estimator(rollouts)  # [R]; PPO: [S, L]
+            advantages = self.estimate(rollouts)  # [R]; PPO: [S, L]
+        plan = self.plan_update(rollouts, advantages)
+        rollouts, entropy_source = self.score(rollouts, plan, watch)
         with watch("modulation"):
             modulated = self.modulation(rollouts)  # alpha [R]
             weights = modulated.apply(advantages, rollouts)  # as advantages
         with watch("update"):
             self.adapt_entropy(rollouts)
-            skipped = self.reason_to_skip(weights)
-            metrics = self.update(rollouts, weights, plan) if skipped is None else {}
+            metrics = self.update(rollouts, weights, plan) if plan.skipped is None else {}
         done = Iteration(
             index=self.iteration,
             trajectories=trajectories,
@@ -151,7 +148,7 @@ class AgentModule(L.LightningModule):
             gated=modulated.gated,
             seconds=watch.seconds,
             metrics=metrics,
-            skipped=skipped,
+            skipped=plan.skipped,
             entropy_source=entropy_source,
             dropped=dropped,
         )
@@ -196,37 +193,54 @@ class AgentModule(L.LightningModule):
 
     # ---------------------------------------------------------------------------------------- score
 
-    def plan_update(self, batch: RolloutBatch) -> list[list[list[int]]]:
-        """For each optimizer step of every update epoch, a minibatch cut into micro-batches."""
-        settings = self.update_settings
+    def estimate(self, batch: RolloutBatch) -> Tensor:
+        """Base advantages; an estimator with a critic sees its values first."""
+        if self.critic is not None:
+            fill_values(self.policy, batch, self.critic, self.budget)
+        return self.estimator(batch)
+
+    def plan_update(self, batch: RolloutBatch, advantages: Tensor) -> UpdatePlan:
+        """The optimizer steps of this iteration, without the rows that change no gradient."""
         seed = stable_seed(self.seed, self.iteration, self.global_rank, "plan")
         generator = torch.Generator().manual_seed(seed)
-        lengths = batch.row_length.cpu()
-        return [
-            micro_batches(rows, lengths, settings.micro_batch_tokens)
-            for _ in range(settings.update_epochs)
-            for rows in minibatches(len(lengths), settings.num_minibatches, generator)
-        ]
+        skipped = self.reason_to_skip(advantages)
+        zeros_count = self.critic is not None or not self.modulation.keeps_zeros
+        active = rows_with_gradient(batch, advantages, self.loss, zeros_count=zeros_count)
+        if skipped is not None:
+            active = torch.zeros_like(active)
+        return UpdatePlan.draw(active, self.update_settings, generator, skipped)
 
-    def first_epoch(self, plan: list[list[list[int]]]) -> list[list[int]]:
-        """The micro-batches of the first update epoch: every row once."""
-        return [rows for step in plan[: self.update_settings.num_minibatches] for rows in step]
+    def reason_to_skip(self, advantages: Tensor) -> str | None:
+        """Why there is nothing to learn from this batch, on every rank; ``None`` when there is."""
+        uniform = self.global_sum(advantages.abs().sum()) == 0
+        if uniform and self.modulation.keeps_zeros and not self.loss.moves_entropy:
+            return "every group is uniform: all copies of each task earned the same return"
+        return None
+
+    @cached_property
+    def budget(self) -> TokenBudget:
+        """What a micro-batch may hold; it stays smaller once memory has run out."""
+        packed = is_packed(self.update_settings.packing, self.policy.causal_lm)
+        return TokenBudget(self.update_settings.micro_batch_tokens, packed=packed)
 
     def score(
-        self, batch: RolloutBatch, plan: list[list[list[int]]], watch: Stopwatch
+        self, batch: RolloutBatch, plan: UpdatePlan, watch: Stopwatch
     ) -> tuple[RolloutBatch, Any]:
         """The batch with old and reference log-probabilities, and where its entropies came from.
 
         Passes that nothing needs are not run: old log-probabilities when there is one optimizer
-        step (the batch is then exactly on-policy), the reference when ``kl_coef`` is 0.
+        step (the batch is then exactly on-policy), the reference when ``kl_coef`` is 0, and either
+        on rows without a gradient. Entropies that no engine gave are needed of every row.
         """
-        first_epoch = self.first_epoch(plan)
-        from_engine, temperature = bool((batch.entropies != 0).any()), self.rollout.temperature
-        if len(plan) > 1 or not from_engine:
+        parts = plan.first_epoch
+        scores = partial(
+            score_rows, self.policy, batch, temperature=self.rollout.temperature, budget=self.budget
+        )
+        from_engine = bool((batch.entropies != 0).any())
+        if not (from_engine and plan.is_on_policy):
             with watch("old_logprobs"):
-                batch.old_logprobs, entropies = score_rows(
-                    self.policy, batch, first_epoch, temperature
-                )
+                idle = [] if from_engine else [plan.idle]
+                batch.old_logprobs, entropies = scores(parts=[*parts, *idle])
             if not from_engine:
                 batch.entropies = entropies
                 batch.entropy = response_entropy(
@@ -234,55 +248,46 @@ class AgentModule(L.LightningModule):
                 )
         if self.loss.kl_coef:
             with watch("ref_logprobs"), self.policy.reference():
-                batch.ref_logprobs, _ = score_rows(self.policy, batch, first_epoch, temperature)
+                batch.ref_logprobs, _ = scores(parts=parts)
         return batch, "engine" if from_engine else "trainer"
 
     # --------------------------------------------------------------------------------------- update
 
-    def reason_to_skip(self, advantages: Tensor) -> str | None:
-        """Why there is nothing to learn from this batch, on every rank; ``None`` when there is."""
-        if self.global_sum(advantages.abs().sum()) > 0 or self.loss.entropy_coef:
-            return None
-        return "every group is uniform: all copies of each task earned the same return"
+    def update(self, batch: RolloutBatch, advantages: Tensor, plan: UpdatePlan) -> dict[str, float]:
+        """Every optimizer step of the plan; ``advantages`` are [R] (PPO: [S, L]).
 
-    def update(
-        self, batch: RolloutBatch, advantages: Tensor, plan: list[list[list[int]]]
-    ) -> dict[str, float]:
-        """Every optimizer step of the plan; ``advantages`` are [R] (PPO: [S, L]). Means of each."""
+        Metrics are means over steps and over the tokens of active rows. The loss is divided by the
+        units of all rows of the minibatch: leaving out those without a gradient changes no weight.
+        """
         optimizer = self.optimizers()
         assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
-        tokens_of_row = trained_units(batch, "token")
-        units_of_row = trained_units(batch, self.loss.aggregation)
         seed = stable_seed(self.seed, self.iteration, self.global_rank, "covariance")
-        chosen = choose_tokens(self.loss.covariance, batch, advantages, seed)
+        objective = Objective(
+            self.policy,
+            batch,
+            advantages,
+            self.loss,
+            self.rollout.temperature,
+            on_policy=plan.is_on_policy,
+            packed=self.budget.packed,
+            chosen=choose_tokens(self.loss.covariance, batch, advantages, seed),
+            critic=self.critic,
+        )
+        units_of_row = trained_units(batch, self.loss.aggregation)  # [S]
+        tokens_of_row = trained_units(batch, "token")  # [S]
         sums: dict[str, Tensor] = {}
         norms: list[Tensor] = []
-        for step in plan:
-            rows = [row for micro in step for row in micro]
-            tokens = self.global_sum(tokens_of_row[rows].sum()).clamp(min=1)
-            units = self.global_sum(units_of_row[rows].sum()).clamp(min=1)
-            optimizer.zero_grad()
-            for micro in step:
-                terms = micro_batch_loss(
-                    self.policy,
-                    batch,
-                    micro,
-                    advantages,
-                    self.loss,
-                    self.rollout.temperature,
-                    on_policy=len(plan) == 1,
-                    chosen=chosen,
-                    critic=self.critic,
-                )
-                self.check_finite("loss", terms.loss)
-                (terms.loss / units).backward()
-                for name, value in terms.stats.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value / tokens
+        for step in plan.steps:
+            counts = [units_of_row[step.rows].sum(), tokens_of_row[step.active].sum()]
+            units, tokens = self.global_sum(torch.stack(counts)).clamp(min=1)
+            work = partial(accumulate_gradients, objective, units=units, check=self.check_finite)
+            stats = self.budget.run(work, step.active, batch.row_length)
+            for name, value in stats.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value / tokens
             norms.append(self.clip_gradients_globally())
             self.check_finite("gradient norm", norms[-1])
             optimizer.step()
-        means = self.global_sum(torch.stack([*sums.values()]).float()) / len(plan)
-        metrics = dict(zip(sums, means.tolist(), strict=True))
+        metrics = means_of_steps(sums or objective.no_stats(), plan, self.global_sum)
         metrics["grad_norm"] = float(torch.stack(norms).mean())
         metrics["entropy_coef"] = self.loss.entropy_coef
         return {f"policy/{name}": value for name, value in metrics.items()}
@@ -303,10 +308,9 @@ class AgentModule(L.LightningModule):
             )
 
     def clip_gradients_globally(self) -> Tensor:
-        """Sum the gradients over ranks, once and flat, then clip; the norm before clipping."""
+        """Sum the gradients over ranks, then clip; the norm before clipping."""
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        if self.trainer.world_size > 1:
-            sum_gradients(parameters)
+        sum_gradients(parameters, self.trainer.world_size)
         return torch.nn.utils.clip_grad_norm_(parameters, self.update_settings.max_grad_norm)
 
     def global_sum(self, value: Tensor) -> Tensor:
@@ -368,8 +372,7 @@ class AgentModule(L.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=False)
         self.log("val", values["success_rate"], prog_bar=True, logger=False)
 
-    def on_test_epoch_start(self) -> None:
-        self.engine.sync(self.policy, self.iteration)
+    on_test_epoch_start = on_validation_epoch_start
 
     def test_step(
         self, batch: list[Task], batch_idx: int, dataloader_idx: int = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from aem_lightning.algorithms import AEM, CovarianceControl, Modulation, Stacked
@@ -89,13 +88,3 @@ def choose_tokens(
         batch.old_logprobs[inside], values, batch.response_mask[responses], generator
     )
     return chosen
-
-
-def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Sum the gradients of ``parameters`` over ranks, once and flat."""
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
-    pieces = flat.split([p.numel() for p in parameters])
-    for parameter, piece in zip(parameters, pieces, strict=True):
-        parameter.grad = piece.view_as(parameter)

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from aem_lightning.functional import token_logprob_entropy
+from aem_lightning.modules.attention import Segments, use_packed_attention
 from aem_lightning.modules.value import ValueHead
 
 FULL_PRECISION = torch.float32
@@ -135,25 +136,38 @@ class Policy(nn.Module):
         return cls(causal_lm, tokenizer, lora)
 
     def score(
-        self, input_ids: Tensor, mask: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        temperature: float = 1.0,
+        lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of the masked tokens, given all tokens to their left.
 
         Args:
-            input_ids: [B, L], padded on the right (causal attention never looks there).
-            mask: [B, L] bool; True at the T tokens to score, False in the first column.
+            input_ids: [B, L], padded on the right (causal attention never looks there); with
+                ``lengths`` one packed row [1, sum of lengths].
+            mask: Bool, of the same shape; True at the T tokens to score, never at the first token
+                of a sequence.
             temperature: Sampling temperature; 0 (greedy) is scored at 1, as engines report it.
+            lengths: Tokens of each sequence of a packed row; none sees another.
 
         Returns:
             Log-probabilities [T] and full-vocabulary entropies [T] in nats, float32, row by row.
         """
-        hidden = self.hidden_states(input_ids, mask)
+        hidden = self.hidden_states(input_ids, mask, lengths)
         return self.score_hidden(hidden, input_ids[:, 1:][mask[:, 1:]], temperature)
 
-    def hidden_states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, mask: Tensor, lengths: Sequence[int] | None = None
+    ) -> Tensor:
         """Last hidden states that predict the masked tokens, [T, d]; arguments as for `score`."""
+        packed: dict[str, Any] = {}
+        if lengths is not None:
+            use_packed_attention(self.causal_lm)
+            packed = Segments.of(lengths, input_ids.device).decoder_arguments()
         decoder = self.causal_lm.get_decoder()
-        hidden: Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden: Tensor = decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state
         return hidden[:, :-1][mask[:, 1:]]  # the hidden state left of a token predicts it
 
     def score_hidden(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aem_lightning.modules.attention import Packing
+
 
 @dataclass(frozen=True)
 class RolloutSettings:
@@ -42,11 +44,14 @@ class UpdateSettings:
     Attributes:
         update_epochs: Passes over the rollout batch, K.
         num_minibatches: Optimizer steps a pass: a fixed number, whatever the batch's size.
-        micro_batch_tokens: Padded tokens of one forward and backward pass.
+        micro_batch_tokens: Tokens of one forward and backward pass; a single row may exceed it.
+        packing: How rows share a pass: ``packed`` one after the other, ``padded`` to the longest,
+            or ``auto``: packed wherever the model allows it and the device has a fast kernel.
         max_grad_norm: Gradient norm to clip at.
     """
 
     update_epochs: int = 1
     num_minibatches: int = 1
     micro_batch_tokens: int = 16384
+    packing: Packing = "auto"
     max_grad_norm: float = 1.0

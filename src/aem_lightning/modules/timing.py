@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch.profiler import record_function
 
 STAGES = (
     "rollout",
@@ -22,7 +23,8 @@ STAGES = (
 class Stopwatch:
     """Wall seconds by stage.
 
-    On a GPU the stage's kernels are waited for, so that they count where they belong.
+    On a GPU the stage's kernels are waited for, so that they count where they belong. In a
+    profiler's trace a stage is a span.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +35,8 @@ class Stopwatch:
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time spent inside this context to ``stage``."""
         start = self._now()
-        yield
+        with record_function(stage):
+            yield
         self.add(stage, self._now() - start)
 
     def add(self, stage: str, seconds: float) -> None:

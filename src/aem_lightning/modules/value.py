@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
 from torch import Tensor, nn
 
 from aem_lightning.algorithms import PPO, LossTerms
-from aem_lightning.types import RolloutBatch
 
 
 class ValueHead(nn.Module):
@@ -31,30 +28,6 @@ class ValueHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             values: Tensor = self.linear(hidden.to(self.linear.weight.dtype))[:, 0]
         return values
-
-
-def fill_values(
-    critic: PPO, policy: nn.Module, batch: RolloutBatch, micro: Iterable[Sequence[int]]
-) -> None:
-    """Give the batch the values before the update, and what the head should have said.
-
-    Args:
-        critic: Says what values are worth.
-        policy: A `Policy` with a value head.
-        batch: Its ``values`` and ``value_targets`` are set.
-        micro: Rows to score, in micro-batches.
-    """
-    batch.values = torch.zeros(batch.input_ids.shape, device=batch.input_ids.device)
-    with torch.no_grad():
-        for rows in micro:
-            index = torch.tensor(rows, device=batch.input_ids.device)
-            width = int(batch.row_length[index].max())
-            mask = batch.response_index[index, :width] >= 0
-            hidden = policy.hidden_states(batch.input_ids[index, :width], mask)  # type: ignore[operator]
-            part = batch.values[index, :width]
-            part[mask] = policy.value_head(hidden).to(part.dtype)  # type: ignore[operator]
-            batch.values[index, :width] = part
-    batch.value_targets = critic.targets(batch)
 
 
 def with_value_loss(

@@ -87,18 +87,25 @@ def pack(
     )
 
 
-def micro_batches(rows: Sequence[int], row_length: Tensor, max_tokens: int) -> list[list[int]]:
-    """``rows`` cut into lists whose padded size stays within ``max_tokens``, the longest first.
+def micro_batches(
+    rows: Sequence[int], row_length: Tensor, max_tokens: int, *, padded: bool = True
+) -> list[list[int]]:
+    """``rows`` cut into lists of at most ``max_tokens`` tokens, the longest first.
 
-    A row that is longer than the budget makes a list of its own. The longest comes first, so a
-    budget that does not fit into memory shows at once.
+    Padded rows count as many tokens as the longest of their list, packed ones their own. A row that
+    is longer than the budget makes a list of its own. The longest comes first, so a budget that
+    does not fit into memory shows at once.
     """
     lengths = row_length.tolist()
     batches: list[list[int]] = []
+    load = longest = 0
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+        added = longest if padded and load else lengths[row]
+        if not batches or load + added > max_tokens:
             batches.append([])
+            load, longest, added = 0, lengths[row], lengths[row]
         batches[-1].append(row)
+        load += added
     return batches
 
 

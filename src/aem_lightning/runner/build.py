@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from aem_lightning.callbacks import Profile
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import (
     AgentModule,
@@ -163,6 +164,8 @@ def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) ->
 def build_trainer(cfg: DictConfig) -> L.Trainer:
     """The Trainer, with callbacks and logger; its epochs come from the number of iterations."""
     callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values()]
+    if cfg.profile:
+        callbacks.append(Profile())
     logger: Logger | None = instantiate(cfg.logger) if cfg.logger else None
     epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number
     # A partial: Hydra would take the objects for configs, and some loggers look like one.

@@ -24,7 +24,12 @@ _AT_LEAST_ONE = (
     "micro_batch_tokens",
 )
 _ABOVE_ZERO = {"temperature": True, "eval_temperature": False, "max_grad_norm": True}
-_CHOICES = {"memory": ("window", "transcript"), "stage": ("train", "warm_start")}
+_CHOICES = {
+    "memory": ("window", "transcript"),
+    "stage": ("train", "warm_start"),
+    "packing": ("auto", "packed", "padded"),
+    "profile": (False, True),
+}
 
 
 def check_config(cfg: DictConfig) -> None:

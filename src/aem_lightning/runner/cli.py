@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 
 log = logging.getLogger(__name__)
 
-# What people can mend: bad values, missing files and packages. Anything else keeps its traceback.
-MENDABLE = (ValueError, FileNotFoundError, ImportError, HydraException)
+# What people can mend: bad values, missing files and packages, too little memory. Anything else
+# keeps its traceback.
+MENDABLE = (ValueError, FileNotFoundError, ImportError, MemoryError, HydraException)
 
 
 @contextlib.contextmanager
@@ -38,6 +39,14 @@ def clear_errors() -> Iterator[None]:
         where.write_text(traceback.format_exc(), encoding="utf-8")
         log.error("%s\n(traceback: %s)", cause, where)
         sys.exit(1)
+
+
+def accept_plus(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``+profile=true`` as ``profile=true``.
+
+    Hydra takes a plus for keys that a config lacks, and no other. This one is typed either way.
+    """
+    return [a.removeprefix("+") if a.startswith("+profile=") else a for a in arguments]
 
 
 def check_overrides(config_dir: Path, config_name: str, arguments: Sequence[str]) -> None:

@@ -108,7 +108,7 @@ def _from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
     """The training run's config with this evaluation's wishes and folder, and without callbacks."""
-    base = OmegaConf.create(dict(stored))
+    base = OmegaConf.create({"packing": "auto", **stored})  # a key that older runs lack
     wishes: dict[str, Any] = {"seed": cfg.seed, "paths": plain(cfg.paths)}
     if cfg.temperature is not None:
         wishes["eval_temperature"] = cfg.temperature
@@ -124,7 +124,7 @@ def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
             "Every key must be one of the training run's config: python train.py --cfg job."
         ) from error
     OmegaConf.set_struct(merged, False)
-    merged.callbacks, merged.logger = None, None
+    merged.callbacks, merged.logger, merged.profile = None, None, False
     merged.trainer.enable_checkpointing = False
     merged.trainer.default_root_dir = cfg.paths.output_dir
     assert isinstance(merged, DictConfig)

@@ -1,0 +1,225 @@
+"""Attention over a packed row: sequences laid one after the other, each blind to the others."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+PACKED = "aem_packed"
+Packing = Literal["auto", "packed", "padded"]
+_HALF = (torch.float16, torch.bfloat16)
+_KERNEL_SIZES = range(8, 257, 8)  # of a head, for FlashAttention
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the sequences of a packed row of T tokens begin and end.
+
+    Attributes:
+        lengths: Tokens of each sequence; their sum is T.
+        offsets: [n + 1] int32, 0 and the running sum of ``lengths``, on the row's device.
+        positions: [1, T] position of each token in its own sequence.
+    """
+
+    lengths: tuple[int, ...]
+    offsets: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Segments:
+        sizes = torch.tensor(lengths, dtype=torch.int32)
+        offsets = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
+        starts = offsets[:-1].repeat_interleave(sizes)
+        positions = torch.arange(int(offsets[-1])) - starts
+        return cls(tuple(lengths), offsets.to(device), positions[None].to(device))
+
+    def decoder_arguments(self) -> dict[str, Any]:
+        """What a decoder is called with beside ``input_ids``.
+
+        A mask of four dimensions is handed on as it is; any other kind, none included, would make
+        transformers build a dense [T, T] one from the positions.
+        """
+        return {
+            "attention_mask": self.offsets.view(1, 1, 1, -1),
+            "position_ids": self.positions,
+            "segments": self,
+        }
+
+
+def is_packed(packing: Packing, model: PreTrainedModel) -> bool:
+    """Whether the rows of a micro-batch of ``model`` go through it packed rather than padded.
+
+    ``auto`` packs wherever one attention call does for all rows, or where calls cost next to
+    nothing: on a GPU in half precision, and on a CPU.
+
+    Raises:
+        ValueError: An unknown word, or ``packed`` for a model that cannot be.
+    """
+    if packing not in get_args(Packing):
+        allowed = ", ".join(f"packing={choice}" for choice in get_args(Packing))
+        raise ValueError(f"packing={packing!r} is unknown; allowed: {allowed}.")
+    obstacle = None if packing == "padded" else packing_obstacle(model)
+    if packing == "packed" and obstacle is not None:
+        raise ValueError(f"This model cannot be packed: {obstacle}. Type packing=padded.")
+    if packing == "auto":
+        return obstacle is None and (model.device.type == "cpu" or _has_kernel(model))
+    return packing == "packed"
+
+
+def packing_obstacle(model: PreTrainedModel) -> str | None:
+    """Why ``model`` cannot attend over a packed row; ``None`` when it can."""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"its layers are {sorted(kinds)}, and packing needs full attention"
+    if config._attn_implementation not in ("sdpa", PACKED):
+        return f"its attention is {config._attn_implementation!r}, and packing needs 'sdpa'"
+    for name in ("sliding_window", "attn_logit_softcapping"):
+        if getattr(config, name, None):
+            return f"it has {name}, and packing computes plain attention"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} has an attention of its own"
+    return None
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Let ``model`` attend over packed rows; any other batch is attended to as before.
+
+    The setting stays: gradient checkpointing runs the layers again in the backward pass, long after
+    the call that packed.
+    """
+    if model.config._attn_implementation != PACKED:
+        AttentionInterface.register(PACKED, packed_attention)
+        AttentionMaskInterface.register(PACKED, AttentionMaskInterface()["sdpa"])
+        model.config._attn_implementation = PACKED
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention inside each segment; without ``segments``, transformers' own over the batch.
+
+    Args:
+        module: The attention layer.
+        query: [1, heads, T, size].
+        key: [1, key-value heads, T, size]; query heads share them in equal parts.
+        value: Like ``key``.
+        attention_mask: Read only without ``segments``.
+        segments: The sequences of the packed row.
+        scaling: Of the scores; ``1 / sqrt(size)`` when ``None``.
+        **kwargs: The rest of what transformers hands to an attention function.
+
+    Returns:
+        [1, T, heads, size], and no weights.
+    """
+    if segments is None:
+        plain: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()["sdpa"]
+        return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    kind = _compute_dtype(query.device, value.dtype)
+    if kind in _HALF:
+        # Under autocast, rotary embeddings leave float32 queries and keys beside half values.
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    varlen = variable_length_attention() if query.is_cuda and kind in _HALF else None
+    if varlen is not None and query.shape[-1] in _KERNEL_SIZES:
+        return attend_in_one_kernel(varlen, query, key, value, segments, scaling), None
+    return attend_by_segment(query, key, value, segments, scaling), None
+
+
+def attend_by_segment(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None
+) -> Tensor:
+    """One attention call for each run of sequences of equal length, [1, T, heads, size]."""
+    pieces, start = [], 0
+    shared = query.shape[1] != key.shape[1]
+    for length, run in groupby(segments.lengths):
+        count = sum(1 for _ in run)
+        end = start + count * length
+        # [1, h, n * l, s] -> [n, h, l, s]
+        q, k, v = (
+            x[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1)
+            for x in (query, key, value)
+        )
+        attended = scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=shared
+        )
+        pieces.append(attended.transpose(1, 2).flatten(0, 1))
+        start = end
+    return torch.cat(pieces)[None]
+
+
+def attend_in_one_kernel(
+    varlen: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+) -> Tensor:
+    """All sequences in one call of FlashAttention, [1, T, heads, size]; half precision on CUDA."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, h, s]
+    options: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen).parameters:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    longest = max(segments.lengths)
+    attended: Tensor = varlen(
+        q,
+        k,
+        v,
+        segments.offsets,
+        segments.offsets,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),  # causal: nothing to the right
+        **options,
+    )
+    return attended[None]
+
+
+@functools.cache
+def variable_length_attention() -> Callable[..., Any] | None:
+    """``torch.nn.attention.varlen.varlen_attn``; ``None`` in a torch without it (before 2.11)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    # The first releases had another way to say causal, and no scale.
+    wanted = {"scale", "window_size"}
+    return varlen_attn if wanted <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+def _has_kernel(model: PreTrainedModel) -> bool:
+    """Whether one call of FlashAttention does for all segments of a row of ``model``."""
+    size = getattr(model.config, "head_dim", None)
+    size = size or model.config.hidden_size // model.config.num_attention_heads
+    return (
+        model.device.type == "cuda"
+        and _compute_dtype(model.device, model.dtype) in _HALF
+        and size in _KERNEL_SIZES
+        and variable_length_attention() is not None
+    )
+
+
+def _compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    autocast = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if autocast else stored

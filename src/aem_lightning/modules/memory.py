@@ -1,0 +1,101 @@
+"""How many tokens a pass holds at once, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from aem_lightning.rollout import micro_batches
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# What a RuntimeError says where torch has no class of its own: on a CPU, and inside cuBLAS.
+_SHORT = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class TokenBudget:
+    """Cuts rows into micro-batches, smaller ones after memory has run out.
+
+    Args:
+        tokens: Most tokens of a micro-batch.
+        packed: Whether its rows are packed, else padded to the longest.
+    """
+
+    def __init__(self, tokens: int, *, packed: bool) -> None:
+        self.tokens = tokens
+        self.packed = packed
+
+    def cut(self, rows: Sequence[int], lengths: Tensor) -> list[list[int]]:
+        """The micro-batches of ``rows``, the longest rows first; ``lengths`` are [S]."""
+        return micro_batches(rows, lengths, self.tokens, padded=not self.packed)
+
+    def run(
+        self, work: Callable[[Iterator[list[int]]], Result], rows: Sequence[int], lengths: Tensor
+    ) -> Result:
+        """What ``work`` makes of the micro-batches of ``rows``.
+
+        When memory runs out, the budget halves and ``work`` starts again, from its own beginning.
+        Each rank does so by itself: ranks meet where gradients are summed, behind this call, and
+        wait there for one that starts again.
+
+        Raises:
+            MemoryError: A single row does not fit.
+        """
+        while True:
+            micro, tried = self.cut(rows, lengths), list[list[int]]()
+            try:
+                return work(_remembering(micro, tried))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                single = [len(batch) == 1 for batch in micro]
+                if all(single) or (len(tried) == 1 and single[0]):
+                    raise MemoryError(_too_long(micro[0], lengths)) from error
+            # Outside the handler, whose traceback holds on to the tensors of the failed pass.
+            self._halve(micro, lengths)
+
+    def _halve(self, micro: list[list[int]], lengths: Tensor) -> None:
+        """Halve the budget, or the largest micro-batch of several rows where that is less."""
+        sizes = lengths.tolist()
+        largest = max(
+            sum(sizes[row] for row in batch) if self.packed else sizes[batch[0]] * len(batch)
+            for batch in micro
+            if len(batch) > 1
+        )
+        before, self.tokens = self.tokens, max(1, min(self.tokens, largest) // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning(
+            "Out of memory: the budget of a micro-batch goes from %d to %d tokens, and the pass "
+            "starts again. Type micro_batch_tokens=%d to start so next time.",
+            before,
+            self.tokens,
+            self.tokens,
+        )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether ``error`` is the accelerator's or the CPU's way to say that memory ran out."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _SHORT)
+
+
+def _remembering(batches: list[list[int]], tried: list[list[int]]) -> Iterator[list[int]]:
+    for rows in batches:
+        tried.append(rows)
+        yield rows
+
+
+def _too_long(longest: list[int], lengths: Tensor) -> str:
+    tokens = int(lengths[longest[0]])
+    return (
+        f"Out of memory with a single row of {tokens} tokens: no smaller micro-batch is left. Type "
+        f"max_context={max(1, tokens // 2)} or memory=window for shorter rows, "
+        "policy.gradient_checkpointing=true, or a smaller policy=..."
+    )

@@ -1,0 +1,67 @@
+"""A profile: a trace that a browser opens, and the largest costs in words."""
+
+import gzip
+import json
+import logging
+
+import pytest
+from local_coin import local_data, make_agent, make_trainer
+from runs import composed
+from test_agent_module import VariedRewards
+
+from aem_lightning.callbacks import Profile
+from aem_lightning.callbacks.profile import largest, stage_costs
+from aem_lightning.runner.build import build_trainer
+from aem_lightning.runner.checks import ConfigError, check_config
+from aem_lightning.runner.cli import accept_plus
+
+
+def profiled(folder, epochs):
+    agent = make_agent(rewards=VariedRewards())
+    callback = Profile(iterations=1, folder=folder)
+    make_trainer(epochs, callbacks=[callback]).fit(agent, datamodule=local_data())
+    with gzip.open(folder / "profile.json.gz") as file:
+        return json.load(file)["traceEvents"]
+
+
+def test_a_trace_lacks_operators_or_stages(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "aem_lightning"):
+        events = profiled(tmp_path, epochs=3)
+    names = [event.get("name") for event in events]
+    assert "aten::addmm" in names
+    assert names.count("rollout") == names.count("update") == 1  # one iteration of three
+    (line,) = (r.getMessage() for r in caplog.records if "Largest operators" in r.getMessage())
+    assert line.startswith("Profile of the iterations [1]")  # the first one is a warm-up
+    stages, operators = line.split("Largest stages: ")[1].split("\n  Largest operators: ")
+    assert stages.count("%") == operators.count("%") == 3
+
+
+def test_a_run_of_one_iteration_is_not_profiled(tmp_path):
+    assert any(event.get("name") == "update" for event in profiled(tmp_path, epochs=1))
+
+
+def test_the_environment_counts_twice():
+    costs = stage_costs({"rollout": 6.0, "environment": 2.0, "update": 4.0})
+    assert costs == {"rollout": 0.4, "environment": 0.2, "update": 0.4}
+    assert largest({"a": 0.1, "b": 0.5, "c": 0.15, "d": 0.25}) == "b 50 %, d 25 %, c 15 %"
+
+
+@pytest.mark.parametrize("typed", ["+profile=true", "profile=true"])
+def test_a_way_to_type_it_is_refused(typed, tmp_path):
+    (override,) = accept_plus([typed])
+    quiet = ["callbacks=none", "logger=none", "trainer.enable_checkpointing=false"]
+    output = f"paths.output_dir={tmp_path}"
+    cfg = composed([override, output, *quiet, "trainer.accelerator=cpu"])
+    kinds = [type(callback) for callback in build_trainer(cfg).callbacks]
+    assert Profile in kinds
+    without = composed([output, *quiet, "trainer.accelerator=cpu"])
+    assert Profile not in [type(callback) for callback in build_trainer(without).callbacks]
+
+
+def test_another_plus_is_swallowed():
+    assert accept_plus(["+seed=1", "++profile=true"]) == ["+seed=1", "++profile=true"]
+
+
+def test_a_profile_of_a_word_is_taken_for_yes():
+    with pytest.raises(ConfigError, match=r"profile=.often.*profile=False, profile=True"):
+        check_config(composed(["profile=often"]))
