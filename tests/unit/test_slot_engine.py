@@ -262,6 +262,14 @@ def test_poll_returns_as_soon_as_one_has_finished(policy):
     assert engine.poll() == []
 
 
+def test_poll_runs_until_enough_have_finished(policy):
+    engine = make_engine(policy)
+    engine.submit(request(str(count), tokens(9 + count, 0), count) for count in (9, 3, 5, 7))
+    assert [result.key for result in engine.poll(at_least=2)] == ["3", "5"]
+    assert engine.stats["decode_steps"] == 5
+    assert [result.key for result in engine.poll(at_least=8)] == ["9", "7"]
+
+
 def test_the_last_token_of_a_row_that_fills_its_slot_is_scored_right(policy):
     prompt, mate = tokens(20, 6), tokens(3, 7)
     engine = make_engine(policy, max_length=32)

@@ -17,6 +17,8 @@ class RolloutSettings:
         temperature: Sampling temperature in training.
         eval_temperature: Sampling temperature in evaluation; 0 is greedy.
         concurrency: Episodes in play at once.
+        overlap_share: Of the responses under way, how many have to finish before environments and
+            waiting episodes go on; 1 is a barrier between turns.
     """
 
     group_size: int = 8
@@ -26,6 +28,7 @@ class RolloutSettings:
     temperature: float = 1.0
     eval_temperature: float = 0.4
     concurrency: int = 128
+    overlap_share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -135,14 +135,17 @@ class SlotEngine:
             uniforms = request_uniforms(request.seed, request.sampling.max_new_tokens)
             self._waiting[request.key] = _Job(request, self._tick(), uniforms)
 
-    def poll(self, wait_all: bool = False) -> list[Result]:
+    def poll(self, wait_all: bool = False, at_least: int = 1) -> list[Result]:
         """Run until a request has finished and return what has, in the order of submission.
+
+        What is returned depends on what was submitted and when, and never on how long it took.
 
         Args:
             wait_all: Run until every submitted request has finished.
+            at_least: Run until so many have finished.
 
         Returns:
-            Finished responses; empty only when nothing was submitted.
+            Finished responses; fewer than ``at_least`` only when no more were submitted.
 
         Raises:
             RuntimeError: ``sync`` was never called.
@@ -150,7 +153,7 @@ class SlotEngine:
         """
         done: list[tuple[int, Result]] = []
         with self._policy().sampling_mode():
-            while (self._waiting or self._running) and (wait_all or not done):
+            while (self._waiting or self._running) and (wait_all or len(done) < at_least):
                 self._admit()
                 done += self._step()
         return [result for _, result in sorted(done, key=lambda pair: pair[0])]
