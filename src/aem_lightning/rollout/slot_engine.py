@@ -16,10 +16,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
 from aem_lightning.rollout.sampling import draw, request_uniforms
 from aem_lightning.rollout.slot_model import SlotModel, waves
@@ -41,18 +43,32 @@ class SlotEngine:
         max_length: Most tokens of a prompt with its response. Memory is ``slots * max_length`` keys
             and values.
         bucket: Attention reads are rounded up to a multiple of it.
+        cuda_graphs: ``auto`` captures decode steps as CUDA graphs on a GPU (`cuda_graphs`); ``off``
+            never does.
 
     Raises:
-        ValueError: An option under 1.
+        ValueError: A number under 1, or an unknown choice.
     """
 
-    def __init__(self, slots: int = 64, max_length: int = 2048, bucket: int = 128) -> None:
+    def __init__(
+        self,
+        slots: int = 64,
+        max_length: int = 2048,
+        bucket: int = 128,
+        cuda_graphs: Literal["auto", "off"] = "auto",
+    ) -> None:
+        if cuda_graphs not in ("auto", "off"):
+            raise ValueError(
+                f"engine.cuda_graphs={cuda_graphs!r} is unknown; allowed: engine.cuda_graphs=auto, "
+                "engine.cuda_graphs='off' (YAML reads a bare off as false)"
+            )
         for name, value in (("slots", slots), ("max_length", max_length), ("bucket", bucket)):
             if value < 1:
                 raise ValueError(f"engine.{name}={value} is not allowed: give a whole number >= 1")
         self.slots = slots
         self.max_length = max_length
         self.bucket = bucket
+        self.cuda_graphs = cuda_graphs
         self.version = -1
         self.stats = dict.fromkeys(
             ("prefilled", "reused", "forked", "tokens", "decode_steps", "evicted"), 0
@@ -81,10 +97,11 @@ class SlotEngine:
                 "call poll(wait_all=True) or close() them first"
             )
         model = SlotModel(policy.causal_lm, self.slots, self.max_length, self.bucket)
-        if self._model is not None and self._model.is_like(model):
-            # The block of keys and values is big; it stays. Nothing in it is read again: no slot
-            # has ids.
-            model.cache = self._model.cache
+        if self._model is not None:
+            # Nothing in the cache is read again: no slot has ids.
+            model.inherit(self._model)
+        if model.graphs is None and self._wants_graphs(model.device):
+            model.graphs = DecodeGraphs(self.slots, self.max_length - 1)
         self._model = model
         self.version = version
         self._forget()
@@ -146,6 +163,9 @@ class SlotEngine:
         # The ids stay: the next owner may share a head with them.
         self._slots[row].key = None
         self._slots[row].job = None
+
+    def _wants_graphs(self, device: torch.device) -> bool:
+        return self.cuda_graphs != "off" and device.type == "cuda"
 
     def _forget(self) -> None:
         self._slots = [Slot() for _ in range(self.slots)]
