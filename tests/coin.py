@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 BOXES = ("red", "blue", "green", "white")
@@ -39,3 +41,11 @@ class CoinEnv:
             "won": won,
             "score": float(won),
         }
+
+
+class SlowCoin(CoinEnv):
+    """Answers after a time that nobody can foresee."""
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        time.sleep(os.urandom(1)[0] / 255 * 0.02)
+        return super().step(action)

@@ -46,8 +46,8 @@ class ListLogger:
 class BlindEngine(SlotEngine):
     """An engine that cannot see entropies."""
 
-    def poll(self, wait_all=False):
-        return [replace(result, entropies=None) for result in super().poll(wait_all)]
+    def poll(self, wait_all=False, at_least=1):
+        return [replace(result, entropies=None) for result in super().poll(wait_all, at_least)]
 
 
 class VariedRewards:

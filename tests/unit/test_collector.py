@@ -1,11 +1,12 @@
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
-from coin import ACTIONS, CoinEnv
+from coin import ACTIONS, CoinEnv, SlowCoin
 from tiny_play import PLAIN, TAGGED, LocalPool, Script, coin_task, make_policy, word_tokenizer
 from toy import CoinExpert
 
+from aem_lightning.envs import EnvPool
 from aem_lightning.rollout import (
     Collector,
     EngineResponder,
@@ -45,11 +46,12 @@ def sampled():
     policy = make_policy(awake=True)
 
     @cache
-    def play(memory="transcript", concurrency=64):
-        engine, pool = SlotEngine(slots=4, max_length=128, bucket=16), LocalPool()
+    def play(memory="transcript", concurrency=64, share=1.0, pool=LocalPool):
+        engine, pool = SlotEngine(slots=4, max_length=128, bucket=16), pool()
         engine.sync(policy, 1)
         encoder = PromptEncoder(policy.tokenizer, PLAIN, memory)
-        responder = EngineResponder(engine, Sampling(1.0, 4, encoder.stop_ids), ("test", 0))
+        sampling = Sampling(1.0, 4, encoder.stop_ids)
+        responder = EngineResponder(engine, sampling, ("test", 0), share)
         limits = {"max_turns": 3, "concurrency": concurrency}
         collector = make_collector(encoder, responder, pool, **limits)
         episodes = make_groups([coin_task(i) for i in range(3)], 3)
@@ -88,6 +90,70 @@ def test_fewer_episodes_at_once_are_the_same_trajectories(sampled, concurrency):
         # Another batch shape rounds the logits otherwise.
         for turn, same in zip(one.turns, other.turns, strict=True):
             assert turn.logprobs == pytest.approx(same.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_turns_without_a_barrier_are_the_same_trajectories(sampled, share):
+    barrier, _ = sampled()
+    flowing, _ = sampled(share=share)
+    assert [one.rows for one in flowing] == [one.rows for one in barrier]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_delays_of_the_environments_do_not_move_a_bit(sampled, share):
+    undisturbed, _ = sampled(share=share)
+    pool = partial(EnvPool, SlowCoin, workers=2)
+    for _ in range(2):
+        trajectories, pool_used = sampled.__wrapped__(share=share, pool=pool)
+        pool_used.close()
+        assert trajectories == undisturbed
+
+
+class LateEngine(SlotEngine):
+    """Notes, at every look at it, which episodes are in the middle of a response."""
+
+    def submit(self, requests):
+        super().submit(requests)
+        self.notes.append({self._slots[row].key for row in self._running})
+
+
+def test_an_episode_goes_on_while_others_are_in_the_middle_of_a_response(sampled, monkeypatch):
+    monkeypatch.setattr(LateEngine, "notes", [], raising=False)
+    monkeypatch.setattr("test_collector.SlotEngine", LateEngine)
+    sampled.__wrapped__(share=0.0)
+    assert any(LateEngine.notes)
+    LateEngine.notes.clear()
+    sampled.__wrapped__(share=1.0)
+    assert not any(LateEngine.notes)
+
+
+class WatchedPool(LocalPool):
+    """Counts the decode steps between orders and answers."""
+
+    def __init__(self, engine):
+        super().__init__()
+        self.engine, self.overlaps = engine, []
+
+    def send(self, requests=None, actions=None):
+        super().send(requests, actions)
+        self.sent_at = self.engine.stats["decode_steps"]
+
+    def receive(self):
+        if self.answers:
+            self.overlaps.append(self.engine.stats["decode_steps"] - self.sent_at)
+        return super().receive()
+
+
+def test_the_engine_decodes_while_environments_play():
+    policy = make_policy(awake=True)
+    engine = SlotEngine(slots=8, max_length=128, bucket=16)
+    engine.sync(policy, 1)
+    encoder, pool = PromptEncoder(policy.tokenizer, PLAIN, "transcript"), WatchedPool(engine)
+    ragged = Sampling(1.0, 6, tuple(range(0, len(policy.tokenizer), 3)))
+    responder = EngineResponder(engine, ragged, (), share=0.3)
+    collector = make_collector(encoder, responder, pool)
+    collector.collect(make_groups([coin_task(i) for i in range(2)], 4))
+    assert max(pool.overlaps) > 0
 
 
 def test_the_copies_of_a_group_share_the_environment_seed_and_the_worker(sampled):

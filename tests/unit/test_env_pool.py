@@ -48,6 +48,33 @@ def undisturbed():
         return _play(pool)
 
 
+def test_environments_play_between_send_and_receive(undisturbed):
+    with EnvPool(ToyEnv, workers=2) as pool:
+        assert pool.receive() == {}
+        pool.send(_requests(1, 1))
+        with pytest.raises(EnvPoolError, match=r"call receive\(\) first"):
+            pool.send(actions={"0/0": "look"})
+        with pytest.raises(EnvPoolError, match=r"'0/0'.*still playing"):
+            pool.release(["0/0"])
+        assert list(pool.receive()) == ["0/0"]
+        pool.send(_requests(2, 1) | {}, {})  # 0/0 starts anew
+        told = {key: _told(step) for key, step in pool.receive().items()}
+        assert told == {key: undisturbed[key][0] for key in ("0/0", "1/0")}
+        pool.send({"1/1": _requests(2, 2)["1/1"]}, {"0/0": "say 0 0/0"})
+        both = pool.receive()
+        assert _told(both["1/1"]) == undisturbed["1/1"][0]
+        assert _told(both["0/0"]) == undisturbed["0/0"][1]
+
+
+def test_a_worker_that_dies_between_send_and_receive_is_replaced(undisturbed):
+    with EnvPool(ToyEnv, workers=2) as pool:
+        pool.reset(_requests(2, 2))
+        pool.send(actions={key: f"say 0 {key}" for key in _requests(2, 2)})
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        told = {key: _told(step) for key, step in pool.receive().items()}
+    assert told == {key: turns[1] for key, turns in undisturbed.items()}
+
+
 def _is_running(pid):
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

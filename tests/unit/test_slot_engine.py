@@ -183,6 +183,22 @@ def test_a_forked_prompt_continues_exactly_like_its_own_prefill(policy):
     assert_scores_match(policy, prompt, results["1"], 1.0)
 
 
+def test_a_late_copy_borrows_what_another_slot_holds_of_its_prompt(policy):
+    engine, prompt, other = make_engine(policy), tokens(50, 1), tokens(20, 2)
+    early = run(engine, request("0", prompt, seed=0))["0"]
+    grown = [*prompt, *early.tokens, *other]
+    requests = [request("0", grown, seed=1), request("1", prompt, seed=1), request("2", other)]
+    late = run(engine, *requests, request("3", [*prompt[:40], *other], seed=2))
+    assert engine.stats["forked"] == 49 + 40
+    assert late["1"].reused == 49
+    assert late["3"].reused == 40
+    assert late["2"].reused == 0
+    for key, ids in (("0", grown), ("1", prompt), ("2", other), ("3", [*prompt[:40], *other])):
+        assert_scores_match(policy, ids, late[key], 1.0)
+    alone = run(make_engine(policy), request("1", prompt, seed=1))["1"]
+    assert late["1"].tokens == alone.tokens
+
+
 def test_a_sample_does_not_depend_on_its_batch_mates(policy):
     prompt = tokens(33, 2)
     alone = run(make_engine(policy), request("x", prompt, 20, seed=9))["x"]
@@ -260,6 +276,14 @@ def test_poll_returns_as_soon_as_one_has_finished(policy):
     assert [result.key for result in engine.poll()] == ["short"]
     assert [result.key for result in engine.poll()] == ["long"]
     assert engine.poll() == []
+
+
+def test_poll_runs_until_enough_have_finished(policy):
+    engine = make_engine(policy)
+    engine.submit(request(str(count), tokens(9 + count, 0), count) for count in (9, 3, 5, 7))
+    assert [result.key for result in engine.poll(at_least=2)] == ["3", "5"]
+    assert engine.stats["decode_steps"] == 5
+    assert [result.key for result in engine.poll(at_least=8)] == ["9", "7"]
 
 
 def test_the_last_token_of_a_row_that_fills_its_slot_is_scored_right(policy):

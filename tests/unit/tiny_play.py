@@ -102,6 +102,18 @@ class LocalPool:
         self.requests: dict[str, ResetRequest] = {}
         self.sent: dict[str, list[str]] = {}
         self.most_at_once = 0
+        self.answers: dict[str, EnvStep] = {}
+
+    def send(
+        self,
+        requests: Mapping[str, ResetRequest] | None = None,
+        actions: Mapping[str, str] | None = None,
+    ) -> None:
+        self.answers = self.reset(requests or {}) | self.step(actions or {})
+
+    def receive(self) -> dict[str, EnvStep]:
+        answers, self.answers = self.answers, {}
+        return answers
 
     def reset(self, requests: Mapping[str, ResetRequest]) -> dict[str, EnvStep]:
         steps = {}
@@ -134,9 +146,14 @@ class Script:
     def __init__(self, encoder: PromptEncoder, *lines: str, cut: bool = False) -> None:
         self.encoder, self.lines, self.cut = encoder, lines, cut
         self.over: list[str] = []
+        self.thought: list[Result] = []
 
-    def respond(self, live: Mapping[str, Live]) -> list[Result]:
-        return [self.answer(key, len(item.trajectory.turns)) for key, item in live.items()]
+    def ask(self, live: Mapping[str, Live]) -> None:
+        self.thought += [self.answer(key, len(item.trajectory.turns)) for key, item in live.items()]
+
+    def answers(self) -> list[Result]:
+        thought, self.thought = self.thought, []
+        return thought
 
     def answer(self, key: str, turn: int) -> Result:
         text = self.lines[min(turn, len(self.lines) - 1)]

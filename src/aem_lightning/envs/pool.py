@@ -2,7 +2,8 @@
 
 Episodes are known by a key. All keys of one affinity (a group) live on one worker, where the copies
 of a game share what its engine has worked out. Every call sends one message to each worker that is
-concerned.
+concerned. `EnvPool.send` and `EnvPool.receive` are the two halves of such a call: the environments
+play while the caller does something else.
 
 A worker that dies or hangs is killed and replaced, and its live episodes are played again from
 their reset and their actions: environments are deterministic, so nothing changes for the caller. An
@@ -17,60 +18,37 @@ import os
 import pickle
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from aem_lightning.envs.base import EnvPoolError, TextEnv
-from aem_lightning.envs.orders import Broken, Order, Outcome
+from aem_lightning.envs.episode import PooledEpisode
+from aem_lightning.envs.orders import Broken, Outcome
 from aem_lightning.envs.process import WorkerLostError, WorkerProcess, reraise
 from aem_lightning.types import EnvStep, ResetRequest
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Episode:
-    """An episode in a slot: all that it takes to play it again."""
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """Orders on their way.
 
-    key: str
-    request: ResetRequest
-    worker: int
-    slot: int
-    actions: list[str] = field(default_factory=list)
-    last: EnvStep | None = None  # None until the reset is answered
+    Attributes:
+        actions: The action of every key that was sent (None: its reset).
+        keys: The keys of each worker, in the order of its orders.
+        lost: The workers that were found dead.
+    """
 
-    @property
-    def is_over(self) -> bool:
-        return self.last is not None and (self.last.terminated or self.last.truncated)
-
-    def next_order(self, action: str | None) -> Order:
-        """The order that continues the episode: its reset where ``action`` is None."""
-        if action is None:
-            return Order(self.slot, self.request)
-        return Order(self.slot, None, (action,))
-
-    def replay_order(self, actions: Sequence[str]) -> Order:
-        """The order that plays the episode from its start, then ``actions``."""
-        return Order(self.slot, self.request, (*self.actions, *actions))
-
-    def record(self, action: str | None, step: EnvStep) -> None:
-        """Take ``step`` as the answer to ``action``."""
-        if action is not None:
-            self.actions.append(action)
-        self.last = step
-
-    def fail(self, reason: str) -> None:
-        """End the episode for a reason outside the policy's doing."""
-        logger.warning("Episode %s of task %s ends: %s", self.key, self.request.task_id, reason)
-        observation = self.last.observation if self.last else ""
-        info = {"task_id": self.request.task_id, "infra_error": reason}
-        self.last = EnvStep(observation, truncated=True, info=info)
+    actions: dict[str, str | None]
+    keys: dict[int, list[str]]
+    lost: dict[int, WorkerLostError]
 
 
 class EnvPool:
-    """Environments in worker processes, played in lock-step.
+    """Environments in worker processes.
 
     Workers start with the first `reset`; a pickled pool is its arguments. POSIX only.
 
@@ -109,7 +87,8 @@ class EnvPool:
         self.timeout_s = timeout_s
         self.restarts = 0
         self._processes: list[WorkerProcess] = []
-        self._episodes: dict[str, _Episode] = {}
+        self._episodes: dict[str, PooledEpisode] = {}
+        self._sent: _Sent | None = None
         self._finalizer = weakref.finalize(self, _end, self._processes, os.getpid())
 
     def reset(self, requests: Mapping[str, ResetRequest]) -> dict[str, EnvStep]:
@@ -119,13 +98,8 @@ class EnvPool:
             EnvPoolError: More episodes than slots, or workers that cannot be started.
             Exception: What making the environment raised.
         """
-        self._start()
-        self.release(requests)
-        for key, worker in list(self._placed(requests)):
-            taken = {e.slot for e in self._episodes.values() if e.worker == worker}
-            slot = next(i for i in range(len(taken) + 1) if i not in taken)
-            self._episodes[key] = _Episode(key, requests[key], worker, slot)
-        return self._play(dict.fromkeys(requests))
+        self.send(requests)
+        return self.receive()
 
     def step(self, actions: Mapping[str, str]) -> dict[str, EnvStep]:
         """Send every key's action to its episode.
@@ -133,22 +107,58 @@ class EnvPool:
         Raises:
             EnvPoolError: A key without an episode, or whose episode is over.
         """
-        for key in actions:
-            if key not in self._episodes:
-                raise EnvPoolError(f"step: no episode has the key {key!r}; reset it first")
-            episode = self._episodes[key]
-            if episode.is_over and not (episode.last and episode.last.infra_error):
-                raise EnvPoolError(f"step: episode {key!r} is over; reset or release it")
-        return self._play(actions)
+        self.send(actions=actions)
+        return self.receive()
+
+    def send(
+        self,
+        requests: Mapping[str, ResetRequest] | None = None,
+        actions: Mapping[str, str] | None = None,
+    ) -> None:
+        """Set resets and actions going without waiting for their answers; `receive` brings them.
+
+        Raises:
+            EnvPoolError: As `reset` and `step` do, and when the last answers were not received.
+        """
+        requests, actions = requests or {}, actions or {}
+        if self._sent is not None:
+            raise EnvPoolError("send: the last answers are still out; call receive() first")
+        if requests:
+            self._start()
+        self._check_playing(actions)
+        self.release(requests)
+        for key, worker in list(self._placed(requests)):
+            taken = {e.slot for e in self._episodes.values() if e.worker == worker}
+            slot = next(i for i in range(len(taken) + 1) if i not in taken)
+            self._episodes[key] = PooledEpisode(key, requests[key], worker, slot)
+        self._sent = self._dispatch({**dict.fromkeys(requests), **actions})
+
+    def receive(self) -> dict[str, EnvStep]:
+        """Wait for the answers to the last `send`; empty without one.
+
+        Raises:
+            Exception: What making the environment raised.
+        """
+        sent, self._sent = self._sent, None
+        return self._settle(sent) if sent else {}
 
     def release(self, keys: Iterable[str]) -> None:
-        """Forget the episodes of ``keys``; their slots are free. Unknown keys are passed over."""
+        """Forget the episodes of ``keys``; their slots are free. Unknown keys are passed over.
+
+        Raises:
+            EnvPoolError: The answer of a key is still out; its slot is in use.
+        """
+        keys = list(keys)
+        out = set(self._sent.actions if self._sent else ()).intersection(keys)
+        if out:
+            raise EnvPoolError(f"release: {sorted(out)} are still playing; call receive() first")
         for key in keys:
             self._episodes.pop(key, None)
 
     def close(self) -> None:
         """End the workers. A later `reset` starts new ones."""
         self._episodes.clear()
+        self._sent = None
         _end(self._processes, os.getpid())
 
     def worker_pids(self) -> tuple[int, ...]:
@@ -216,10 +226,32 @@ class EnvPool:
                 )
             yield from ((key, worker) for key in keys)
 
-    def _play(self, pending: Mapping[str, str | None]) -> dict[str, EnvStep]:
-        """One action (None: the reset) for every key of ``pending``, and the answers."""
-        due = {key: action for key, action in pending.items() if not self._episodes[key].is_over}
-        outcomes, lost = self._exchange(due)
+    def _check_playing(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key not in self._episodes:
+                raise EnvPoolError(f"step: no episode has the key {key!r}; reset it first")
+            episode = self._episodes[key]
+            if episode.is_over and not (episode.last and episode.last.infra_error):
+                raise EnvPoolError(f"step: episode {key!r} is over; reset or release it")
+
+    def _dispatch(self, actions: dict[str, str | None]) -> _Sent:
+        """Send every worker its orders; an episode that is over gets none."""
+        sent = _Sent(actions, {}, {})
+        for key in actions:
+            if not self._episodes[key].is_over:
+                sent.keys.setdefault(self._episodes[key].worker, []).append(key)
+        for worker, keys in sent.keys.items():
+            try:
+                orders = [self._episodes[key].next_order(actions[key]) for key in keys]
+                self._processes[worker].send(orders)
+            except WorkerLostError as error:
+                sent.lost[worker] = error
+        return sent
+
+    def _settle(self, sent: _Sent) -> dict[str, EnvStep]:
+        """The answer of every key that was sent, after repairs where they are needed."""
+        due = {key: sent.actions[key] for keys in sent.keys.values() for key in keys}
+        outcomes = self._collect(sent)
         raised = {}
         for key, outcome in outcomes.items():
             action = due.pop(key)
@@ -227,42 +259,30 @@ class EnvPool:
                 raised[key] = action, outcome
             else:
                 self._episodes[key].record(action, outcome[-1])
-        for worker, reason in lost.items():
+        for worker, reason in sent.lost.items():
             self._revive(worker, due, reason)
         for key, (action, broken) in raised.items():
             self._try_again(self._episodes[key], action, broken)
-        return {key: self._answer(key) for key in pending}
+        return {key: self._answer(key) for key in sent.actions}
 
     def _answer(self, key: str) -> EnvStep:
         step = self._episodes[key].last
-        assert step is not None  # every way through _play records an answer or a failure
+        assert step is not None  # every way through _settle records an answer or a failure
         return step
 
-    def _exchange(
-        self, live: Mapping[str, str | None]
-    ) -> tuple[dict[str, Outcome], dict[int, WorkerLostError]]:
-        """Send every worker its orders, then collect: the outcomes, and the workers lost."""
-        keys: dict[int, list[str]] = {}
-        for key in live:
-            keys.setdefault(self._episodes[key].worker, []).append(key)
+    def _collect(self, sent: _Sent) -> dict[str, Outcome]:
+        """Wait for every worker's outcomes; workers that die meanwhile join ``sent.lost``."""
         outcomes: dict[str, Outcome] = {}
-        lost: dict[int, WorkerLostError] = {}
-        for worker, names in keys.items():
-            try:
-                orders = [self._episodes[name].next_order(live[name]) for name in names]
-                self._processes[worker].send(orders)
-            except WorkerLostError as error:
-                lost[worker] = error
-        for worker, names in keys.items():
-            if worker in lost:
+        for worker, keys in sent.keys.items():
+            if worker in sent.lost:
                 continue
             try:
                 answer = self._processes[worker].outcomes(self.timeout_s)
-                outcomes.update(zip(names, answer, strict=True))
+                outcomes.update(zip(keys, answer, strict=True))
             except WorkerLostError as error:
-                lost[worker] = error
+                sent.lost[worker] = error
         self._raise_fatal(outcomes.values())
-        return outcomes, lost
+        return outcomes
 
     def _raise_fatal(self, outcomes: Iterable[Outcome]) -> None:
         """Raise here what no episode can do better, such as a missing package."""
@@ -271,7 +291,7 @@ class EnvPool:
                 self.close()
                 reraise(outcome)
 
-    def _try_again(self, episode: _Episode, action: str | None, broken: Broken) -> None:
+    def _try_again(self, episode: PooledEpisode, action: str | None, broken: Broken) -> None:
         """Replay an episode whose environment raised, in a new one; a second failure ends it."""
         if episode.is_over:  # given up while its worker was revived
             return
@@ -308,7 +328,7 @@ class EnvPool:
         self._processes[worker] = WorkerProcess(pickle.dumps(self.make_env))
         self._processes[worker].wait_ready()
 
-    def _replay(self, episode: _Episode, due: dict[str, str | None]) -> None:
+    def _replay(self, episode: PooledEpisode, due: dict[str, str | None]) -> None:
         """Play ``episode`` from its start, with the action that is due for it, if any.
 
         Raises:

@@ -183,7 +183,7 @@ class AgentModule(L.LightningModule):
         return Collector(
             pool=self.trainer.datamodule.pool,  # type: ignore[attr-defined]
             encoder=self.encoder,
-            responder=EngineResponder(self.engine, sampling, seed),
+            responder=EngineResponder(self.engine, sampling, seed, settings.overlap_share),
             rewards=self.rewards,
             max_turns=settings.max_turns,
             max_context=settings.max_context,

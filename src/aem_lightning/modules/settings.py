@@ -23,6 +23,8 @@ class RolloutSettings:
             up to that many rounds (DAPO's dynamic sampling).
         compact_filtering: Trajectories that a limit cut leave the loss (DeepSWE's GRPO++).
         anchor_similarity: How alike two observations are that share an anchor state; 1 is equality.
+        overlap_share: Of the responses under way, how many have to finish before environments and
+            waiting episodes go on; 1 is a barrier between turns.
     """
 
     group_size: int = 8
@@ -35,6 +37,7 @@ class RolloutSettings:
     collection_rounds: int = 1
     compact_filtering: bool = False
     anchor_similarity: float = 1.0
+    overlap_share: float = 1.0
 
 
 @dataclass(frozen=True)

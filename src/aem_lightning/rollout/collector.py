@@ -1,19 +1,29 @@
-"""The collector: plays episodes with whoever answers, a policy's engine or an expert."""
+"""The collector: plays episodes with whoever answers, a policy's engine or an expert.
+
+There is no barrier between turns. While the engine decodes some episodes, the environments play
+others. Who comes next is decided by counting responses, never by the clock: once a share of the
+responses under way has finished, the answers of the environments that played meanwhile are taken in
+(and waited for, where they are late) and their episodes join the batch. So which responses share a
+batch, and with it every bit of the rollout, is the same on every run, however long anything took.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from aem_lightning.rollout.encoder import PromptEncoder
 from aem_lightning.rollout.engine import Request, Result, RolloutEngine, Sampling
 from aem_lightning.rollout.rewards import RewardShaping
 from aem_lightning.types import EnvStep, ResetRequest, Task, Trajectory, Turn
+
+T = TypeVar("T")
 
 
 def stable_seed(*parts: object) -> int:
@@ -63,8 +73,12 @@ class Live:
 class Responder(Protocol):
     """Whoever answers prompts."""
 
-    def respond(self, live: Mapping[str, Live]) -> Sequence[Result]:
-        """One result for every key of ``live``."""
+    def ask(self, live: Mapping[str, Live]) -> None:
+        """Hand over the prompts of ``live``; the answers come later."""
+        ...
+
+    def answers(self) -> Sequence[Result]:
+        """One answer or more to what was asked; which ones does not hang on timing."""
         ...
 
     def forget(self, keys: Iterable[str]) -> None:
@@ -75,9 +89,13 @@ class Responder(Protocol):
 class EnvironmentPool(Protocol):
     """The part of `EnvPool` that a collector uses."""
 
-    def reset(self, requests: Mapping[str, ResetRequest]) -> Mapping[str, EnvStep]: ...
+    def send(
+        self,
+        requests: Mapping[str, ResetRequest] | None = None,
+        actions: Mapping[str, str] | None = None,
+    ) -> None: ...
 
-    def step(self, actions: Mapping[str, str]) -> Mapping[str, EnvStep]: ...
+    def receive(self) -> Mapping[str, EnvStep]: ...
 
     def release(self, keys: Iterable[str]) -> None: ...
 
@@ -88,17 +106,32 @@ class EngineResponder:
 
     The seed of a response is a function of ``seed``, the task, the copy and the turn alone, so
     neither the order of the tasks nor how many are played at once changes what is sampled.
+
+    Attributes:
+        engine: The engine.
+        sampling: How responses are drawn.
+        seed: Key of every draw.
+        share: Of the responses under way, how many have to finish before the environments get
+            their actions and the waiting episodes their turn. Little keeps the batch full, much
+            computes more prompts at once; 1 is a barrier between turns.
     """
 
     engine: RolloutEngine
     sampling: Sampling
     seed: tuple[object, ...]
+    share: float = 0.5
+    _under_way: int = field(default=0, init=False)
 
-    def respond(self, live: Mapping[str, Live]) -> Sequence[Result]:
+    def ask(self, live: Mapping[str, Live]) -> None:
         self.engine.submit(
             Request(key, item.prompt, self.sampling, self._seed(item)) for key, item in live.items()
         )
-        return self.engine.poll(wait_all=True)
+        self._under_way += len(live)
+
+    def answers(self) -> Sequence[Result]:
+        results = self.engine.poll(at_least=max(1, math.ceil(self.share * self._under_way)))
+        self._under_way -= len(results)
+        return results
 
     def forget(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -151,52 +184,61 @@ class Collector:
         """
         waiting = deque(episodes)
         live: dict[str, Live] = {}
+        starting: dict[str, Episode] = {}
         played: dict[str, Trajectory] = {}
         self._starts.clear()
-        while waiting or live:
-            live |= self._start(waiting, self.concurrency - len(live), seed)
-            playing = {key: item for key, item in live.items() if not self._is_over(item)}
-            results = sorted(self.responder.respond(playing), key=lambda result: result.key)
+        asked: set[str] = set()
+        while waiting or live or starting:
+            # Environments work on what was sent at the end of a pass while responses are sampled
+            # at the beginning of the next.
+            results = sorted(self.responder.answers(), key=_key) if asked else []
             for result in results:
                 self._record(live[result.key], result)
-            actions = {result.key: _sent_to_environment(live[result.key]) for result in results}
-            for key, step in self._timed(partial(self.pool.step, actions)).items():
-                self._observe(live[key], step)
-            over = [key for key, item in live.items() if self._is_over(item)]
+            steps = self._timed(self.pool.receive)
+            self._take_in(steps, starting, live)
+            over = [key for key in steps if self._is_over(live[key])]
             self.responder.forget(over)
             self.pool.release(over)
             played |= {key: live.pop(key).trajectory for key in over}
+            due = {key: live[key] for key in steps if key in live}
+            self.responder.ask(due)
+            asked = (asked | due.keys()) - {result.key for result in results}
+            room = self.concurrency - len(live)
+            starting = {
+                e.key: e for e in (waiting.popleft() for _ in range(min(room, len(waiting))))
+            }
+            actions = {result.key: _sent_to_environment(live[result.key]) for result in results}
+            self._timed(partial(self.pool.send, _reset_requests(starting, seed), actions))
         return [played[episode.key] for episode in episodes]
 
-    def _start(self, waiting: deque[Episode], room: int, seed: int) -> dict[str, Live]:
-        new = [waiting.popleft() for _ in range(min(room, len(waiting)))]
-        if not new:
-            return {}
-        requests = {
-            episode.key: ResetRequest(
-                episode.task.id, stable_seed(seed, episode.task.id) % 2**31, episode.group
+    def _take_in(
+        self,
+        steps: Mapping[str, EnvStep],
+        starting: Mapping[str, Episode],
+        live: dict[str, Live],
+    ) -> None:
+        """Let the environments' answers into their episodes; those that start join ``live``."""
+        for key, step in steps.items():
+            if key in starting:
+                live[key] = self._open(starting[key], step)
+            else:
+                self._observe(live[key], step)
+
+    def _open(self, episode: Episode, step: EnvStep) -> Live:
+        if step.infra_error is None:
+            first, start = self._starts.setdefault(episode.group, (episode, step))
+            check_same_start(episode, step, first, start)
+        prompt = self.encoder.first(step)
+        if len(prompt) + self.max_new_tokens > self.max_context:
+            raise ValueError(
+                f"The opening prompt of task {episode.task.id!r} has {len(prompt)} tokens; "
+                f"with max_new_tokens={self.max_new_tokens} it does not fit into "
+                f"max_context={self.max_context}. Type "
+                f"max_context={len(prompt) + 8 * self.max_new_tokens} or a shorter prompt."
             )
-            for episode in new
-        }
-        steps = self._timed(partial(self.pool.reset, requests))
-        started = {}
-        for episode in new:
-            step = steps[episode.key]
-            if step.infra_error is None:
-                first, start = self._starts.setdefault(episode.group, (episode, step))
-                check_same_start(episode, step, first, start)
-            prompt = self.encoder.first(step)
-            if len(prompt) + self.max_new_tokens > self.max_context:
-                raise ValueError(
-                    f"The opening prompt of task {episode.task.id!r} has {len(prompt)} tokens; "
-                    f"with max_new_tokens={self.max_new_tokens} it does not fit into "
-                    f"max_context={self.max_context}. Type "
-                    f"max_context={len(prompt) + 8 * self.max_new_tokens} or a shorter prompt."
-                )
-            trajectory = Trajectory(episode.task, episode.group, episode.copy)
-            trajectory.infra_error = step.infra_error
-            started[episode.key] = Live(episode, trajectory, step, prompt)
-        return started
+        trajectory = Trajectory(episode.task, episode.group, episode.copy)
+        trajectory.infra_error = step.infra_error
+        return Live(episode, trajectory, step, prompt)
 
     def _record(self, item: Live, result: Result) -> None:
         """Append a response: to the last row where the prompt extends it, else to a new one."""
@@ -239,7 +281,7 @@ class Collector:
     def _is_over(item: Live) -> bool:
         return item.step.terminated or item.step.truncated or item.trajectory.truncated
 
-    def _timed(self, call: Callable[[], Mapping[str, EnvStep]]) -> Mapping[str, EnvStep]:
+    def _timed(self, call: Callable[[], T]) -> T:
         start = time.perf_counter()
         answer = call()
         self.environment_seconds += time.perf_counter() - start
@@ -265,6 +307,20 @@ def check_same_start(episode: Episode, step: EnvStep, other: Episode, start: Env
                 "A group compares episodes from one start: reset(seed, options) must depend on "
                 "the seed and the task_id alone. check_env finds what else it depends on."
             )
+
+
+def _key(result: Result) -> str:
+    return result.key
+
+
+def _reset_requests(episodes: Mapping[str, Episode], seed: int) -> dict[str, ResetRequest]:
+    """How the environments of ``episodes`` are to start; the copies of a task start alike."""
+    return {
+        key: ResetRequest(
+            episode.task.id, stable_seed(seed, episode.task.id) % 2**31, episode.group
+        )
+        for key, episode in episodes.items()
+    }
 
 
 def _sent_to_environment(item: Live) -> str:

@@ -111,8 +111,11 @@ class RolloutEngine(Protocol):
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests; at most one unfinished request a key."""
 
-    def poll(self, wait_all: bool = False) -> list[Result]:
-        """Run until a request (all of them with ``wait_all``) has finished; return what has."""
+    def poll(self, wait_all: bool = False, at_least: int = 1) -> list[Result]:
+        """Run until ``at_least`` requests (all of them with ``wait_all``) have finished.
+
+        Returns what has finished, which may be more; and less only when no more was submitted.
+        """
 
     def close(self, key: str) -> None:
         """End an episode: its place is free, and an unfinished request of it is dropped."""

@@ -42,10 +42,16 @@ class ExpertResponder:
     seed: int = 0
     slips: set[tuple[str, int]] = field(default_factory=set)
     _experts: dict[str, Expert] = field(default_factory=dict)
+    _answers: list[Result] = field(default_factory=list)
 
-    def respond(self, live: Mapping[str, Live]) -> Sequence[Result]:
-        """One response for every key of ``live``."""
-        return [self._answer(key, item) for key, item in live.items()]
+    def ask(self, live: Mapping[str, Live]) -> None:
+        """Think of one response for every key of ``live``."""
+        self._answers += [self._answer(key, item) for key, item in live.items()]
+
+    def answers(self) -> Sequence[Result]:
+        """All that were asked for."""
+        answers, self._answers = self._answers, []
+        return answers
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop the experts of finished episodes."""

@@ -49,6 +49,13 @@ class SlotCache:
         self._positions = positions
         self._read = read
 
+    def aim_first(self, count: int, positions: Tensor, read: int) -> None:
+        """`aim` at the rows 0 to ``count`` - 1, without a number that comes from the host."""
+        self._rows = torch.arange(count, device=positions.device)[:, None]
+        self._span = slice(0, count)
+        self._positions = positions
+        self._read = read
+
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:

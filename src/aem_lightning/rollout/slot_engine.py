@@ -3,7 +3,8 @@
 Every episode owns a slot, a row of a preallocated key-value cache. A request's prompt is compared
 with what the slot holds and only the rest is computed, so an append-only transcript costs its new
 tokens and a window prompt its changed tail. Equal prompts (the copies of a group at their first
-turn) are computed once and copied. The last token of a response is never fed alone: it comes in
+turn) are computed once and copied; an episode that is new to its slot copies the longest beginning
+that any other slot holds. The last token of a response is never fed alone: it comes in
 with the next prompt. Rows that finish leave the batch.
 
 Weights are used as they are, adapters unmerged: merging LoRA in half precision rounds most of an
@@ -15,53 +16,26 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
 from aem_lightning.rollout.sampling import draw, request_uniforms
 from aem_lightning.rollout.slot_model import SlotModel, waves
+from aem_lightning.rollout.slots import Job, Slot, common_prefix
 from aem_lightning.types import FinishReason
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Job:
-    """A request being worked on, with what has been drawn for it."""
-
-    request: Request
-    order: int
-    uniforms: list[float]
-    reused: int = 0
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
-
-    def finish_reason(self) -> FinishReason | None:
-        sampling = self.request.sampling
-        if self.tokens[-1] in sampling.stop_ids:
-            return "stop"
-        return "length" if len(self.tokens) >= sampling.max_new_tokens else None
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A cache row: whose it is, which tokens it holds, what runs on it, when it last ran."""
-
-    key: str | None = None
-    ids: list[int] = field(default_factory=list)
-    job: _Job | None = None
-    used: int = -1
 
 
 class SlotEngine:
     """Continuous batching of multi-turn episodes on one HF causal LM; a ``RolloutEngine``.
 
     ``stats`` counts tokens since the engine was made: ``prefilled`` (prompt tokens computed),
-    ``reused`` (found in the slot), ``forked`` (copied from an equal prompt), ``tokens`` (sampled);
+    ``reused`` (found in the slot), ``forked`` (copied from another slot), ``tokens`` (sampled);
     and ``decode_steps`` and ``evicted`` (idle episodes that lost their slot to a waiting one).
 
     Args:
@@ -69,27 +43,41 @@ class SlotEngine:
         max_length: Most tokens of a prompt with its response. Memory is ``slots * max_length`` keys
             and values.
         bucket: Attention reads are rounded up to a multiple of it.
+        cuda_graphs: ``auto`` captures decode steps as CUDA graphs on a GPU (`cuda_graphs`); ``off``
+            never does.
 
     Raises:
-        ValueError: An option under 1.
+        ValueError: A number under 1, or an unknown choice.
     """
 
-    def __init__(self, slots: int = 64, max_length: int = 2048, bucket: int = 128) -> None:
+    def __init__(
+        self,
+        slots: int = 64,
+        max_length: int = 2048,
+        bucket: int = 128,
+        cuda_graphs: Literal["auto", "off"] = "auto",
+    ) -> None:
+        if cuda_graphs not in ("auto", "off"):
+            raise ValueError(
+                f"engine.cuda_graphs={cuda_graphs!r} is unknown; allowed: engine.cuda_graphs=auto, "
+                "engine.cuda_graphs='off' (YAML reads a bare off as false)"
+            )
         for name, value in (("slots", slots), ("max_length", max_length), ("bucket", bucket)):
             if value < 1:
                 raise ValueError(f"engine.{name}={value} is not allowed: give a whole number >= 1")
         self.slots = slots
         self.max_length = max_length
         self.bucket = bucket
+        self.cuda_graphs = cuda_graphs
         self.version = -1
         self.stats = dict.fromkeys(
             ("prefilled", "reused", "forked", "tokens", "decode_steps", "evicted"), 0
         )
         self._model: SlotModel | None = None
         self._clock = 0
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._owner: dict[str, int] = {}
-        self._waiting: dict[str, _Job] = {}
+        self._waiting: dict[str, Job] = {}
         # Rows that are drawing, ascending, and the logits of their next token, [len(running), V].
         self._running: list[int] = []
         self._logits = torch.empty(0)
@@ -109,10 +97,11 @@ class SlotEngine:
                 "call poll(wait_all=True) or close() them first"
             )
         model = SlotModel(policy.causal_lm, self.slots, self.max_length, self.bucket)
-        if self._model is not None and self._model.is_like(model):
-            # The block of keys and values is big; it stays. Nothing in it is read again: no slot
-            # has ids.
-            model.cache = self._model.cache
+        if self._model is not None:
+            # Nothing in the cache is read again: no slot has ids.
+            model.inherit(self._model)
+        if model.graphs is None and self._wants_graphs(model.device):
+            model.graphs = DecodeGraphs(self.slots, self.max_length - 1)
         self._model = model
         self.version = version
         self._forget()
@@ -133,16 +122,19 @@ class SlotEngine:
             busy.add(request.key)
         for request in requests:
             uniforms = request_uniforms(request.seed, request.sampling.max_new_tokens)
-            self._waiting[request.key] = _Job(request, self._tick(), uniforms)
+            self._waiting[request.key] = Job(request, self._tick(), uniforms)
 
-    def poll(self, wait_all: bool = False) -> list[Result]:
+    def poll(self, wait_all: bool = False, at_least: int = 1) -> list[Result]:
         """Run until a request has finished and return what has, in the order of submission.
+
+        What is returned depends on what was submitted and when, and never on how long it took.
 
         Args:
             wait_all: Run until every submitted request has finished.
+            at_least: Run until so many have finished.
 
         Returns:
-            Finished responses; empty only when nothing was submitted.
+            Finished responses; fewer than ``at_least`` only when no more were submitted.
 
         Raises:
             RuntimeError: ``sync`` was never called.
@@ -150,7 +142,7 @@ class SlotEngine:
         """
         done: list[tuple[int, Result]] = []
         with self._policy().sampling_mode():
-            while (self._waiting or self._running) and (wait_all or not done):
+            while (self._waiting or self._running) and (wait_all or len(done) < at_least):
                 self._admit()
                 done += self._step()
         return [result for _, result in sorted(done, key=lambda pair: pair[0])]
@@ -172,8 +164,11 @@ class SlotEngine:
         self._slots[row].key = None
         self._slots[row].job = None
 
+    def _wants_graphs(self, device: torch.device) -> bool:
+        return self.cuda_graphs != "off" and device.type == "cuda"
+
     def _forget(self) -> None:
-        self._slots = [_Slot() for _ in range(self.slots)]
+        self._slots = [Slot() for _ in range(self.slots)]
         self._owner = {}
         self._waiting = {}
         self._running = []
@@ -210,6 +205,7 @@ class SlotEngine:
                 row = self._evict(placed)
             if row is None:
                 continue
+            self._slots[row].is_new = self._slots[row].key != key
             self._owner[key] = row
             self._slots[row].key = key
             self._slots[row].job = self._waiting.pop(key)
@@ -283,22 +279,40 @@ class SlotEngine:
         for row in rows:
             slot, job = self._slots[row], self._job(row)
             prompt = list(job.request.prompt)
+            borrowed = self._borrow(row, prompt) if slot.is_new else 0
             # One token is always computed: the next token's logits come out of it.
-            job.reused = min(_common_prefix(slot.ids, prompt), len(prompt) - 1)
+            job.reused = min(common_prefix(slot.ids, prompt), len(prompt) - 1)
             slot.ids = prompt[: job.reused]
             rest[row] = prompt[job.reused :]
-            self.stats["reused"] += job.reused
+            self.stats["reused"] += job.reused - borrowed
             self.stats["prefilled"] += len(rest[row])
         logits: dict[int, Tensor] = {}
         for wave in waves({row: len(tokens) for row, tokens in rest.items()}):
             logits.update(zip(wave, self._forward(wave, [rest[row] for row in wave]), strict=True))
         return logits
 
+    def _borrow(self, row: int, prompt: list[int]) -> int:
+        """Copy the longest beginning of ``prompt`` that another slot holds; tokens gained by it.
+
+        A gain of less than a bucket is not worth the copy. One token is left to be computed.
+        """
+        self._slots[row].is_new = False
+        held = [common_prefix(slot.ids, prompt[:-1]) for slot in self._slots]
+        best = max(range(self.slots), key=held.__getitem__)
+        gain = held[best] - held[row]
+        if gain < self.bucket:
+            return 0
+        self._policy().cache.copy([best], [row], held[best])
+        self._slots[row].ids = prompt[: held[best]]
+        self.stats["forked"] += gain
+        return gain
+
     def _fork(self, source: int, target: int) -> None:
         """Copy a computed prompt to another slot."""
         prompt = list(self._job(target).request.prompt)
         self._policy().cache.copy([source], [target], len(prompt))
         self._slots[target].ids = prompt
+        self._slots[target].is_new = False
         self._job(target).reused = len(prompt)
         self.stats["forked"] += len(prompt)
 
@@ -337,7 +351,7 @@ class SlotEngine:
             self._logits = self._forward(self._running, last)
         return done
 
-    def _finish(self, row: int, job: _Job, reason: FinishReason) -> Result:
+    def _finish(self, row: int, job: Job, reason: FinishReason) -> Result:
         self._slots[row].job = None
         self._slots[row].used = self._tick()
         return Result(
@@ -363,15 +377,7 @@ class SlotEngine:
             raise RuntimeError("the engine has no policy yet: call sync(policy, version) first")
         return self._model
 
-    def _job(self, row: int) -> _Job:
+    def _job(self, row: int) -> Job:
         job = self._slots[row].job
         assert job is not None, f"slot {row} has nothing to run"
         return job
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    """Length of the longest common prefix."""
-    limit = min(len(left), len(right))
-    if left[:limit] == right[:limit]:
-        return limit
-    return next(i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)

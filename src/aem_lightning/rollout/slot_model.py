@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.slot_cache import SlotCache
 
 _ATTENTION = "aem_slots"
@@ -46,18 +47,25 @@ class SlotModel:
         self._max_length = max_length
         self._bucket = bucket
         weight = base.get_input_embeddings().weight
-        self._device = weight.device
+        self.device: torch.device = weight.device
         autocast = torch.is_autocast_enabled(weight.device.type)
         self._kind = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        self._index = torch.arange(max_length, device=self._device)
+        self._index = torch.arange(max_length, device=self.device)
+        self._addresses = [parameter.data_ptr() for parameter in causal_lm.parameters()]
+        self.graphs: DecodeGraphs | None = None
 
-    def is_like(self, other: SlotModel) -> bool:
-        """Whether the other's keys and values would fit into this one's cache."""
-        return (
-            self.causal_lm is other.causal_lm
-            and self._device == other._device
-            and self._kind == other._kind
-        )
+    def inherit(self, earlier: SlotModel) -> None:
+        """Take over the cache of an earlier model, and its graphs, as far as they fit this one.
+
+        The block of keys and values is big; it stays. Graphs hold addresses: those of the cache,
+        and those of the weights, which an optimizer changes in place.
+        """
+        if self.causal_lm is not earlier.causal_lm or self.device != earlier.device:
+            return
+        if self._kind == earlier._kind:
+            self.cache = earlier.cache
+            if self._addresses == earlier._addresses and earlier.graphs is not None:
+                self.graphs = earlier.graphs
 
     @contextmanager
     def sampling_mode(self) -> Iterator[None]:
@@ -96,21 +104,40 @@ class SlotModel:
         """
         counts = [len(chunk) for chunk in chunks]
         width = max(counts)
-        padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
         longest = max(start + count for start, count in zip(starts, counts, strict=True))
         read = min(self._max_length, -(-longest // self._bucket) * self._bucket)
-        start = torch.tensor(starts, device=self._device)
-        positions = start[:, None] + torch.arange(width, device=self._device)
+        if width == 1 and self.graphs is not None:
+            tokens = [chunk[0] for chunk in chunks]
+            logits = self.graphs.step(self, rows, starts, tokens, read)
+            if logits is not None:
+                return logits
+        padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
+        start = torch.tensor(starts, device=self.device)
+        positions = start[:, None] + torch.arange(width, device=self.device)
         self.cache.aim(rows, positions.clamp(max=self._max_length - 1), read)
+        ids = torch.tensor(padded, device=self.device)
+        last = torch.tensor(counts, device=self.device) - 1
+        return self._run(ids, positions, last, read)
+
+    def decode(self, tokens: Tensor, positions: Tensor, read: int) -> Tensor:
+        """Append a token [b] to each of the first b rows; next-token logits [b, V], float32.
+
+        Everything that changes from step to step comes in by the two tensors: this can be captured.
+        """
+        self.cache.aim_first(len(tokens), positions[:, None], read)
+        return self._run(tokens[:, None], positions[:, None], torch.zeros_like(tokens), read)
+
+    def _run(self, ids: Tensor, positions: Tensor, last: Tensor, read: int) -> Tensor:
+        """Logits after position ``last`` [b] of every row of ``ids`` [b, q]."""
         hidden = self._body(
-            input_ids=torch.tensor(padded, device=self._device),
+            input_ids=ids,
             attention_mask=(self._index[:read] <= positions[:, :, None])[:, None],
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        last = torch.tensor(counts, device=self._device) - 1
-        logits: Tensor = self._head(hidden[torch.arange(len(rows), device=self._device), last])
+        rows = torch.arange(len(ids), device=self.device)
+        logits: Tensor = self._head(hidden[rows, last])
         return logits.float()
 
 

@@ -49,6 +49,9 @@ def check_config(cfg: DictConfig) -> None:
         for name, strict in _ABOVE_ZERO.items()
         if type(cfg[name]) not in (int, float) or not cfg[name] >= 0 or (strict and cfg[name] == 0)
     ]
+    share = cfg.overlap_share
+    if type(share) not in (int, float) or not 0 <= share <= 1:
+        problems.append(f"overlap_share={share!r}: a number from 0 to 1, e.g. overlap_share=0.5")
     if type(cfg.history_length) is not int or cfg.history_length < 0:
         problems.append(f"history_length={cfg.history_length!r}: a whole number >= 0")
     if type(cfg.anchor_similarity) not in (int, float) or not 0 < cfg.anchor_similarity <= 1:

@@ -1,0 +1,168 @@
+"""One decode step of all slots as a CUDA graph: its many small kernels are launched at once.
+
+A decode step of a model with adapters is two thousand kernels of a few microseconds each; launching
+them one by one takes longer than running them. A graph is captured for each number of rows and each
+bucketed read length that comes up, and replayed over input buffers that stay where they are. Rows
+of the graph that have nothing to decode look at what is there and write into the cache's bin.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_RUNS = 2
+SMALLEST = 8
+
+Step = Callable[[], Tensor]
+
+
+class DecodeModel(Protocol):
+    """What is captured: a step that reads its inputs from buffers."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def decode(self, tokens: Tensor, positions: Tensor, read: int) -> Tensor:
+        """Append a token [b] to each of the first b rows; next-token logits [b, V], float32."""
+        ...
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A captured step: its inputs [b], and how to run it."""
+
+    tokens: Tensor
+    positions: Tensor
+    run: Step
+
+
+class DecodeGraphs:
+    """Captured decode steps of one model.
+
+    Args:
+        slots: Rows of the cache.
+        bin_position: Where rows without a token write.
+        capture: Turns a step into one that repeats it on the same buffers; by default a CUDA graph.
+    """
+
+    def __init__(
+        self, slots: int, bin_position: int, capture: Callable[[Step], Step] | None = None
+    ) -> None:
+        self._slots = slots
+        self._bin = bin_position
+        self._capture = capture or CudaCapture()
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self.is_broken = False
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def step(
+        self,
+        model: DecodeModel,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        tokens: Sequence[int],
+        read: int,
+    ) -> Tensor | None:
+        """Next-token logits of ``rows``, [b, V] float32; ``None`` where a graph cannot be had.
+
+        Args:
+            model: The model, always the same.
+            rows: Cache rows, ascending.
+            starts: Tokens that each row holds.
+            tokens: The token to append to each row.
+            read: Leading positions that the queries may look at.
+        """
+        if self.is_broken:
+            return None
+        count = batch_bucket(rows[-1] + 1, self._slots)
+        graph = self._graphs.get((count, read))
+        if graph is None:
+            graph = self._captured(model, count, read)
+            if graph is None:
+                return None
+            self._graphs[count, read] = graph
+        table = torch.tensor([[0] * count, [self._bin] * count])
+        table[0, list(rows)] = torch.tensor(tokens)
+        table[1, list(rows)] = torch.tensor(starts)
+        graph.tokens.copy_(table[0])
+        graph.positions.copy_(table[1])
+        logits = graph.run()
+        # A copy: the next replay writes to the same place.
+        return logits[torch.tensor(rows, device=logits.device)]
+
+    def _captured(self, model: DecodeModel, count: int, read: int) -> _Graph | None:
+        tokens = torch.zeros(count, dtype=torch.long, device=model.device)
+        positions = torch.full_like(tokens, self._bin)
+        try:
+            run = self._capture(lambda: model.decode(tokens, positions, read))
+        except Exception as error:  # whatever a model does that a graph cannot hold
+            self.is_broken = True
+            logger.warning(
+                "engine.cuda_graphs: the decode step cannot be captured and runs without (%s)",
+                str(error).partition("\n")[0],
+            )
+            return None
+        return _Graph(tokens, positions, run)
+
+
+class CudaCapture:
+    """Captures steps as CUDA graphs that share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None  # torch's handle
+
+    def __call__(self, step: Step) -> Step:
+        """Warm ``step`` up on a stream of its own, capture it, and return its replay."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with _uncached_autocast():
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_RUNS):
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = step()
+        self._pool = self._pool or graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return replay
+
+
+def _uncached_autocast() -> torch.autocast:
+    """The autocast in force, without its cache: a cached weight would be freed after the capture.
+
+    The casts become part of the graph, so that it follows the adapters as they are trained.
+    """
+    return torch.autocast(
+        "cuda",
+        dtype=torch.get_autocast_dtype("cuda"),
+        enabled=torch.is_autocast_enabled("cuda"),
+        cache_enabled=False,
+    )
+
+
+def batch_bucket(rows: int, slots: int) -> int:
+    """Rows of the graph that steps ``rows`` rows: all slots, or a half of that while it is enough.
+
+    Example:
+        >>> batch_bucket(5, 128), batch_bucket(33, 128), batch_bucket(70, 128), batch_bucket(5, 6)
+        (8, 64, 128, 6)
+    """
+    size = slots
+    while size // 2 >= max(rows, SMALLEST):
+        size //= 2
+    return size
