@@ -25,6 +25,7 @@ LIBRARY_VARIABLES = frozenset(
         "PL_GLOBAL_SEED",  # lightning.seed_everything
         "PL_SEED_WORKERS",  # lightning.seed_everything
         "PYTEST_CURRENT_TEST",  # pytest, at each phase of a test
+        "TORCHINDUCTOR_CACHE_DIR",  # torch's compiler, at import: a dispatch mode imports it
     }
 )
 # A worker that was told to stop may still be on its way out.

@@ -75,6 +75,23 @@ def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
     return logits.mul_(scale) if scale != 1.0 else logits
 
 
+def _logits_gradient(
+    logprobs: Tensor,
+    targets: Tensor,
+    entropies: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropies: Tensor | None,
+) -> Tensor:
+    """The gradient of the scaled logits, [c, V], written over ``logprobs``; the others [c, 1]."""
+    if grad_entropies is None:
+        grad = logprobs.exp_().mul_(-grad_logprobs)
+    else:
+        probs = logprobs.exp()
+        grad = logprobs.add_(entropies).mul_(grad_entropies)
+        grad = grad.add_(grad_logprobs).mul_(probs).neg_()
+    return grad.scatter_add_(1, targets, grad_logprobs)
+
+
 class _LogprobEntropy(torch.autograd.Function):
     """Keeps hidden states and two numbers a token; see ``token_logprob_entropy``."""
 
@@ -92,6 +109,7 @@ class _LogprobEntropy(torch.autograd.Function):
             logits.sub_(normalizers[part, None])
             logprobs[part] = logits.gather(1, targets[part, None])[:, 0]
             entropies[part] = -logits.exp().mul_(logits).sum(dim=-1)
+            del logits  # now, not when the next chunk's are there
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
         ctx.scale, ctx.chunk = scale, chunk
         # An output without a gradient (entropy_coef=0) arrives as None, and its work is skipped.
@@ -111,20 +129,19 @@ class _LogprobEntropy(torch.autograd.Function):
             grad_logprobs = torch.zeros_like(normalizers)
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logprobs = _logits(hidden[part], weight, ctx.scale).sub_(normalizers[part, None])
-            from_logprob = grad_logprobs[part, None]
-            if grad_entropies is None:
-                grad = logprobs.exp_().mul_(-from_logprob)
-            else:
-                probs = logprobs.exp()
-                grad = logprobs.add_(entropies[part, None]).mul_(grad_entropies[part, None])
-                grad = grad.add_(from_logprob).mul_(probs).neg_()
-            grad.scatter_add_(1, targets[part, None], from_logprob)
+            grad = _logits_gradient(
+                _logits(hidden[part], weight, ctx.scale).sub_(normalizers[part, None]),
+                targets[part, None],
+                entropies[part, None],
+                grad_logprobs[part, None],
+                None if grad_entropies is None else grad_entropies[part, None],
+            )
             grad = grad.mul_(ctx.scale).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
             if grad_weight is not None:
                 grad_weight += (grad.t() @ hidden[part]).to(grad_weight.dtype)
+            del grad  # now, not when the next chunk's logits are there
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None

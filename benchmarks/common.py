@@ -1,0 +1,61 @@
+"""What the benchmarks share: a JSON file, a growth exponent, a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def write_json(path: str | Path, results: Mapping[str, Any]) -> None:
+    """Write ``results`` to ``path``, with the machine that they were measured on."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    content = json.dumps({"machine": machine, **results}, indent=2)
+    target.write_text(content + "\n", encoding="utf-8")
+
+
+def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The k of ``cost ~ size^k``: the least-squares slope of log cost over log size."""
+    if len(sizes) != len(costs) or len(set(sizes)) < 2:
+        raise ValueError(f"two different sizes are needed, got {list(sizes)} and {list(costs)}")
+    x, y = ([math.log(value) for value in values] for values in (sizes, costs))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return slope / sum((a - mean_x) ** 2 for a in x)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on the terminal: the first column is words, the others are figures."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(_shown(cell) for cell in row))
+    Console().print(table)
+
+
+def _shown(cell: Any) -> str:
+    if cell is None:
+        return "–"
+    return (
+        f"{cell:,.3g}"
+        if isinstance(cell, float) and abs(cell) < 1000
+        else f"{cell:,.0f}"
+        if (isinstance(cell, float | int))
+        else str(cell)
+    )

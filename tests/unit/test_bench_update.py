@@ -1,0 +1,74 @@
+"""The update's benchmark: it runs whole, its fits are right, its workloads are what they say."""
+
+import argparse
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from runs import ROOT
+
+
+@pytest.fixture(scope="module")
+def benches():
+    """The modules of ``benchmarks/``, imported as its scripts import them."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("bench_update"), importlib.import_module("common")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_the_benchmark_does_not_run(benches, tmp_path, capsys):
+    bench, _ = benches
+    target = tmp_path / "new" / "update.json"
+    small = ["--tokens", "16", "32", "--vocabularies", "50", "100", "--hidden", "8"]
+    bench.main([*small, "--turns", "2", "4", "--json", str(target)])
+    report = json.loads(target.read_text(encoding="utf-8"))
+    assert report["machine"]["torch"] == torch.__version__
+    heads = [entry for entry in report["head"] if entry["head"] == "ours"]
+    assert len(heads) == 4
+    assert all(entry["seconds"] > 0 and entry["gradient_error"] < 1e-5 for entry in heads)
+    assert {"vocabulary_time", "turns_time"} <= set(report["growth"])
+    assert {"head_100_32_over_naive_time", "packed_over_padded_time"} <= set(report["ratios"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("Log-prob", "Ragged", "history", "Growth"))
+
+
+def test_an_exponent_is_not_that_of_its_power_law(benches):
+    _, common = benches
+    sizes = [1, 2, 4, 8]
+    assert common.growth_exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert common.growth_exponent([1, 2], [5, 5]) == pytest.approx(0)
+    with pytest.raises(ValueError, match="two different sizes"):
+        common.growth_exponent([2, 2], [1, 2])
+
+
+def test_kinds_of_rows_hold_other_responses(benches):
+    bench, _ = benches
+    played = {kind: bench.episode(5, 1, kind) for kind in ("transcript", "history", "window")}
+    assert {kind: len(t.rows) for kind, t in played.items()} == {
+        "transcript": 1,
+        "history": 5,
+        "window": 5,
+    }
+    said = {
+        kind: [t.rows[turn.row][turn.start : turn.start + turn.length] for turn in t.turns]
+        for kind, t in played.items()
+    }
+    assert said["transcript"] == said["history"] == said["window"]
+    # A row with the full history is the transcript up to its response.
+    assert played["history"].rows[-1] == played["transcript"].rows[0]
+    assert len(played["window"].rows[-1]) < len(played["history"].rows[-1])
+
+
+def test_a_case_that_memory_does_not_hold_is_computed(benches, monkeypatch):
+    bench, _ = benches
+    monkeypatch.setattr(bench, "free_memory", lambda device: 1000.0)
+    options = argparse.Namespace(device="cpu", dtype="float32", hidden=8)
+    heads = {"naive": bench.naive, "ours": bench.token_logprob_entropy}
+    naive, ours = bench.head_case(16, 50, options, heads)
+    assert naive["seconds"] is None
+    assert naive["skipped"] == "memory"
+    assert ours["seconds"] > 0
