@@ -10,29 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-Curve = tuple[list[int], list[float]]
-
-
-def read_curves(run: Path, tags: tuple[str, ...]) -> dict[str, Curve]:
-    """The scalar curves of a run by tag; x is the iteration."""
-    points: dict[str, dict[int, float]] = {tag: {} for tag in tags}
-    for file in sorted((run / "tensorboard").glob("events.out.tfevents.*")):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
-        events.Reload()
-        for tag in set(tags) & set(events.Tags()["scalars"]):
-            points[tag] |= {event.step: event.value for event in events.Scalars(tag)}
-    return {
-        tag: (sorted(found), [found[x] for x in sorted(found)]) for tag, found in points.items()
-    }
-
-
-def smooth(values: list[float], window: int = 5) -> list[float]:
-    """A running mean over the last ``window`` values."""
-    return [
-        sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))
-    ]
+from aem_lightning.analysis.curves import read_curves, smooth
 
 
 def draw(runs: list[Path], out: Path) -> None:

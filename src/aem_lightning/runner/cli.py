@@ -49,8 +49,14 @@ def accept_plus(arguments: Sequence[str]) -> list[str]:
     return [a.removeprefix("+") if a.startswith("+profile=") else a for a in arguments]
 
 
-def check_overrides(config_dir: Path, config_name: str, arguments: Sequence[str]) -> None:
-    """End with a hint where an override names a key or an option that does not exist."""
+def check_overrides(
+    config_dir: Path, config_name: str, arguments: Sequence[str], command: str | None = None
+) -> None:
+    """End with a hint where an override names a key or an option that does not exist.
+
+    ``command`` is what a person types before the overrides, where that is not
+    ``python <config_name>.py``.
+    """
     if any(argument.startswith("-") for argument in arguments):
         return  # --help, --multirun and the like are Hydra's own affair
     with initialize_config_dir(str(config_dir), version_base="1.3"):
@@ -59,7 +65,7 @@ def check_overrides(config_dir: Path, config_name: str, arguments: Sequence[str]
         except MissingConfigException as error:
             sys.exit(_unknown_option(error, arguments))
         except ConfigCompositionException as error:
-            sys.exit(_unknown_key(error, config_name, arguments))
+            sys.exit(_unknown_key(error, config_name, arguments, command))
         except HydraException as error:
             sys.exit(f"{error}\nGiven: {' '.join(arguments)}")
 
@@ -74,7 +80,10 @@ def _unknown_option(error: MissingConfigException, arguments: Sequence[str]) -> 
 
 
 def _unknown_key(
-    error: ConfigCompositionException, config_name: str, arguments: Sequence[str]
+    error: ConfigCompositionException,
+    config_name: str,
+    arguments: Sequence[str],
+    command: str | None,
 ) -> str:
     """What to type instead of ``key=value``, where that is what is wrong."""
     message = f"{error}" if error.__cause__ is None else f"{error}\n{error.__cause__}"
@@ -84,7 +93,7 @@ def _unknown_key(
         if key in message and key not in known:
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"Did you mean {' or '.join(close)}? " if close else ""
-            all_keys = f"All keys: python {config_name}.py --cfg job"
+            all_keys = f"All keys: {command or f'python {config_name}.py'} --cfg job"
             return f"{argument}: the config has no such key. {hint}{all_keys}"
     return message
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,26 @@ from aem_lightning.types import Trajectory
 log = logging.getLogger(__name__)
 
 
-def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate the checkpoint ``cfg.ckpt_path``; returns what ``evaluation.json`` holds."""
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint brought back: its file, its training run's config, and what that builds."""
+
+    path: Path
+    config: DictConfig
+    module: AgentModule
+    datamodule: AgentDataModule
+
+
+@contextlib.contextmanager
+def restored(cfg: DictConfig) -> Iterator[Restored]:
+    """The agent of the checkpoint ``cfg.ckpt_path``; its environment workers end with the context.
+
+    ``cfg`` has the keys of ``configs/eval.yaml``.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: ``ckpt_path`` is null, or an override names an unknown key.
+    """
     path = find_checkpoint(cfg, cfg.run)
     if path is None:
         raise ValueError("ckpt_path=null: type ckpt_path=/path/to/last.ckpt, or ckpt_path=last.")
@@ -44,21 +64,28 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         module = build_agent(trained, policy, datamodule)
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
-        trainer = build_trainer(trained)
-        results = play_all(trainer, module, datamodule)
+        yield Restored(path, trained, module, datamodule)
     finally:
         datamodule.close()
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate the checkpoint ``cfg.ckpt_path``; returns what ``evaluation.json`` holds."""
+    with restored(cfg) as agent:
+        trainer = build_trainer(agent.config)
+        results = play_all(trainer, agent.module, agent.datamodule)
     report = {
-        "checkpoint": str(path),
-        "iteration": module.iteration,
-        "temperature": trained.eval_temperature,
-        "seed": trained.seed,
-        "games": _hashes(datamodule),
+        "checkpoint": str(agent.path),
+        "iteration": agent.module.iteration,
+        "temperature": agent.config.eval_temperature,
+        "seed": agent.config.seed,
+        "games": _hashes(agent.datamodule),
         **results,
     }
     target = Path(cfg.paths.output_dir) / "evaluation.json"
     target.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    print_results(f"evaluation of {path}", {"success": results["success"], **results["by_split"]})
+    columns = {"success": results["success"], **results["by_split"]}
+    print_results(f"evaluation of {agent.path}", columns)
     log.info("written: %s", target)
     return report
 

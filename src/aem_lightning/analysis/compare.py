@@ -1,0 +1,280 @@
+"""Analysis C: arms paired by seed, from one warm start, on the same tasks and sampling seeds."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from aem_lightning.analysis.curves import Curve, read_curves
+from aem_lightning.analysis.report import need_matplotlib, write_report
+from aem_lightning.analysis.statistics import Estimate, mcnemar, sign_flip_test, t_interval
+from aem_lightning.analysis.tables import comparison_markdown, draw_comparison
+from aem_lightning.analysis.training import arm_overrides, finished_run
+from aem_lightning.runner.evaluate import evaluate
+from aem_lightning.runner.summary import SUMMARY
+
+log = logging.getLogger(__name__)
+
+CURVES = ("train/success_rate", "val/success_rate", "aem/entropy")
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run of an arm.
+
+    Attributes:
+        arm: Its name.
+        seed: Of the run: runs of one seed are a pair.
+        folder: Where it lies.
+        success: Final success rate by task type and over ``all``, 0 to 1; empty where the run has
+            not played the evaluation games.
+        curves: Of ``CURVES``, by tag.
+        games: Whether each evaluation game was won, by its task id; empty where not played.
+    """
+
+    arm: str
+    seed: int
+    folder: Path
+    success: Mapping[str, float]
+    curves: Mapping[str, Curve]
+    games: Mapping[str, bool]
+
+
+def compare(cfg: DictConfig) -> dict[str, Any]:
+    """Run the arms that are missing, then compare them all."""
+    need_matplotlib()
+    runs = [
+        _read(cfg, arm, seed, folder)
+        for arm, seeds in _folders(cfg).items()
+        for seed, folder in seeds.items()
+    ]
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    content = {
+        "experiment": None if cfg.runs else cfg.experiment,
+        "runs": [_described(run) for run in runs],
+        "arms": {arm: arm_statistics([run for run in runs if run.arm == arm]) for arm in arms},
+        "pairs": [
+            pair_statistics(runs, base_of(arm, arms), arm, draws=cfg.draws)
+            for arm in arms
+            if base_of(arm, arms) != arm
+        ],
+    }
+    return write_report(
+        Path(cfg.folder),
+        cfg.name,
+        content,
+        draw_comparison(runs, arms),
+        scalars=_scalars(content),
+        table=comparison_markdown(content),
+    )
+
+
+def base_of(arm: str, arms: Sequence[str]) -> str:
+    """What an arm is paired with: ``x`` for ``x_aem`` where it takes part, else the first arm."""
+    without = arm.removesuffix("_aem")
+    return without if without != arm and without in arms else arms[0]
+
+
+def arm_statistics(runs: Sequence[Run]) -> dict[str, Any]:
+    """Means over seeds with Student's interval: final success by type, and the four summaries."""
+    types = sorted({kind for run in runs for kind in run.success}, key=lambda k: (k != ALL, k))
+    return {
+        "success": {
+            kind: asdict(_of_rates([run.success[kind] for run in runs if kind in run.success]))
+            for kind in types
+        },
+        **{
+            name: asdict(t_interval([value for run in runs if (value := _measure(run, name))]))
+            for name in MEASURES
+        },
+    }
+
+
+def pair_statistics(runs: Sequence[Run], base: str, arm: str, *, draws: int) -> dict[str, Any]:
+    """The arm minus its base over the seeds that both have.
+
+    ``p_sign_flip`` (over seeds) asks whether the *method* differs: the unit is a training run.
+    ``mcnemar`` pools games over seeds and asks whether *these* policies differ: its p says nothing
+    about other seeds.
+    """
+    first = {run.seed: run for run in runs if run.arm == base}
+    second = {run.seed: run for run in runs if run.arm == arm}
+    seeds = sorted(first.keys() & second.keys())
+    pairs = [(first[seed], second[seed]) for seed in seeds]
+    kinds = sorted(
+        {k for a, b in pairs for k in a.success.keys() & b.success.keys()},
+        key=lambda k: (k != ALL, k),
+    )
+    return {
+        "base": base,
+        "arm": arm,
+        "seeds": seeds,
+        "success": {
+            kind: _difference(
+                [_pair(a.success.get(kind), b.success.get(kind)) for a, b in pairs], draws
+            )
+            for kind in kinds
+        },
+        **{
+            name: _difference(
+                [_pair(_measure(a, name), _measure(b, name)) for a, b in pairs], draws
+            )
+            for name in MEASURES
+        },
+        "mcnemar": _pooled_games(pairs),
+    }
+
+
+# Summaries of a run's curves: which curve, and which part of it.
+MEASURES = {
+    "train_success": ("train/success_rate", slice(None)),
+    "val_success": ("val/success_rate", slice(None)),
+    "entropy_early": ("aem/entropy", "first third"),
+    "entropy_late": ("aem/entropy", "last third"),
+}
+
+
+def _measure(run: Run, name: str) -> float | None:
+    """The mean of a part of a curve: over all iterations, over the first or the last third."""
+    tag, part = MEASURES[name]
+    _, values = run.curves.get(tag, ([], []))
+    third = max(1, len(values) // 3)
+    if part == "first third":
+        values = values[:third]
+    elif part == "last third":
+        values = values[-third:]
+    return sum(values) / len(values) if values else None
+
+
+def _of_rates(rates: Sequence[float]) -> Estimate:
+    """Student's interval, within what a rate can be."""
+    found = t_interval(rates)
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+
+
+def _pair(base: float | None, arm: float | None) -> float | None:
+    return None if base is None or arm is None else arm - base
+
+
+def _difference(differences: Sequence[float | None], draws: int) -> dict[str, Any]:
+    found = [value for value in differences if value is not None]
+    p = sign_flip_test(found, draws=draws) if found else None
+    return {**asdict(t_interval(found)), "p_sign_flip": p, "by_seed": found}
+
+
+def _pooled_games(pairs: Sequence[tuple[Run, Run]]) -> dict[str, Any] | None:
+    gained = lost = games = 0
+    for base, arm in pairs:
+        for game in base.games.keys() & arm.games.keys():
+            games += 1
+            gained += arm.games[game] and not base.games[game]
+            lost += base.games[game] and not arm.games[game]
+    if not games:
+        return None
+    return {"games": games, "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+
+
+def _folders(cfg: DictConfig) -> dict[str, dict[int, Path]]:
+    """The folder of every run by arm and seed; what is missing is trained first."""
+    if cfg.runs is not None:
+        return {arm: _given(arm, folders) for arm, folders in cfg.runs.items()}
+    if not cfg.arms or not cfg.seeds:
+        raise ValueError(
+            f"arms={list(cfg.arms)}, seeds={list(cfg.seeds)}: at least one of each is needed, e.g. "
+            "arms=[grpo,grpo_aem] seeds=[0,1,2]"
+        )
+    overrides = {arm: arm_overrides(cfg, arm) for arm in cfg.arms}  # unknown arms show first
+    folders: dict[str, dict[int, Path]] = {arm: {} for arm in cfg.arms}
+    for seed in cfg.seeds:  # whole pairs first: what there is can be compared at any time
+        for arm in cfg.arms:
+            folder = Path(cfg.folder).absolute() / arm / f"seed_{seed}"
+            folders[arm][seed] = finished_run(cfg, folder, overrides[arm], seed)
+    return folders
+
+
+def _given(arm: str, folders: Sequence[str]) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for folder in map(Path, folders):
+        if not (folder / SUMMARY).is_file():
+            raise FileNotFoundError(
+                f"runs.{arm}: {folder} has no {SUMMARY}; give folders of finished runs, e.g. "
+                f"'runs={{{arm}: [logs/quickstart/<time>]}}'"
+            )
+        seed = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["seed"]
+        if seed in found:
+            raise ValueError(
+                f"runs.{arm}: {found[seed]} and {folder} both have seed {seed}; runs are paired by "
+                "seed, so give one of them"
+            )
+        found[seed] = folder.absolute()
+    return found
+
+
+def _read(cfg: DictConfig, arm: str, seed: int, folder: Path) -> Run:
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    after = summary["success_after"]
+    games = _games(cfg, arm, seed, folder) if cfg.games else None
+    if games is not None:
+        after = games["success"]
+    success = {}
+    if after is not None:
+        success = {ALL: after["rate"]} | {k: v["rate"] for k, v in after["by_type"].items()}
+    won = {} if games is None else {e["task"]: e["won"] for e in games["episodes"]}
+    return Run(arm, seed, folder, success, read_curves(folder, CURVES), won)
+
+
+def _games(cfg: DictConfig, arm: str, seed: int, run: Path) -> dict[str, Any]:
+    """Every evaluation game's outcome with the final policy of ``run``, played once and kept."""
+    target = Path(cfg.folder).absolute() / "evaluations" / arm / f"seed_{seed}"
+    last = run / "checkpoints" / "last.ckpt"
+    kept = target / "evaluation.json"
+    if kept.is_file():
+        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        if found["checkpoint"] == str(last) and kept.stat().st_mtime > last.stat().st_mtime:
+            return found
+    target.mkdir(parents=True, exist_ok=True)
+    log.info("%s: playing every evaluation game", run)
+    stored = torch.load(last, map_location="cpu", weights_only=True)["aem_lightning"]["config"]
+    wishes: dict[str, Any] = {
+        "ckpt_path": str(last),
+        "run": None,
+        "seed": seed,
+        "temperature": None,
+        "splits": None,
+        "overrides": [],
+        # The run's own places, where its games and its warm-started model are.
+        "paths": {**stored["paths"], "output_dir": str(target)},
+    }
+    return evaluate(OmegaConf.create(wishes))
+
+
+def _described(run: Run) -> dict[str, Any]:
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        "folder": str(run.folder),
+        "success": dict(run.success),
+        **{name: _measure(run, name) for name in MEASURES},
+    }
+
+
+def _scalars(content: Mapping[str, Any]) -> dict[str, float | None]:
+    """Final success of each arm, and each pair's differences."""
+    scalars = {}
+    for arm, found in content["arms"].items():
+        scalars[f"{arm}/success"] = found["success"].get(ALL, {}).get("value")
+    for pair in content["pairs"]:
+        name = f"{pair['arm']}_minus_{pair['base']}"
+        scalars[f"{name}/success"] = pair["success"].get(ALL, {}).get("value")
+        scalars |= {f"{name}/{key}": pair[key]["value"] for key in MEASURES}
+    return scalars

@@ -1,0 +1,73 @@
+"""Analysis B: what happens to entropy when only one side of AEM's effect is trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from aem_lightning.analysis.curves import Curve, read_curves, smooth
+from aem_lightning.analysis.report import need_matplotlib, new_figure, write_report
+from aem_lightning.analysis.training import finished_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ENTROPY = "aem/entropy"
+LABELS = {"positive": "A(α−1) > 0: entropy should fall", "negative": "A(α−1) < 0: it should rise"}
+
+
+def masks(cfg: DictConfig) -> dict[str, Any]:
+    """Train both runs and compare their entropies."""
+    need_matplotlib()
+    folder = Path(cfg.folder)
+    curves = {}
+    for sign in LABELS:
+        run = finished_run(cfg, folder / sign, [f"modulation=aem_keep_{sign}"], cfg.seed)
+        curves[sign] = read_curves(run, (ENTROPY,))[ENTROPY]
+    content = {
+        "experiment": cfg.experiment,
+        "iterations": cfg.iterations,
+        "seed": cfg.seed,
+        **divergence(curves["positive"], curves["negative"]),
+        "entropy": {sign: {"iteration": x, "value": y} for sign, (x, y) in curves.items()},
+    }
+    names = ("change_positive", "change_negative", "gap_end")
+    return write_report(
+        folder, "masks", content, _draw(curves), scalars={key: content[key] for key in names}
+    )
+
+
+def divergence(positive: Curve, negative: Curve, last: int = 5) -> dict[str, float | None]:
+    """How far the two entropy curves came from their start and from each other, in nats.
+
+    ``change_*`` is the mean of the last iterations minus the first one, which both runs share;
+    ``gap_end`` the negative run's mean of the last iterations minus the positive run's.
+
+    Args:
+        positive: Entropy of the run that keeps A(α−1) > 0.
+        negative: Entropy of the other.
+        last: Iterations that the end is averaged over; of short runs half of them.
+    """
+    changes: dict[str, float | None] = {}
+    ends = {}
+    for sign, (_, values) in (("positive", positive), ("negative", negative)):
+        count = max(1, min(last, len(values) // 2))
+        ends[sign] = sum(values[-count:]) / count if values else None
+        end = ends[sign]
+        changes[f"change_{sign}"] = None if end is None else end - values[0]
+    low, high = ends["positive"], ends["negative"]
+    changes["gap_end"] = None if low is None or high is None else high - low
+    return changes
+
+
+def _draw(curves: dict[str, Curve]) -> Figure:
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for number, (sign, (xs, ys)) in enumerate(curves.items()):
+        axes.plot(xs, ys, color=f"C{number}", alpha=0.3)
+        axes.plot(xs, smooth(ys), color=f"C{number}", label=LABELS[sign])
+    axes.set(xlabel="iteration", ylabel="token entropy (nats)", title="mean of 5, and raw")
+    axes.legend()
+    return figure

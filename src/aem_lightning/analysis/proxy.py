@@ -1,0 +1,247 @@
+"""Analysis A: how well alpha - 1 stands in for the quantity that the theorem asks for.
+
+The drift of a response is A(S - H), with the entropy H of its state, which cannot be computed while
+training. Here it is estimated at some states, by drawing many responses at each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from aem_lightning.analysis.report import need_matplotlib, new_figure, write_report
+from aem_lightning.analysis.sampling import PlayedState, ProxySettings, draw_responses, met_states
+from aem_lightning.analysis.statistics import (
+    Estimate,
+    bootstrap,
+    co_moments,
+    pearson,
+    share,
+)
+from aem_lightning.functional import aem_coefficients
+from aem_lightning.runner.evaluate import restored
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# arXiv 2605.00425, the analysis of the proxy.
+PAPER = {"pearson": 0.63, "states_agreeing": 55, "states": 64, "samples": 64}
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Responses drawn at fixed states, as columns [P]; P = states x samples.
+
+    Attributes:
+        state: Index of the state.
+        length: Tokens.
+        surprisal: S, minus the log-probability of the response, in nats.
+        compensator: Λ, the sum of its token entropies, in nats.
+    """
+
+    state: Tensor
+    length: Tensor
+    surprisal: Tensor
+    compensator: Tensor
+
+    @property
+    def entropy(self) -> Tensor:
+        """H-bar, the mean token entropy, [P]."""
+        return self.compensator / self.length
+
+    @property
+    def states(self) -> int:
+        """Their number K."""
+        return int(self.state.max()) + 1
+
+    def mean_of_state(self, values: Tensor) -> Tensor:
+        """The mean of ``values`` [P] over each state, [K]; of the surprisal it is H_MC."""
+        sums = values.new_zeros(self.states, dtype=torch.float64)
+        counts = torch.bincount(self.state, minlength=self.states)
+        return sums.index_add(0, self.state, values.double()) / counts
+
+
+def proxy(cfg: DictConfig) -> dict[str, Any]:
+    """Draw responses with the policy of ``cfg.ckpt`` and correlate."""
+    need_matplotlib()
+    settings = ProxySettings(**{field.name: cfg[field.name] for field in fields(ProxySettings)})
+    shared = {name: cfg[name] for name in ("run", "seed", "overrides", "paths")}
+    wishes = {"ckpt_path": cfg.ckpt, "temperature": None, "splits": None, **shared}
+    with restored(OmegaConf.create(wishes)) as agent:
+        agent.module.engine.sync(agent.module.policy, agent.module.iteration)
+        met = met_states(agent.module, agent.datamodule, settings)
+        drawn = draw_responses(agent.module, [state.prompt for state in met], settings)
+    sampled = columns(drawn)
+    content = {
+        "checkpoint": str(agent.path),
+        "iteration": agent.module.iteration,
+        "temperature": agent.module.rollout.temperature,
+        **asdict(settings),
+        "sampled": sampled_statistics(sampled, settings),
+        "played": played_statistics(met, sampled, settings),
+        "paper": PAPER,
+    }
+    return write_report(
+        Path(cfg.paths.output_dir),
+        "proxy",
+        content,
+        _draw(met, sampled, content, settings),
+        scalars=_scalars(content),
+        table=_table(content),
+    )
+
+
+def columns(drawn: Sequence[Sequence[tuple[int, float, float]]]) -> Sampled:
+    """The table of (length, S, Λ) of the responses drawn at each state."""
+    rows = torch.tensor([row for rows in drawn for row in rows], dtype=torch.float64)
+    state = torch.tensor([k for k, rows in enumerate(drawn) for _ in rows])
+    return Sampled(state, rows[:, 0], rows[:, 1], rows[:, 2])
+
+
+def sampled_statistics(sampled: Sampled, settings: ProxySettings) -> dict[str, Any]:
+    """Every drawn response against its state, alpha being compared within the state.
+
+    ``pearson`` and ``sign_agreement`` are of α−1 and −(S − H_MC), over states whose entropy range
+    passes the gate; ``states_agreeing`` of them have a positive correlation of their own.
+    ``compensator`` is the same correlation for −(Λ − mean Λ), which nothing has divided by a
+    length; ``length`` correlates length and surprisal within states. The last two use all states.
+    """
+    alpha = state_alpha(sampled, settings)
+    target = -_within(sampled, sampled.surprisal)
+    unnormalised = -_within(sampled, sampled.compensator)
+    length = _within(sampled, sampled.length)
+    open_states = sampled.mean_of_state((alpha != 1).double()) > 0  # [K]
+    by_state = _by_state(alpha - 1, target, sampled)
+    of_each = pearson(by_state[open_states])
+    seed, draws = settings.seed, settings.draws
+    return {
+        "pearson": _correlation(by_state[open_states], settings),
+        "sign_agreement": asdict(
+            bootstrap(
+                _agreement(alpha - 1, target, sampled)[open_states], share, draws=draws, seed=seed
+            )
+        ),
+        "states_agreeing": int((of_each > 0).sum()),
+        "states_ungated": int(open_states.sum()),
+        "compensator": _correlation(_by_state(unnormalised, target, sampled), settings),
+        "length": _correlation(_by_state(length, -target, sampled), settings),
+        "one_token_share": float((sampled.length == 1).double().mean()),
+    }
+
+
+def played_statistics(
+    met: Sequence[PlayedState], sampled: Sampled, settings: ProxySettings
+) -> dict[str, Any]:
+    """The response that was played at each state, alpha being compared within its task's group.
+
+    As training uses it: one point a state, H_MC from the drawn responses. Gated groups, whose α is
+    1, are left out and counted.
+    """
+    alpha, target = played_points(met, sampled)
+    kept = alpha != 1
+    count = int(kept.sum())
+    each = torch.arange(count)
+    x, y = (alpha - 1)[kept], target[kept]
+    agree = torch.stack([(x * y > 0).double(), torch.ones(count, dtype=torch.float64)], dim=1)
+    return {
+        "pearson": _correlation(co_moments(x, y, each, count), settings),
+        "sign_agreement": asdict(bootstrap(agree, share, draws=settings.draws, seed=settings.seed)),
+        "states_agreeing": int((x * y > 0).sum()),
+        "states_ungated": count,
+    }
+
+
+def played_points(met: Sequence[PlayedState], sampled: Sampled) -> tuple[Tensor, Tensor]:
+    """α and −(S − H_MC) of the response that was played at each state, [K] each."""
+    alpha = torch.tensor([state.alpha for state in met], dtype=torch.float64)
+    surprisal = torch.tensor([state.surprisal for state in met], dtype=torch.float64)
+    return alpha, sampled.mean_of_state(sampled.surprisal) - surprisal
+
+
+def state_alpha(sampled: Sampled, settings: ProxySettings) -> Tensor:
+    """AEM's coefficient of each drawn response among those of its state, [P]."""
+    return aem_coefficients(
+        sampled.entropy, sampled.state, sharpness=settings.sharpness, min_range=settings.min_range
+    )
+
+
+def _within(sampled: Sampled, values: Tensor) -> Tensor:
+    return values - sampled.mean_of_state(values)[sampled.state]
+
+
+def _by_state(x: Tensor, y: Tensor, sampled: Sampled) -> Tensor:
+    return co_moments(x, y, sampled.state, sampled.states)
+
+
+def _agreement(x: Tensor, y: Tensor, sampled: Sampled) -> Tensor:
+    """Responses of each state whose signs agree, and their number, [K, 2]."""
+    rows = torch.stack([(x * y > 0).double(), torch.ones_like(x, dtype=torch.float64)], dim=1)
+    return rows.new_zeros(sampled.states, 2).index_add(0, sampled.state, rows)
+
+
+def _correlation(moments: Tensor, settings: ProxySettings) -> dict[str, Any]:
+    if not len(moments):
+        return asdict(Estimate(None, None, None, 0))
+    return asdict(bootstrap(moments, pearson, draws=settings.draws, seed=settings.seed))
+
+
+_ROWS = (
+    ("sampled", "pearson", "r of α−1 and −(S−H), drawn responses"),
+    ("sampled", "sign_agreement", "their signs agree"),
+    ("played", "pearson", "r of α−1 and −(S−H), played responses"),
+    ("played", "sign_agreement", "their signs agree"),
+    ("sampled", "compensator", "r of −(Λ−mean Λ) and −(S−H)"),
+    ("sampled", "length", "r of length and S, within states"),
+)
+
+
+def _scalars(content: dict[str, Any]) -> dict[str, float | None]:
+    return {f"{view}_{name}": content[view][name]["value"] for view, name, _ in _ROWS}
+
+
+def _table(content: dict[str, Any]) -> str:
+    lines = ["| | value | 95 % interval | states |", "|---|---:|---:|---:|"]
+    for view, name, label in _ROWS:
+        found = content[view][name]
+        if found["value"] is None:
+            lines.append(f"| {label} | – | – | {found['count']} |")
+            continue
+        low, high = found["low"], found["high"]
+        interval = "–" if low is None else f"[{low:.2f}, {high:.2f}]"
+        lines.append(f"| {label} | {found['value']:.2f} | {interval} | {found['count']} |")
+    for view in ("sampled", "played"):
+        part = content[view]
+        agreeing = f"{part['states_agreeing']} of {part['states_ungated']}"
+        lines.append(f"| states that agree, {view} responses | {agreeing} | | |")
+    return "\n".join(lines)
+
+
+def _draw(
+    met: Sequence[PlayedState], sampled: Sampled, content: dict[str, Any], settings: ProxySettings
+) -> Figure:
+    figure = new_figure(13, 4)
+    drawn, played, lengths = figure.subplots(1, 3)
+    alpha = state_alpha(sampled, settings)
+    drawn.plot(-_within(sampled, sampled.surprisal), alpha - 1, ".", markersize=2, alpha=0.4)
+    drawn.set(title=f"drawn responses: r = {_said(content['sampled'])}", ylabel="α − 1")
+    alpha, target = played_points(met, sampled)
+    played.plot(target, alpha - 1, "o", markersize=4)
+    played.set(title=f"played responses: r = {_said(content['played'])}", ylabel="α − 1")
+    for axes in (drawn, played):
+        axes.axhline(0, color="0.8", linewidth=1)
+        axes.axvline(0, color="0.8", linewidth=1)
+        axes.set_xlabel("−(S − H_MC)  (nats)")
+    lengths.plot(sampled.length, sampled.surprisal, ".", markersize=2, alpha=0.4)
+    lengths.set(title="the limit of a mean", xlabel="tokens", ylabel="S (nats)")
+    return figure
+
+
+def _said(view: dict[str, Any]) -> str:
+    value = view["pearson"]["value"]
+    return "–" if value is None else f"{value:.2f}"

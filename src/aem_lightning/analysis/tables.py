@@ -1,0 +1,135 @@
+"""The comparison for people: the paper's Table 1 in markdown, and the curves of the arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aem_lightning.analysis.curves import Curve, mean_curve, smooth
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The order and the names of the paper's columns.
+COLUMNS = {
+    "pick_and_place_simple": "Pick",
+    "look_at_obj_in_light": "Look",
+    "pick_clean_then_place_in_recep": "Clean",
+    "pick_heat_then_place_in_recep": "Heat",
+    "pick_cool_then_place_in_recep": "Cool",
+    "pick_two_obj_and_place": "Pick2",
+}
+ALL = "all"
+_MEASURES = {
+    "train_success": "success in training, all iterations (%)",
+    "val_success": "success in validation, all iterations (%)",
+    "entropy_early": "entropy, first third (nats)",
+    "entropy_late": "entropy, last third (nats)",
+}
+
+
+class Curves(Protocol):
+    """The part of a run that is drawn."""
+
+    @property
+    def arm(self) -> str: ...
+
+    @property
+    def curves(self) -> Mapping[str, Curve]: ...
+
+
+def comparison_markdown(content: Mapping[str, Any]) -> str:
+    """Final success by task type and arm, then the paired differences with their tests."""
+    kinds = _kinds(content)
+    names = [COLUMNS.get(kind, kind) for kind in kinds]
+    lines = [
+        "Success after training (%), mean over seeds with Student's 95 % interval.",
+        "",
+        f"| arm | seeds | {' | '.join(names)} |",
+        f"|---|---:|{'---:|' * len(names)}",
+    ]
+    for arm, found in content["arms"].items():
+        seeds = sum(run["arm"] == arm for run in content["runs"])
+        cells = [_cell(found["success"].get(kind), 100) for kind in kinds]
+        lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
+    for pair in content["pairs"]:
+        cells = [_cell(pair["success"].get(kind), 100, sign=True) for kind in kinds]
+        label = f"{pair['arm']} − {pair['base']}"
+        lines.append(f"| *{label}* | {len(pair['seeds'])} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *_tests(content["pairs"])])
+
+
+def _tests(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for pair in pairs:
+        seeds = len(pair["seeds"])
+        lines += ["", f"**{pair['arm']} − {pair['base']}**, paired over {seeds} seeds", ""]
+        if not seeds:
+            lines.append("No seed that both arms have.")
+            continue
+        lines += ["| | difference | p (sign flips over seeds) |", "|---|---:|---:|"]
+        rows = [("success after training (%)", pair["success"].get(ALL), 100)]
+        rows += [
+            (label, pair[name], 1 if name.startswith("entropy") else 100)
+            for name, label in _MEASURES.items()
+        ]
+        for label, found, scale in rows:
+            p = None if found is None else found["p_sign_flip"]
+            said = "–" if p is None else f"{p:.3g}"
+            lines.append(f"| {label} | {_cell(found, scale, sign=True)} | {said} |")
+        lines += ["", f"The least p that {seeds} pairs can have is {min(1.0, 2 / 2**seeds):.3g}."]
+        if games := pair["mcnemar"]:
+            lines.append(
+                f"Of {games['games']} games over all seeds, {games['gained']} were won by "
+                f"{pair['arm']} alone and {games['lost']} by {pair['base']} alone: exact McNemar "
+                f"p = {games['p']:.3g}. It compares these policies; about other seeds it says "
+                "nothing."
+            )
+    return lines
+
+
+def _kinds(content: Mapping[str, Any]) -> list[str]:
+    """Task types in the paper's order, others after them, ``all`` last."""
+    found = {kind for arm in content["arms"].values() for kind in arm["success"]} - {ALL}
+    known = [kind for kind in COLUMNS if kind in found]
+    return [*known, *sorted(found - set(known)), ALL]
+
+
+def _cell(found: Mapping[str, Any] | None, scale: float, sign: bool = False) -> str:
+    if found is None or found["value"] is None:
+        return "–"
+    digits = 1 if scale == 100 else 3
+    shape = f"{'+' if sign else ''}.{digits}f"
+    text = format(scale * found["value"], shape)
+    if found["low"] is None:
+        return text
+    return f"{text} [{scale * found['low']:{shape}}, {scale * found['high']:{shape}}]"
+
+
+def draw_comparison(runs: Sequence[Curves], arms: Sequence[str]) -> Figure:
+    """Success in training, in validation, and entropy; bands are 95 % intervals over seeds."""
+    # Not at import: the tables above need no matplotlib.
+    from aem_lightning.analysis.report import new_figure
+
+    panels = {
+        "train/success_rate": "success in training (mean of 5)",
+        "val/success_rate": "success in validation",
+        "aem/entropy": "token entropy (nats)",
+    }
+    figure = new_figure(8, 9)
+    for axes, (tag, label) in zip(figure.subplots(3, 1, sharex=True), panels.items(), strict=True):
+        for number, arm in enumerate(arms):
+            curves = [run.curves.get(tag, ([], [])) for run in runs if run.arm == arm]
+            if tag.startswith("train/"):  # of few episodes: noisier than its trend
+                curves = [(xs, smooth(ys)) for xs, ys in curves]
+            xs, found = mean_curve(curves)
+            color = f"C{number}"
+            axes.plot(xs, [point.value for point in found], color=color, label=arm)
+            if found and found[0].low is not None:
+                lows, highs = [p.low for p in found], [p.high for p in found]
+                axes.fill_between(xs, lows, highs, color=color, alpha=0.15)
+        axes.set_ylabel(label)
+        axes.set_ylim(0, 1 if "success" in tag else None)
+    axes.set_xlabel("iteration")
+    axes.legend()
+    return figure

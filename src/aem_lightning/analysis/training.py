@@ -1,0 +1,151 @@
+"""Training runs inside an analysis: real ones, each in its own folder, none of them run twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from aem_lightning.runner.summary import SUMMARY
+from aem_lightning.runner.train import train
+
+log = logging.getLogger(__name__)
+
+ASKED = "analysis_overrides.json"
+ARM_GROUPS = ("advantage", "loss", "modulation")
+# What an arm's config is compared with; its own groups are part of the arm, its sizes are not.
+BASE_EXPERIMENT = "alfworld_aem"
+PREFIX = "alfworld_"
+
+
+def find_configs() -> Path:
+    """The folder ``configs`` of the working directory, or of the checkout this package lies in.
+
+    Raises:
+        FileNotFoundError: Neither has the analyses' options.
+    """
+    places = [Path.cwd() / "configs", Path(__file__).resolve().parents[3] / "configs"]
+    for place in places:
+        if (place / "analysis").is_dir():
+            return place
+    raise FileNotFoundError(
+        f"There is no folder configs/analysis in {places[0].parent}: type this in the "
+        "project's folder"
+    )
+
+
+def finished_run(cfg: DictConfig, folder: Path, arm: Sequence[str], seed: int) -> Path:
+    """``folder`` with a finished training run of ``cfg.experiment`` under the overrides ``arm``.
+
+    A finished run is left as it is, an interrupted one is continued from its last epoch.
+
+    Raises:
+        ValueError: ``folder`` holds a run of other overrides.
+    """
+    overrides = run_overrides(cfg, arm, seed)
+    _check_asked(folder, overrides)
+    if (folder / SUMMARY).is_file():
+        log.info("%s: finished before", folder)
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ASKED).write_text(json.dumps(overrides, indent=2), encoding="utf-8")
+    last = folder / "checkpoints" / "last.ckpt"
+    places = [
+        f"paths.root_dir={quoted(cfg.paths.root_dir)}",
+        f"paths.data_dir={quoted(cfg.paths.data_dir)}",
+        f"paths.log_dir={quoted(cfg.paths.log_dir)}",
+        f"paths.output_dir={quoted(folder)}",
+        f"ckpt_path={quoted(last) if last.is_file() else 'null'}",
+    ]
+    log.info("%s: training with %s", folder, " ".join(overrides))
+    train(hydra.compose("train", overrides=[*overrides, *places]))
+    return folder
+
+
+def run_overrides(cfg: DictConfig, arm: Sequence[str], seed: int) -> list[str]:
+    """The overrides of one run; those of a person come after the arm's."""
+    length = [] if cfg.iterations is None else [f"iterations={cfg.iterations}"]
+    return [f"experiment={cfg.experiment}", *arm, *cfg.overrides, *length, f"seed={seed}"]
+
+
+def quoted(value: Any) -> str:
+    """A value as Hydra's override grammar takes it, whatever characters it holds."""
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def arm_overrides(cfg: DictConfig, name: str) -> list[str]:
+    """What the arm ``name`` changes.
+
+    From ``cfg.arm_overrides``; else what ``configs/experiment/alfworld_<name>.yaml`` says about
+    advantage, loss, modulation, and the keys that it adds to the headline's, e.g. DAPO's
+    ``collection_rounds``. ``alfworld_<name>_aem`` need not exist where ``alfworld_<name>`` does.
+
+    Raises:
+        ValueError: There is no such arm.
+    """
+    if name in cfg.arm_overrides:
+        return list(cfg.arm_overrides[name])
+    folder = find_configs() / "experiment"
+    if (folder / f"{PREFIX}{name}.yaml").is_file():
+        return _experiment_overrides(folder, f"{PREFIX}{name}")
+    base = name.removesuffix("_aem")
+    if base != name and (folder / f"{PREFIX}{base}.yaml").is_file():
+        return [*_experiment_overrides(folder, f"{PREFIX}{base}"), "modulation=aem"]
+    known = sorted(path.stem.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*.yaml"))
+    allowed = ", ".join(dict.fromkeys([*cfg.arm_overrides, *known]))
+    raise ValueError(
+        f"arms: {name!r} is unknown; allowed: {allowed}. Or say what it changes: "
+        f"'+arm_overrides.{name}=[modulation=aem, modulation.sharpness=2]'"
+    )
+
+
+def _experiment_overrides(folder: Path, name: str) -> list[str]:
+    """Groups of an experiment and of those it builds on, and the keys it adds to the headline's."""
+    groups: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for link in _chain(folder, name):
+        content = _read(folder / f"{link}.yaml")
+        for entry in content.pop("defaults", []):
+            if isinstance(entry, dict):
+                ((key, option),) = entry.items()
+                group = key.removeprefix("override ").removeprefix("/")
+                if group in ARM_GROUPS:
+                    groups[group] = option
+        content.pop("name", None)
+        if link != BASE_EXPERIMENT:
+            values |= content
+    plain = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return [*(f"{group}={option}" for group, option in groups.items()), *plain]
+
+
+def _chain(folder: Path, name: str) -> list[str]:
+    """``name`` and the experiments it builds on, the first one first."""
+    parents = [e for e in _read(folder / f"{name}.yaml").get("defaults", []) if isinstance(e, str)]
+    before = [link for parent in parents if parent != "_self_" for link in _chain(folder, parent)]
+    return [*before, name]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def _check_asked(folder: Path, overrides: Sequence[str]) -> None:
+    file = folder / ASKED
+    if not file.is_file():
+        return
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    if earlier != list(overrides):
+        only_then = [item for item in earlier if item not in overrides]
+        only_now = [item for item in overrides if item not in earlier]
+        raise ValueError(
+            f"{folder} holds a run of other overrides: then {only_then}, now {only_now} (or in "
+            "another order). Type the same ones, or another place: folder=<new folder>"
+        )

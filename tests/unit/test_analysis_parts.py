@@ -1,0 +1,217 @@
+"""The parts of the analyses, without a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from runs import ROOT, composed
+from torch import Tensor
+
+from aem_lightning.algorithms import AEM, GRPO
+from aem_lightning.analysis.compare import Run, base_of, pair_statistics
+from aem_lightning.analysis.curves import mean_curve
+from aem_lightning.analysis.keep import Keep
+from aem_lightning.analysis.masks import divergence
+from aem_lightning.analysis.proxy import columns, played_statistics, sampled_statistics
+from aem_lightning.analysis.sampling import PlayedState, ProxySettings
+from aem_lightning.analysis.tables import comparison_markdown
+from aem_lightning.analysis.training import arm_overrides, quoted
+from aem_lightning.rollout import pack
+from aem_lightning.types import RolloutBatch, Task, Trajectory, Turn
+
+# ------------------------------------------------------------------------------------------- masks
+
+
+def batch() -> RolloutBatch:
+    """One group of four one-response trajectories: entropies 0.2, 0.4, 0.6, 0.8; two are won."""
+    trajectories = []
+    for copy, (entropy, reward) in enumerate([(0.2, 1.0), (0.4, 0.0), (0.6, 1.0), (0.8, 0.0)]):
+        turn = Turn("o", (), "r", "a", 0, 1, [-0.5, -0.5], [entropy] * 2, reward=reward)
+        trajectories.append(Trajectory(Task("t"), 0, copy, [turn], [[1, 2, 3]]))
+    return pack(trajectories)
+
+
+@pytest.mark.parametrize(
+    ("sign", "kept"),
+    [("positive", [True, False, False, True]), ("negative", [False, True, True, False])],
+)
+def test_a_mask_keeps_a_response_of_the_other_sign(sign: str, kept: list[bool]) -> None:
+    data = batch()
+    advantages = GRPO()(data)
+    plain = AEM()(data).apply(advantages, data)
+    masked = Keep(AEM(), sign)(data).apply(advantages, data)  # type: ignore[arg-type]
+    assert (masked != 0).tolist() == kept
+    assert torch.equal(masked, torch.where(torch.tensor(kept), plain, torch.zeros(4)))
+
+
+def test_the_two_masks_leave_a_response_out() -> None:
+    data = batch()
+    advantages = GRPO()(data)
+    both: Tensor = sum(Keep(AEM(), sign)(data).apply(advantages, data) for sign in SIGNS)  # type: ignore
+    assert torch.equal(both, AEM()(data).apply(advantages, data))
+
+
+SIGNS = ("positive", "negative")
+
+
+def test_an_unknown_sign_is_taken() -> None:
+    with pytest.raises(ValueError, match="allowed: positive, negative"):
+        Keep(AEM(), "both")  # type: ignore[arg-type]
+
+
+def test_divergence_has_the_wrong_sign() -> None:
+    falls, rises = ([0, 1, 2, 3], [1.0, 0.9, 0.6, 0.4]), ([0, 1, 2, 3], [1.0, 1.1, 1.3, 1.5])
+    found = divergence(falls, rises)
+    assert found == pytest.approx({"change_positive": -0.5, "change_negative": 0.4, "gap_end": 0.9})
+
+
+# ------------------------------------------------------------------------------------------- proxy
+
+# States of samples (length, S, Λ).
+TRUE = [[(2, 2.0 + d, 2.0 + d) for d in (-1.0, -0.5, 0.5, 1.0)] for _ in range(3)]
+
+
+def test_a_perfect_proxy_has_another_sign() -> None:
+    found = sampled_statistics(columns(TRUE), ProxySettings(states=3, samples=4, draws=100))
+    assert found["pearson"]["value"] > 0.97
+    assert found["compensator"]["value"] == pytest.approx(1.0)
+    assert found["states_agreeing"] == found["states_ungated"] == 3
+    assert found["length"]["value"] is None, "lengths do not vary"
+
+
+def test_a_states_own_level_counts_as_correlation() -> None:
+    # Surprisal and compensator differ between states only: within a state nothing correlates.
+    levels = [[(2, level, level) for _ in range(4)] for level in (1.0, 5.0, 9.0)]
+    found = sampled_statistics(columns(levels), ProxySettings(states=3, samples=4, draws=100))
+    assert found["compensator"]["value"] is None
+    assert found["states_ungated"] == 0
+
+
+def test_length_explains_what_the_mean_has_lost() -> None:
+    # Each token carries 1 nat: S and Λ grow with the length, the mean entropy does not.
+    rows = [[(n, float(n), float(n)) for n in (1, 2, 3, 4)]] * 3
+    found = sampled_statistics(columns(rows), ProxySettings(states=3, samples=4, draws=100))
+    assert found["states_ungated"] == 0
+    assert found["length"]["value"] == pytest.approx(1.0)
+    assert found["compensator"]["value"] == pytest.approx(1.0)
+    assert found["one_token_share"] == 0.25
+
+
+def test_a_gated_state_enters_the_played_statistics() -> None:
+    met = [
+        PlayedState([1], surprisal=1.0, alpha=1.2),  # less surprising than its state's mean of 2
+        PlayedState([2], surprisal=3.0, alpha=0.7),
+        PlayedState([3], surprisal=9.0, alpha=1.0),
+    ]
+    found = played_statistics(met, columns(TRUE), ProxySettings(states=3, samples=4, draws=100))
+    assert found["states_ungated"] == found["states_agreeing"] == 2
+    assert found["pearson"]["value"] == pytest.approx(1.0)
+
+
+def test_sizes_without_a_statistic_are_taken() -> None:
+    with pytest.raises(ValueError, match=r"states=1.*draws=5"):
+        ProxySettings(states=1, draws=5)
+
+
+# ----------------------------------------------------------------------------------------- compare
+
+
+def run(arm: str, seed: int, rate: float, games: dict[str, bool]) -> Run:
+    curves = {"aem/entropy": ([0, 1, 2], [rate, rate, 2 * rate])}
+    return Run(arm, seed, Path("x"), {"all": rate, "pick_and_place_simple": rate}, curves, games)
+
+
+def pair() -> dict[str, object]:
+    runs = [
+        run("grpo", 0, 0.50, {"a": True, "b": False, "c": False}),
+        run("grpo", 1, 0.60, {"a": True, "b": True, "c": False}),
+        run("grpo", 7, 0.10, {"a": False}),
+        run("grpo_aem", 0, 0.55, {"a": True, "b": True, "c": False}),
+        run("grpo_aem", 1, 0.75, {"a": False, "b": True, "c": True}),
+    ]
+    return pair_statistics(runs, "grpo", "grpo_aem", draws=100)
+
+
+def test_a_seed_of_one_arm_alone_counts() -> None:
+    found = pair()
+    assert found["seeds"] == [0, 1]
+    success = found["success"]["all"]  # type: ignore[index]
+    assert success["value"] == pytest.approx(0.10)
+    assert success["by_seed"] == pytest.approx([0.05, 0.15])
+    assert success["p_sign_flip"] == 0.5
+    assert found["entropy_early"]["value"] == pytest.approx(0.10)  # type: ignore[index]
+    assert found["entropy_late"]["value"] == pytest.approx(0.20)  # type: ignore[index]
+
+
+def test_games_are_paired_with_another_seeds() -> None:
+    assert pair()["mcnemar"] == {"games": 6, "gained": 2, "lost": 1, "p": 1.0}
+
+
+def test_an_arm_is_paired_with_another_estimators_base() -> None:
+    arms = ["grpo", "gigpo", "gigpo_aem", "reversed"]
+    assert [base_of(arm, arms) for arm in arms] == ["grpo", "grpo", "gigpo", "grpo"]
+
+
+def test_the_table_is_not_in_the_papers_order() -> None:
+    rate = {"value": 0.5, "low": 0.4, "high": 0.6, "count": 2}
+    kinds = ("all", "look_at_obj_in_light", "pick_and_place_simple", "zoo")
+    content = {
+        "runs": [{"arm": "grpo"}, {"arm": "grpo"}],
+        "arms": {"grpo": {"success": dict.fromkeys(kinds, rate)}},
+        "pairs": [],
+    }
+    text = comparison_markdown(content)
+    assert "| arm | seeds | Pick | Look | zoo | all |" in text
+    assert text.count("50.0 [40.0, 60.0]") == 4
+
+
+def test_a_mean_curve_has_points_that_a_run_lacks() -> None:
+    xs, found = mean_curve([([0, 1, 2], [1.0, 2.0, 3.0]), ([0, 2], [3.0, 5.0])])
+    assert xs == [0, 2]
+    assert [point.value for point in found] == [2.0, 4.0]
+
+
+# -------------------------------------------------------------------------------------------- arms
+
+
+@pytest.fixture
+def options(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    return composed([], "analysis/ablations")
+
+
+def test_an_arm_from_an_experiment_changes_too_little(options) -> None:
+    assert arm_overrides(options, "dapo") == [
+        "advantage=dapo",
+        "modulation=none",
+        "loss=dapo",
+        "collection_rounds=10",
+    ]
+    assert arm_overrides(options, "gigpo_aem") == [
+        "advantage=gigpo",
+        "modulation=aem",
+        "loss=clipped",
+    ]
+    assert "compact_filtering=true" in arm_overrides(options, "grpopp")
+
+
+def test_an_arm_says_what_no_config_knows(options) -> None:
+    experiments = [p.stem for p in (ROOT / "configs" / "experiment").glob("alfworld_*.yaml")]
+    names = [name.removeprefix("alfworld_") for name in experiments]
+    for arm in (*options.arm_overrides, *names, "gspo_aem"):
+        overrides = arm_overrides(options, arm)
+        cfg = composed(["experiment=quickstart", *overrides, "paths.output_dir=x"])
+        assert cfg.datamodule.root.endswith("quickstart"), "an arm is not another experiment"
+
+
+def test_the_ablations_of_the_config_are_one_arm_twice(options) -> None:
+    seen = [OmegaConf.to_yaml(OmegaConf.create(arm_overrides(options, a))) for a in options.arms]
+    assert len(set(seen)) == len(options.arms) >= 6
+
+
+def test_a_path_breaks_the_override_grammar() -> None:
+    path = "/a b/it's=1,[x]"
+    assert composed([f"name={quoted(path)}", "paths.output_dir=x"]).name == path
