@@ -7,7 +7,7 @@ import torch
 from local_coin import make_agent
 from test_agent_module import BlindEngine, VariedRewards, fit, weights
 
-from aem_lightning.algorithms import EMPG, ClippedLoss
+from aem_lightning.algorithms import EMPG, ClippedLoss, KLCov
 from aem_lightning.modules import UpdateSettings, agent
 from aem_lightning.modules.update import UpdatePlan, rows_with_gradient, sum_gradients
 from aem_lightning.rollout import SlotEngine
@@ -79,7 +79,14 @@ def test_entropies_that_no_engine_gave_are_missing_of_rows_without_a_gradient():
     torch.testing.assert_close(done.batch.entropy, expected.batch.entropy, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("loss", [ClippedLoss(kl_coef=0.1), replace(NO_KL, entropy_coef=0.1)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ClippedLoss(kl_coef=0.1),
+        replace(NO_KL, entropy_coef=0.1),
+        replace(NO_KL, covariance=KLCov(ratio=0.1)),
+    ],
+)
 def test_a_row_that_a_kl_term_or_a_bonus_moves_is_left_out(loss):
     _, done, counts = run(loss=loss)
     assert counts[True] == 8

@@ -82,8 +82,9 @@ def rows_with_gradient(
 ) -> Tensor:
     """Rows whose response tokens move the weights, [S] bool.
 
-    A response of advantage 0 does so through a KL term, an entropy bonus or what ``zeros_count``
-    stands for. One that is masked out of the loss never does.
+    A response of advantage 0 does so through a KL term, an entropy bonus, covariance control (KL-Cov
+    may choose its tokens) or what ``zeros_count`` stands for. One that is masked out of the loss
+    never does.
 
     Args:
         batch: The rollout batch.
@@ -93,7 +94,8 @@ def rows_with_gradient(
             modulation that adds to advantages.
     """
     inside = (batch.response_index >= 0) & batch.response_mask[batch.response_index.clamp(min=0)]
-    if not (zeros_count or loss.kl_coef or loss.moves_entropy):
+    apart = loss.kl_coef or loss.moves_entropy or loss.covariance is not None
+    if not (zeros_count or apart):
         of_tokens = advantages.ndim == 2
         spread = advantages if of_tokens else advantages[batch.response_index.clamp(min=0)]
         inside = inside & (spread != 0)
