@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from runs import ROOT, composed
 from torch import Tensor
 
 from aem_lightning.algorithms import AEM, GRPO
+from aem_lightning.analysis import statistics
 from aem_lightning.analysis.compare import Run, base_of, pair_statistics
 from aem_lightning.analysis.curves import mean_curve
 from aem_lightning.analysis.keep import Keep
@@ -199,9 +201,7 @@ def test_an_arm_from_an_experiment_changes_too_little(options) -> None:
 
 
 def test_an_arm_says_what_no_config_knows(options) -> None:
-    experiments = [p.stem for p in (ROOT / "configs" / "experiment").glob("alfworld_*.yaml")]
-    names = [name.removeprefix("alfworld_") for name in experiments]
-    for arm in (*options.arm_overrides, *names, "gspo_aem"):
+    for arm in (*options.arm_overrides, "dapo", "gigpo_aem", "grpopp", "ppo_aem"):
         overrides = arm_overrides(options, arm)
         cfg = composed(["experiment=quickstart", *overrides, "paths.output_dir=x"])
         assert cfg.datamodule.root.endswith("quickstart"), "an arm is not another experiment"
@@ -215,3 +215,9 @@ def test_the_ablations_of_the_config_are_one_arm_twice(options) -> None:
 def test_a_path_breaks_the_override_grammar() -> None:
     path = "/a b/it's=1,[x]"
     assert composed([f"name={quoted(path)}", "paths.output_dir=x"]).name == path
+
+
+def test_a_doctest_of_the_statistics_says_something_else() -> None:
+    found = doctest.testmod(statistics)
+    assert found.attempted >= 6
+    assert not found.failed
