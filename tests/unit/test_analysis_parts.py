@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from aem_lightning.analysis.curves import mean_curve
 from aem_lightning.analysis.keep import Keep
 from aem_lightning.analysis.masks import divergence
 from aem_lightning.analysis.proxy import columns, played_statistics, sampled_statistics
+from aem_lightning.analysis.report import need_matplotlib
 from aem_lightning.analysis.sampling import PlayedState, ProxySettings
 from aem_lightning.analysis.tables import comparison_markdown
 from aem_lightning.analysis.training import arm_overrides, quoted
@@ -221,3 +223,9 @@ def test_a_doctest_of_the_statistics_says_something_else() -> None:
     found = doctest.testmod(statistics)
     assert found.attempted >= 6
     assert not found.failed
+
+
+def test_a_missing_matplotlib_shows_after_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'aem-lightning\[notebooks\]'"):
+        need_matplotlib()
