@@ -167,18 +167,52 @@ def test_the_cost_table_is_of_another_run(compared: Path, analyses: Analyses) ->
     assert (path.parent / "cost.md").read_text().startswith("| stage | seconds | share | paper |")
 
 
-def test_the_masked_runs_keep_the_same_responses(analyses: Analyses) -> None:
-    wide = ["optimizer.lr=0.02", "modulation.modulation.min_range=0", "evaluate=false"]
-    analyses.training += wide
-    ended = analyses.trained("masks", "iterations=6")
+# One state, two branches of different entropy, neither worth more: what is left is the mask.
+BRANCHES = (
+    "datamodule=branches",
+    "policy.model=null",
+    "policy.warm_start.demonstrations=512",
+    "policy.warm_start.epochs=20",
+    "policy.warm_start.max_turns=1",
+    "max_turns=1",
+    "tasks_per_iteration=8",
+    "group_size=16",
+    "concurrency=128",
+    "iterations_per_epoch=12",
+    "update_epochs=1",
+    "num_minibatches=1",
+    "scheduler=constant",
+    "optimizer.lr=3e-3",
+    "loss.kl_coef=0",
+    "evaluate=false",
+)
+
+
+def test_the_masked_runs_do_not_diverge(analyses: Analyses) -> None:
+    analyses.training += BRANCHES
+    ended = analyses.trained("masks", "iterations=12")
     assert ended.status == 0, ended.said
-    (path,) = analyses.root.glob("logs/masks/*/*/masks.json")
-    content = read(path)
+    folder = analyses.root / "logs" / "masks" / "quickstart" / "seed_0"
+    content = read(folder / "masks.json")
     positive, negative = (content["entropy"][sign]["value"] for sign in ("positive", "negative"))
-    assert len(positive) == len(negative) == 6
+    assert len(positive) == len(negative) == 12
     assert positive[0] == negative[0], "one start"
-    assert positive[-1] != negative[-1]
-    assert (path.parent / "masks.png").is_file()
+    assert content["change_positive"] < -0.1
+    assert content["change_negative"] > 0.1
+    assert content["gap_end"] > 0.3
+    assert (folder / "masks.png").is_file()
+    assert curves(folder)["analysis/masks/gap_end"][0] == pytest.approx(content["gap_end"])
+
+
+def test_an_interrupted_run_starts_anew(compared: Path, analyses: Analyses) -> None:
+    run = compared / "grpo" / "seed_1"
+    (run / "summary.json").unlink()
+    trained = curves(run)["aem/entropy"]
+    ended = analyses.trained("compare", "seeds=[0,1]", "iterations=2", "games=false")
+    assert ended.status == 0, ended.said
+    assert read(run / "summary.json")["iterations"] == 2
+    assert len(list(run.glob("tensorboard/events*"))) >= 1
+    assert curves(run)["aem/entropy"] == trained
 
 
 @pytest.mark.parametrize(

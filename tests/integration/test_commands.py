@@ -92,7 +92,9 @@ def test_the_headline_does_not_train_offline(
 def test_the_terminal_shows_what_nobody_can_mend(
     first_run: subprocess.CompletedProcess[str],
 ) -> None:
-    assert first_run.stderr == ""
+    # The profiler's library says so itself when it starts and stops.
+    errors = [line for line in first_run.stderr.splitlines() if not line.startswith("USDT:")]
+    assert errors == []
     assert "Warning" not in first_run.stdout
     lines = first_run.stdout.splitlines()
     assert len([line for line in lines if "train: 6 games" in line]) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ from runs import ROOT, composed
 from torch import Tensor
 
 from aem_lightning.algorithms import AEM, GRPO
+from aem_lightning.analysis import statistics
 from aem_lightning.analysis.compare import Run, base_of, pair_statistics
 from aem_lightning.analysis.curves import mean_curve
 from aem_lightning.analysis.keep import Keep
 from aem_lightning.analysis.masks import divergence
 from aem_lightning.analysis.proxy import columns, played_statistics, sampled_statistics
+from aem_lightning.analysis.report import need_matplotlib
 from aem_lightning.analysis.sampling import PlayedState, ProxySettings
 from aem_lightning.analysis.tables import comparison_markdown
 from aem_lightning.analysis.training import arm_overrides, quoted
@@ -199,9 +203,7 @@ def test_an_arm_from_an_experiment_changes_too_little(options) -> None:
 
 
 def test_an_arm_says_what_no_config_knows(options) -> None:
-    experiments = [p.stem for p in (ROOT / "configs" / "experiment").glob("alfworld_*.yaml")]
-    names = [name.removeprefix("alfworld_") for name in experiments]
-    for arm in (*options.arm_overrides, *names, "gspo_aem"):
+    for arm in (*options.arm_overrides, "dapo", "gigpo_aem", "grpopp", "ppo_aem"):
         overrides = arm_overrides(options, arm)
         cfg = composed(["experiment=quickstart", *overrides, "paths.output_dir=x"])
         assert cfg.datamodule.root.endswith("quickstart"), "an arm is not another experiment"
@@ -215,3 +217,15 @@ def test_the_ablations_of_the_config_are_one_arm_twice(options) -> None:
 def test_a_path_breaks_the_override_grammar() -> None:
     path = "/a b/it's=1,[x]"
     assert composed([f"name={quoted(path)}", "paths.output_dir=x"]).name == path
+
+
+def test_a_doctest_of_the_statistics_says_something_else() -> None:
+    found = doctest.testmod(statistics)
+    assert found.attempted >= 6
+    assert not found.failed
+
+
+def test_a_missing_matplotlib_shows_after_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'aem-lightning\[notebooks\]'"):
+        need_matplotlib()

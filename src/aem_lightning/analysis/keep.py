@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Keep:
         modulation: Whose α decides, e.g. `AEM`.
         sign: ``positive`` or ``negative``.
     """
+
+    keeps_zeros: ClassVar[bool] = True
 
     modulation: Modulation
     sign: Literal["positive", "negative"]

@@ -193,4 +193,4 @@ def mcnemar(gained: int, lost: int) -> float:
     """
     changed = gained + lost
     tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, math.ldexp(tail, 1 - changed))
+    return min(1.0, 2 * tail / (1 << changed))
