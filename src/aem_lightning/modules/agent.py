@@ -15,7 +15,7 @@ from aem_lightning.algorithms import ClippedLoss, Estimator, Modulation
 from aem_lightning.functional import response_entropy
 from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.policy import Policy
-from aem_lightning.modules.reporting import rollout_metrics
+from aem_lightning.modules.reporting import environment_metrics, rollout_metrics
 from aem_lightning.modules.scoring import micro_batch_loss, score_rows
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
 from aem_lightning.modules.timing import Stopwatch
@@ -301,7 +301,8 @@ class AgentModule(L.LightningModule):
 
     def report(self, done: Iteration) -> None:
         """Log the iteration; the x axis is iterations, never optimizer steps."""
-        episodes = self.mean_over_ranks(rollout_metrics(done))
+        counted = environment_metrics(self.trainer.datamodule.pool)  # type: ignore[attr-defined]
+        episodes = self.mean_over_ranks({**rollout_metrics(done), **counted})
         metrics = {**episodes, **done.metrics, "policy/lr": self.learning_rate()}
         for logger in self.loggers:
             logger.log_metrics(metrics, step=done.index)
