@@ -16,6 +16,7 @@ from aem_lightning.rollout.packing import micro_batches, minibatches, pack
 from aem_lightning.rollout.prompt import Prompt
 from aem_lightning.rollout.rewards import RewardShaping
 from aem_lightning.rollout.slot_engine import SlotEngine
+from aem_lightning.rollout.vllm_engine import VllmEngine, VllmError
 
 __all__ = [
     "Collector",
@@ -33,6 +34,8 @@ __all__ = [
     "RolloutEngine",
     "Sampling",
     "SlotEngine",
+    "VllmEngine",
+    "VllmError",
     "make_groups",
     "micro_batches",
     "minibatches",
