@@ -11,7 +11,7 @@ from tiny_play import make_policy
 from aem_lightning.algorithms import ClippedLoss
 from aem_lightning.modules import Lora, Policy, RolloutSettings, UpdateSettings
 from aem_lightning.modules.memory import TokenBudget
-from aem_lightning.modules.reporting import rollout_metrics
+from aem_lightning.modules.reporting import environment_metrics, rollout_metrics
 from aem_lightning.modules.scoring import score_rows
 from aem_lightning.modules.timing import STAGES, Stopwatch
 from aem_lightning.rollout import RewardShaping, SlotEngine
@@ -255,6 +255,13 @@ def test_the_iterations_scalars_are_rates_over_episodes_and_turns(trained):
     assert metrics["rollout/response_tokens"] == tokens / len(turns)
     mean = sum(sum(turn.entropies) for turn in turns) / tokens
     assert metrics["rollout/entropy"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_hit_rate_of_the_environments_memory_is_reported_where_there_is_one():
+    pool = SimpleNamespace(counters=lambda: {"cache_hits": 3, "cache_misses": 1})
+    assert environment_metrics(pool) == {"rollout/environment_cache_hits": 0.75}
+    assert environment_metrics(SimpleNamespace(counters=lambda: {"other": 3})) == {}
+    assert environment_metrics(SimpleNamespace()) == {}
 
 
 def test_the_stopwatch_adds_up_by_stage():

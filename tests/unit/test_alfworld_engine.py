@@ -153,6 +153,9 @@ def test_first_observation_has_room_and_goal_but_no_banner_and_info_has_the_rese
         step = pool.step({"a": "look"})["a"]
         assert step.is_action_valid
         assert step.truncated  # max_steps
+        assert pool.counters() == {"cache_hits": 0, "cache_misses": 3}
+        pool.reset({"a": ResetRequest(game.id)})
+        assert pool.counters() == {"cache_hits": 1, "cache_misses": 0}
 
 
 def test_unknown_game_and_missing_folder_are_told_with_the_path(tmp_path):

@@ -75,6 +75,22 @@ def test_a_worker_that_dies_between_send_and_receive_is_replaced(undisturbed):
     assert told == {key: turns[1] for key, turns in undisturbed.items()}
 
 
+def test_counters_are_summed_over_workers_and_start_anew():
+    with EnvPool(ToyEnv, workers=2) as pool:
+        assert pool.counters() == {}
+        pool.reset(_requests(2, 2))
+        pool.step({"0/0": "look", "1/0": "look", "1/1": "look"})
+        assert pool.counters() == {"toy_steps": 3}
+        assert pool.counters() == {"toy_steps": 0}
+        pool.send(actions={"1/0": "look"})
+        with pytest.raises(EnvPoolError, match=r"call receive\(\) first"):
+            pool.counters()
+        pool.receive()
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        _wait_gone(pool.worker_pids()[:1])
+        assert pool.counters() == {"toy_steps": 1}  # the dead worker counts nothing
+
+
 def _is_running(pid):
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -62,6 +62,16 @@ def test_store_keeps_to_its_bound_and_drops_what_was_used_least_recently():
     assert inner.steps_taken == 2
 
 
+def test_counts_are_taken_once():
+    store = TransitionStore()
+    cache = TransitionCache(ToyEnv(), store)
+    for _ in range(3):
+        _walk(cache, "task", ["look"])
+    assert store.take_counts() == {"cache_hits": 4, "cache_misses": 2}
+    assert store.take_counts() == {"cache_hits": 0, "cache_misses": 0}
+    assert len(store) == 2
+
+
 def test_changing_an_answer_does_not_change_what_the_next_copy_gets():
     cache = TransitionCache(ToyEnv(), TransitionStore())
     cache.reset(options={"task_id": "task"})[1]["task_id"] = "spoiled"

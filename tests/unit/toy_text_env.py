@@ -21,6 +21,7 @@ class ToyEnv:
     """
 
     made = 0
+    counted = 0
 
     def __init__(self, marks: str | Path = "/nonexistent") -> None:
         type(self).made += 1
@@ -39,12 +40,17 @@ class ToyEnv:
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self.steps_taken += 1
+        type(self).counted += 1
         if "harm" in action:
             self._harm(action)
         valid = action in self._admissible() or "harm" in action
         self.trace.append(action)
         won = action == "win"
         return self._observation(), float(won), won, False, self._info(valid=valid)
+
+    def counters(self) -> dict[str, int]:
+        counted, type(self).counted = type(self).counted, 0
+        return {"toy_steps": counted}
 
     def close(self) -> None:
         self.closed = True

@@ -34,6 +34,10 @@ class TextEnv(Protocol):
     ``infra_error``        str          what broke outside the policy's doing
     ====================== ============ =========================================================
 
+    An environment may also have ``counters()``, numbers by name that all environments of a process
+    count together, each since it was last asked for: `EnvPool.counters` sums them. The trainer logs
+    the hit rate of ``cache_hits`` and ``cache_misses``.
+
     The same task and seed give the same episode for the same actions; `check_env` proves it.
     """
 

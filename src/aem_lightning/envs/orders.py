@@ -41,5 +41,10 @@ class Beat:
     """A busy worker's sign of life."""
 
 
+@dataclass(frozen=True, slots=True)
+class Census:
+    """The question for a worker's counters; answered by a dictionary of numbers, summed by name."""
+
+
 Outcome = list[EnvStep] | Broken
 """One `EnvStep` for the reset, where there was one, and one for every action; or what broke."""

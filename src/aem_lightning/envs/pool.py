@@ -13,6 +13,7 @@ episode that breaks its worker once more while it is replayed ends as truncated,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -89,6 +90,7 @@ class EnvPool:
         self._processes: list[WorkerProcess] = []
         self._episodes: dict[str, PooledEpisode] = {}
         self._sent: _Sent | None = None
+        self._counted: list[str] = []
         self._finalizer = weakref.finalize(self, _end, self._processes, os.getpid())
 
     def reset(self, requests: Mapping[str, ResetRequest]) -> dict[str, EnvStep]:
@@ -154,6 +156,24 @@ class EnvPool:
             raise EnvPoolError(f"release: {sorted(out)} are still playing; call receive() first")
         for key in keys:
             self._episodes.pop(key, None)
+
+    def counters(self) -> dict[str, int]:
+        """What the environments have counted since they were last asked, summed over workers.
+
+        A worker that has died counts nothing; the next `receive` replaces it.
+
+        Raises:
+            EnvPoolError: Answers are still out.
+        """
+        if self._sent is not None:
+            raise EnvPoolError("counters: answers are still out; call receive() first")
+        total = dict.fromkeys(self._counted, 0)
+        for process in self._processes:
+            with contextlib.suppress(WorkerLostError):
+                for name, count in process.counters(self.timeout_s).items():
+                    total[name] = total.get(name, 0) + count
+        self._counted = sorted(total)
+        return total
 
     def close(self) -> None:
         """End the workers. A later `reset` starts new ones."""

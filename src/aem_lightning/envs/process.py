@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from aem_lightning.envs.base import EnvPoolError
-from aem_lightning.envs.orders import Beat, Broken, Order, Outcome
+from aem_lightning.envs.orders import Beat, Broken, Census, Order, Outcome
 
 START_TIMEOUT_S = 120.0
 STDERR_TAIL = 2_000
@@ -90,6 +90,18 @@ class WorkerProcess:
         while isinstance(message := self._receive(timeout_s), Beat):
             pass
         return message  # type: ignore[no-any-return]
+
+    def counters(self, timeout_s: float) -> dict[str, int]:
+        """What the worker's environments have counted since they were last asked.
+
+        Raises:
+            WorkerLostError: The worker died, or did not answer within ``timeout_s``.
+        """
+        try:
+            self._connection.send(Census())
+        except OSError:
+            raise WorkerLostError(self._obituary()) from None
+        return self._receive(timeout_s)  # type: ignore[no-any-return]
 
     def _receive(self, timeout_s: float) -> Any:
         try:

@@ -34,8 +34,8 @@ class TransitionStore:
         max_transitions: Answers kept at most (a few hundred bytes to a few kilobytes each).
 
     Attributes:
-        hits: Answers given from memory.
-        misses: Answers that the environment was asked for.
+        hits: Answers given from memory, since `take_counts`.
+        misses: Answers that the environment was asked for, since `take_counts`.
     """
 
     def __init__(self, max_transitions: int = 30_000) -> None:
@@ -48,6 +48,12 @@ class TransitionStore:
 
     def __len__(self) -> int:
         return self._total
+
+    def take_counts(self) -> dict[str, int]:
+        """Hits and misses, which then start from 0 again."""
+        counts = {"cache_hits": self.hits, "cache_misses": self.misses}
+        self.hits = self.misses = 0
+        return counts
 
     def start(self, key: Hashable) -> _State | None:
         """The known start state of ``key``."""

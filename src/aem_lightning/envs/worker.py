@@ -2,9 +2,9 @@
 
 Started as ``python -m aem_lightning.envs.worker FD``, where FD is its end of a socket pair. The
 first message is the pickled environment factory; every later one is a list of `Order`, answered by
-one list of outcomes (and a `Beat` a second while that takes longer). One thread plays all slots,
-one after the other: engines need not be thread safe. The worker ends when its pool closes the
-socket or dies.
+one list of outcomes (and a `Beat` a second while that takes longer), or a `Census`. One thread
+plays all slots, one after the other: engines need not be thread safe. The worker ends when its pool
+closes the socket or dies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from aem_lightning.envs.base import TextEnv
-from aem_lightning.envs.orders import Beat, Broken, Order, Outcome
+from aem_lightning.envs.orders import Beat, Broken, Census, Order, Outcome
 from aem_lightning.types import EnvStep, ResetRequest
 
 BEAT_S = 1.0
@@ -47,6 +47,11 @@ class EnvSlots:
         except Exception as error:
             self._envs.pop(order.slot, None)
             return describe(error)
+
+    def counters(self) -> dict[str, int]:
+        """What the environments count together; nothing where they do not."""
+        some = next(iter((*self._envs.values(), *self._spare)), None)
+        return dict(getattr(some, "counters", dict)())
 
     def _play(self, order: Order, beat: Callable[[], None]) -> Iterable[EnvStep]:
         env = self._env(order.slot)
@@ -112,10 +117,13 @@ def serve(connection: Connection[Any, Any]) -> None:
 
     while True:
         try:
-            orders: list[Order] = connection.recv()
+            orders: list[Order] | Census = connection.recv()
         except (EOFError, OSError):
             return
         told = time.monotonic()
+        if isinstance(orders, Census):
+            connection.send(slots.counters())
+            continue
         connection.send([slots.run(order, beat) for order in orders])
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from aem_lightning.algorithms import PPO, ClippedLoss, Estimator, Modulation, response_means
@@ -20,7 +21,7 @@ from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_bat
 from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy, check_adapters
-from aem_lightning.modules.reporting import rollout_metrics
+from aem_lightning.modules.reporting import environment_metrics, rollout_metrics
 from aem_lightning.modules.scoring import Objective, fill_values, score_rows
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
 from aem_lightning.modules.timing import Stopwatch
@@ -204,10 +205,9 @@ class AgentModule(L.LightningModule):
         seed = stable_seed(self.seed, self.iteration, self.global_rank, "plan")
         generator = torch.Generator().manual_seed(seed)
         skipped = self.reason_to_skip(advantages)
-        zeros_count = self.critic is not None or not self.modulation.keeps_zeros
-        active = rows_with_gradient(batch, advantages, self.loss, zeros_count=zeros_count)
-        if skipped is not None:
-            active = torch.zeros_like(active)
+        others = self.critic is not None or not self.modulation.keeps_zeros
+        active = rows_with_gradient(batch, advantages, self.loss, zeros_count=others)
+        active &= skipped is None
         return UpdatePlan.draw(active, self.update_settings, generator, skipped)
 
     def reason_to_skip(self, advantages: Tensor) -> str | None:
@@ -259,8 +259,7 @@ class AgentModule(L.LightningModule):
         Metrics are means over steps and over the tokens of active rows. The loss is divided by the
         units of all rows of the minibatch: leaving out those without a gradient changes no weight.
         """
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
+        optimizer = cast(LightningOptimizer, self.optimizers())
         seed = stable_seed(self.seed, self.iteration, self.global_rank, "covariance")
         objective = Objective(
             self.policy,
@@ -335,7 +334,8 @@ class AgentModule(L.LightningModule):
 
     def report(self, done: Iteration) -> None:
         """Log the iteration; the x axis is iterations, never optimizer steps."""
-        episodes = self.mean_over_ranks(rollout_metrics(done))
+        counted = environment_metrics(self.trainer.datamodule.pool)  # type: ignore[attr-defined]
+        episodes = self.mean_over_ranks({**rollout_metrics(done), **counted})
         metrics = {**episodes, **done.metrics, "policy/lr": self.learning_rate()}
         for logger in self.loggers:
             logger.log_metrics(metrics, step=done.index)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from aem_lightning.types import Iteration
+
+
+def environment_metrics(pool: Any) -> dict[str, float]:
+    """What the environments of ``pool`` count: the hit rate of their memory, where they have one.
+
+    It covers everything played since the last report, evaluations included.
+    """
+    counts: dict[str, int] = getattr(pool, "counters", dict)()
+    if "cache_hits" not in counts:
+        return {}
+    asked = counts["cache_hits"] + counts["cache_misses"]
+    return {"rollout/environment_cache_hits": counts["cache_hits"] / max(1, asked)}
 
 
 def rollout_metrics(done: Iteration) -> dict[str, float]:

@@ -82,8 +82,8 @@ def rows_with_gradient(
 ) -> Tensor:
     """Rows whose response tokens move the weights, [S] bool.
 
-    A response of advantage 0 does so through a KL term, an entropy bonus, covariance control (KL-Cov
-    may choose its tokens) or what ``zeros_count`` stands for. One that is masked out of the loss
+    A response of advantage 0 does so through a KL term, an entropy bonus, covariance control, which
+    may choose its tokens, or what ``zeros_count`` stands for. One that is masked out of the loss
     never does.
 
     Args:

@@ -18,6 +18,7 @@ from aem_lightning.rollout.packing import micro_batches, minibatches, pack
 from aem_lightning.rollout.prompt import Prompt
 from aem_lightning.rollout.rewards import RewardShaping
 from aem_lightning.rollout.slot_engine import SlotEngine
+from aem_lightning.rollout.vllm_engine import VllmEngine, VllmError
 
 __all__ = [
     "Collector",
@@ -35,6 +36,8 @@ __all__ = [
     "RolloutEngine",
     "Sampling",
     "SlotEngine",
+    "VllmEngine",
+    "VllmError",
     "action_mask",
     "anchor_states",
     "make_groups",

@@ -72,6 +72,10 @@ class AlfworldEnv:
         is_cut = self._max_steps is not None and self._steps >= self._max_steps
         return observation, reward, terminated, is_cut and not terminated, info
 
+    def counters(self) -> dict[str, int]:
+        """Hits and misses of the transitions that this process remembers, since last asked."""
+        return shared_store().take_counts() if isinstance(self._game, TransitionCache) else {}
+
     def close(self) -> None:
         """Free the game."""
         self._game.close()
