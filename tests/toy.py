@@ -96,13 +96,13 @@ class MemoryRunsOut(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.global_rank != self._rank:
             return
-        score, calls = pl_module.policy.score, []
+        hidden, calls = pl_module.policy.hidden_states, []
 
-        def failing(input_ids: Any, mask: Any, temperature: float, lengths: Any = None) -> Any:
+        def failing(input_ids: Any, mask: Any, lengths: Any) -> Any:
             if len(lengths) > 1 and torch.is_grad_enabled():
                 calls.append(lengths)
                 if len(calls) == self._after:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-            return score(input_ids, mask, temperature, lengths)
+            return hidden(input_ids, mask, lengths)
 
-        pl_module.policy.score = failing
+        pl_module.policy.hidden_states = failing

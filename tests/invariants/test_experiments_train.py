@@ -69,7 +69,7 @@ OPTIONS = (
     ("modulation=aem_shuffled",),
     ("modulation.scope=anchor_state", "anchor_similarity=0.8"),
     ("modulation.scope=trajectory", "modulation.mean=token"),
-    ("modulation.tokens=action", "prompt=alfworld_tagged", "memory=window", "max_context=1024"),
+    ("modulation.tokens=action",),
     ("advantage.statistics=step",),
     (
         "callbacks=curriculum",
