@@ -55,6 +55,7 @@ def test_the_config_of_the_quickstart_has_no_problems(quickstart):
         ("eval_temperature", -1, "a number >= 0"),
         ("max_grad_norm", "big", "a number > 0"),
         ("history_length", -1, "a whole number >= 0"),
+        ("overlap_share", 1.5, "a number from 0 to 1"),
         ("max_context", 12, "type max_context=48"),
         ("policy__warm_start__required", False, "policy=tiny"),
     ],
