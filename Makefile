@@ -1,5 +1,5 @@
 # Two commands carry a bare machine (Python 3.11 to 3.13, g++, make) to a result: `make train` and `make test`.
-# VENV, PYTHON, ARGS and LOGDIR can be given: make train VENV=/big/disk/venv ARGS="seed=1 trainer.max_epochs=3"
+# VENV, PYTHON, ARGS, RESULTS and LOGDIR can be given: make train VENV=/big/disk/venv ARGS="seed=1 trainer.max_epochs=3"
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -8,6 +8,7 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 LOGDIR ?= logs
 ARGS ?=
+RESULTS ?= $(LOGDIR)/bench
 
 # The first Python that is in range. Deferred, so that only an install pays for the search.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test lint format lint-fix type tensorboard clean
+.PHONY: help install train test bench bench-quick lint format lint-fix type tensorboard clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -44,6 +45,17 @@ train: install ## Train the quickstart on this machine's CPU: ARGS="..." adds Hy
 
 test: install ## Run the tests with coverage: ARGS="-m 'not slow'" adds pytest arguments
 	@"$(BIN)/python" -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+bench: install ## Measure us beside our peers, into RESULTS (default logs/bench): ARGS="--model 30m" is for the rollout
+	@mkdir -p "$(RESULTS)"
+	@cd benchmarks && for name in rollout update environment step; do \
+		test -f "bench_$$name.py" || continue; \
+		words=""; if [ "$$name" = rollout ]; then words='$(ARGS)'; fi; \
+		"$(abspath $(BIN))/python" "bench_$$name.py" --json "$(abspath $(RESULTS))/$$name.json" $$words || exit 1; \
+	done
+
+bench-quick: install ## Fail when a ratio to a peer is 25 % below the committed one: ARGS=--update commits
+	@cd benchmarks && "$(abspath $(BIN))/python" ratios.py $(ARGS)
 
 lint: install ## Check style and format
 	@"$(BIN)/python" -m ruff check .

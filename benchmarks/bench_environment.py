@@ -1,15 +1,15 @@
-"""Environment steps per second: the pool with its caches against the plain engine in one process.
+"""Environment steps per second: the pool with its caches against the plain engine and its batch.
 
-Both play the same actions in the same games: the pool plays first (groups of copies, random
-admissible actions or an expert with noise), then the plain engine repeats some of its episodes.
+All play the same actions in the same games. The pool plays first (groups of copies, random
+admissible actions or an expert with noise), at several numbers of slots; then the plain engine in
+one process, and textworld's asynchronous batch (one process a slot), repeat some of its episodes.
 
-    python benchmarks/bench_environment.py --difficulty easy
+    python benchmarks/bench_environment.py --difficulty easy --slots 1 8 64 256
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -17,14 +17,19 @@ import time
 from functools import partial
 from pathlib import Path
 
+from common import growth_exponent, print_table, write_json
+
 from aem_lightning.envs import EnvPool, ResetRequest
 from aem_lightning.envs.alfworld import AlfworldEnv, SearchingExpert, generate_games, list_games
+from aem_lightning.envs.alfworld.engine import _stack_engine
+
+GROUP_SIZE = 8
 
 
-def play(pool, games, args, seed):
+def play(pool, games, copies, args, seed):
     """One rollout of every group: the actions by key, the seconds in reset and in step."""
     rng = random.Random(seed)
-    keys = {f"{g}/{c}": game for g, game in enumerate(games) for c in range(args.group_size)}
+    keys = {f"{g}/{c}": game for g, game in enumerate(games) for c in range(copies)}
     experts = {key: SearchingExpert(game.params, i) for i, (key, game) in enumerate(keys.items())}
     requests = {k: ResetRequest(game.id, 0, int(k.split("/")[0])) for k, game in keys.items()}
     start = time.perf_counter()
@@ -71,49 +76,108 @@ def repeat_plain(root, games, actions, budget_s):
     }
 
 
-def main(argv=None):
+def plain_in_a_batch():
+    """The plain engine as textworld's batches want it."""
+    from textworld.envs.wrappers import Filter
+
+    return Filter(_stack_engine(cached=False))
+
+
+def batch_plain(root, games, actions, slots):
+    """Episodes of ``actions`` on textworld's asynchronous batch of plain engines, in lock-step."""
+    from textworld.envs.batch import AsyncBatchEnv
+
+    keys = list(actions)[:slots]
+    ids = [games[int(key.split("/")[0])].id for key in keys]
+    batch = AsyncBatchEnv([plain_in_a_batch] * len(keys))
+    batch.load([str(root / "json_2.1.1" / name / "game.tw-pddl") for name in ids])
+    batch.reset()
+    taken, start = 0, time.perf_counter()
+    for turn in range(max(len(actions[key]) for key in keys)):
+        # It knows no finished slot: those that are over look around.
+        batch.step([actions[k][turn] if turn < len(actions[k]) else "look" for k in keys])
+        taken += sum(turn < len(actions[key]) for key in keys)
+    seconds = time.perf_counter() - start
+    del batch  # it closes its processes when it goes, and does not bear being closed before
+    return {"slots": len(keys), "steps": taken, "steps_per_s": taken / seconds}
+
+
+def measure(root, slots, args):
+    """Figures at ``slots`` slots; the plain engine repeats episodes of the very same rollout."""
+    copies = min(GROUP_SIZE, slots)
+    groups = slots // copies
+    listed = list_games(root, "train")
+    games, others = listed[:groups], listed[groups : 2 * groups]
+    with EnvPool(partial(AlfworldEnv, root), workers=args.workers) as pool:
+        play(pool, others, copies, args, seed=1)  # starts workers and slots; those games go
+        pool.counters()
+        actions, reset_s, step_s = play(pool, games, copies, args, seed=0)
+        counted = pool.counters()
+    taken = sum(map(len, actions.values()))
+    result = {
+        "slots": slots,
+        "steps": taken,
+        "seconds": step_s + reset_s,
+        "steps_per_s": taken / step_s,
+        "episode_steps_per_s": taken / (step_s + reset_s),
+        "cache_hit_rate": counted["cache_hits"] / sum(counted.values()),
+        "plain": repeat_plain(root, games, actions, args.plain_seconds),
+    }
+    for name in ("steps_per_s", "episode_steps_per_s"):
+        result[f"{name}_ratio"] = result[name] / result["plain"][name]
+    if args.batch_slots:
+        result["batch"] = batch_plain(root, games, actions, min(slots, args.batch_slots))
+        result["batch_ratio"] = result["steps_per_s"] / result["batch"]["steps_per_s"]
+    return result
+
+
+def compare(args):
+    """One result a number of slots, on games that are generated where no folder is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = args.root or Path(folder) / "games"
+        if args.root is None:
+            sizes = {"train": max(2, 2 * max(args.slots) // GROUP_SIZE)}
+            generate_games(root, sizes=sizes, difficulty=args.difficulty, seed=0, workers=2)
+        return [measure(root, slots, args) for slots in args.slots]
+
+
+def compare_short():
+    """The shortest comparison that says something, for the regression guard."""
+    short = ["--slots", "16", "--turns", "12", "--plain-seconds", "8", "--batch-slots", "0"]
+    return compare(parsed(short))[0]
+
+
+def parsed(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--difficulty", default="easy", choices=["easy", "medium", "hard"])
-    parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--slots", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--noise", type=float, default=1.0, help="share of random actions")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--plain-seconds", type=float, default=30.0)
+    parser.add_argument(
+        "--batch-slots", type=int, default=8, help="slots of textworld's batch at most; 0: without"
+    )
     parser.add_argument("--root", type=Path, help="a folder of games; generated by default")
     parser.add_argument("--json", type=Path, help="where to write the result")
-    args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        root = args.root or Path(folder) / "games"
-        if args.root is None:
-            sizes = {"train": 2 * args.groups}
-            generate_games(root, sizes=sizes, difficulty=args.difficulty, seed=0, workers=2)
-        listed = list_games(root, "train")
-        games, others = listed[: args.groups], listed[args.groups : 2 * args.groups]
-        with EnvPool(partial(AlfworldEnv, root), workers=args.workers) as pool:
-            start = time.perf_counter()
-            play(pool, others, args, seed=1)  # starts workers and slots; the games are not reused
-            first_s = time.perf_counter() - start
-            actions, reset_s, step_s = play(pool, games, args, seed=0)
-        plain = repeat_plain(root, games, actions, args.plain_seconds)
-    taken = sum(map(len, actions.values()))
-    result = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "pool": {
-            "first_rollout_s": first_s,
-            "episodes": len(actions),
-            "steps": taken,
-            "steps_per_s": taken / step_s,
-            "episode_steps_per_s": taken / (step_s + reset_s),
-        },
-        "plain": plain,
-    }
-    for name in ("steps_per_s", "episode_steps_per_s"):
-        result[f"{name}_ratio"] = result["pool"][name] / plain[name]
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parsed(argv)
+    results = compare(args)
+    columns = ("slots", "steps", "steps/s", "hit rate", "x plain", "with resets", "x its own batch")
+    names = ("slots", "steps", "steps_per_s", "cache_hit_rate", "steps_per_s_ratio")
+    names += ("episode_steps_per_s_ratio", "batch_ratio")
+    rows = [[result.get(name, "-") for name in names] for result in results]
+    print_table(f"Environment, {args.difficulty} games, {args.workers} workers", columns, rows)
+    growth = None
+    if len(results) > 1:
+        growth = growth_exponent([r["steps"] for r in results], [r["seconds"] for r in results])
+        print_table("Growth of seconds with steps", ("exponent",), [(growth,)])
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    write_json(args.json, {"settings": settings, "results": results, "growth": growth})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

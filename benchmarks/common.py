@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 
-def write_json(path: str | Path, results: Mapping[str, Any]) -> None:
-    """Write ``results`` to ``path``, with the machine that they were measured on."""
+def write_json(path: str | Path | None, results: Mapping[str, Any]) -> None:
+    """Write ``results`` to ``path``, with the machine they were measured on; nothing without one."""
+    if path is None:
+        return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     machine = {

@@ -51,6 +51,7 @@ def undisturbed():
 def test_environments_play_between_send_and_receive(undisturbed):
     with EnvPool(ToyEnv, workers=2) as pool:
         assert pool.receive() == {}
+        pool.send({}, {})
         pool.send(_requests(1, 1))
         with pytest.raises(EnvPoolError, match=r"call receive\(\) first"):
             pool.send(actions={"0/0": "look"})

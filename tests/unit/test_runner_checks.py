@@ -57,6 +57,7 @@ def test_the_config_of_the_quickstart_has_no_problems(quickstart):
         ("history_length", -1, "a whole number >= 0"),
         ("collection_rounds", 0, "at least 1"),
         ("anchor_similarity", 0.0, "a number in (0, 1]"),
+        ("overlap_share", 1.5, "a number from 0 to 1"),
         ("max_context", 12, "type max_context=48"),
         ("iterations", 7, "type iterations=10, or iterations_per_epoch=1"),
         ("policy__warm_start__required", False, "policy=tiny"),

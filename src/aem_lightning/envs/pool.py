@@ -119,12 +119,16 @@ class EnvPool:
     ) -> None:
         """Set resets and actions going without waiting for their answers; `receive` brings them.
 
+        Without any, nothing is sent.
+
         Raises:
             EnvPoolError: As `reset` and `step` do, and when the last answers were not received.
         """
         requests, actions = requests or {}, actions or {}
         if self._sent is not None:
             raise EnvPoolError("send: the last answers are still out; call receive() first")
+        if not requests and not actions:
+            return
         if requests:
             self._start()
         self._check_playing(actions)

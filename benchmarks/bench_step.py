@@ -1,0 +1,204 @@
+"""One whole iteration, GRPO with AEM, against TRL's GRPOTrainer on the same work.
+
+The same random model, word game, group size and LoRA; one optimizer step on every episode. Ours
+plays, scores, estimates, modulates and updates; TRL does what it does in one step, without AEM. The
+second iteration is the one that counts. Our shares stand beside the paper's (arXiv 2605.00425,
+Fig. 6).
+
+    python benchmarks/bench_step.py
+    python benchmarks/bench_step.py --tasks 4 --turns 20 --model 30m --json step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from bench_rollout import LONGEST, MODELS, SHORTEST, VOCABULARY, make_model
+from common import print_table, write_json
+from trl_peer import run_trl, trl_version
+from word_world import DONE, WORDS, WordGame
+
+from aem_lightning.algorithms import AEM, GRPO, ClippedLoss
+from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.envs import TextEnv
+from aem_lightning.modules import (
+    AgentModule,
+    Lora,
+    Policy,
+    RolloutSettings,
+    UpdateSettings,
+    build_tokenizer,
+)
+from aem_lightning.rollout import Prompt, PromptEncoder, RewardShaping, SlotEngine
+from aem_lightning.types import Iteration, Task
+
+KL = 0.01  # above 0: both programs score the reference
+PAPER = {
+    "rollout": 45.9,
+    "old_logprobs": 8.2,
+    "ref_logprobs": 8.6,
+    "update": 36.0,
+    "advantage": 0.2,
+    "modulation": 1.1,
+}
+PLAIN = Prompt(
+    opening="{observation}", turn="{observation}", window="{observation}", action="plain"
+)
+
+
+class WordData(AgentDataModule):
+    """Tasks of the word game; two iterations of them."""
+
+    def __init__(self, tasks: int, turns: int) -> None:
+        super().__init__(tasks_per_iteration=tasks, iterations_per_epoch=2, workers=1)
+        self._make = partial(WordGame, turns=turns)
+
+    def tasks(self, split: str) -> list[Task]:
+        return [Task(f"{split}/{number}", "words", split) for number in range(64)]
+
+    def env_factory(self) -> Callable[[], TextEnv]:
+        return self._make
+
+
+class RaggedEncoder(PromptEncoder):
+    """A random model never says the end token: many tokens end a response, as they do for TRL."""
+
+    stops: tuple[int, ...] = ()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.stops
+
+
+class Record(L.Callback):
+    """Keeps every iteration, and what it took."""
+
+    def __init__(self) -> None:
+        self.iterations: list[Iteration] = []
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+        self.iterations.append(outputs["iteration"])
+
+
+def run_ours(options: argparse.Namespace, tokenizer: Any, stops: list[int]) -> dict[str, Any]:
+    """Our second iteration: seconds in all and by stage, sampled tokens."""
+    context = 500 + options.turns * (LONGEST + 82)
+    episodes = options.tasks * options.group_size
+    encoder = RaggedEncoder(tokenizer, PLAIN, "transcript")
+    encoder.stops = tuple(stops)
+    r = options.lora_r
+    agent = AgentModule(
+        Policy(make_model(options.model), tokenizer, Lora(r=r, alpha=2 * r)),
+        engine=SlotEngine(slots=episodes, max_length=-(-context // 128) * 128),
+        encoder=encoder,
+        rewards=RewardShaping(),
+        estimator=GRPO(),
+        modulation=AEM(),
+        loss=ClippedLoss(kl_coef=KL),
+        optimizer=partial(torch.optim.AdamW, lr=1e-5),
+        rollout=RolloutSettings(
+            group_size=options.group_size,
+            max_turns=options.turns,
+            max_new_tokens=LONGEST,
+            max_context=context,
+            concurrency=episodes,
+        ),
+        update=UpdateSettings(num_minibatches=1, micro_batch_tokens=options.micro_batch_tokens),
+    )
+    record, data = Record(), WordData(options.tasks, options.turns)
+    trainer = L.Trainer(
+        accelerator="auto",
+        devices=1,
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        callbacks=[record],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    try:
+        trainer.fit(agent, datamodule=data)
+    finally:
+        data.close()
+    done = record.iterations[-1]
+    tokens = sum(t.response_tokens for t in done.trajectories)
+    return {"step": record.seconds[-1], "seconds": dict(done.seconds), "tokens": tokens}
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Ours, and TRL's where it is installed, with the ratio per sampled token."""
+    tokenizer = build_tokenizer([*WORDS, DONE])
+    stops = [int(tokenizer.eos_token_id), *range(16, VOCABULARY, (SHORTEST + LONGEST) // 2)]
+    report: dict[str, Any] = {"ours": run_ours(options, copy.deepcopy(tokenizer), stops)}
+    if trl_version() is not None:
+        settings = {
+            "tasks": options.tasks,
+            "group_size": options.group_size,
+            "turns": options.turns,
+            "max_new_tokens": LONGEST,
+            "lr": 1e-5,
+            "lora_r": options.lora_r,
+            "kl": KL,
+        }
+        game = partial(WordGame, turns=options.turns)
+        report["trl"] = vars(run_trl(make_model(options.model), tokenizer, game, settings, stops))
+        report["trl"]["version"] = trl_version()
+        ours, peer = report["ours"], report["trl"]
+        # The programs sample other words, so their episodes differ in length: per token, then.
+        report["ratio"] = (peer["step"] / peer["tokens"]) / (ours["step"] / ours["tokens"])
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    ours = report["ours"]
+    rows = [("ours", ours["step"], ours["seconds"]["rollout"], ours["tokens"])]
+    if "trl" in report:
+        trl = report["trl"]
+        rows.append((f"trl {trl['version']}", trl["step"], trl["rollout"], trl["tokens"]))
+    else:
+        print("trl is not installed and is left out: pip install trl")
+    print_table("One iteration", ("program", "seconds", "of which rollout", "tokens"), rows)
+    if "ratio" in report:
+        print(f"  ours is {report['ratio']:.2f} times as fast, per sampled token")
+    stages = [
+        (name, ours["seconds"][name], 100 * ours["seconds"][name] / ours["step"], share)
+        for name, share in PAPER.items()
+    ]
+    print_table("Where our time goes", ("stage", "seconds", "% ours", "% paper, Fig. 6"), stages)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", type=int, default=2)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--lora-r", type=int, default=16)
+    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", help="where to write the results")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    report = compare(options)
+    show(report)
+    write_json(options.json, {"settings": vars(options)} | report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The regression guard: short benchmarks, whose ratios are compared with the committed ones.
+
+Only ratios are compared, of two programs that were measured one after the other in one process:
+they hold on another machine, seconds do not.
+
+    python benchmarks/ratios.py             # fails on a loss of more than 25 %
+    python benchmarks/ratios.py --update    # writes benchmarks/ratios.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from common import print_table, write_json
+
+COMMITTED = Path(__file__).with_name("ratios.json")
+ALLOWED_LOSS = 0.25
+
+
+def losses(
+    measured: Mapping[str, float], committed: Mapping[str, float], allowed: float = ALLOWED_LOSS
+) -> list[str]:
+    """What has become too slow, one sentence each: ratios further below the committed than allowed.
+
+    A ratio that is missing on one side is a sentence too: the guard would else guard nothing.
+    """
+    said = []
+    for name in sorted(measured.keys() | committed.keys()):
+        if name not in measured:
+            said.append(f"{name}: committed, but not measured")
+        elif name not in committed:
+            said.append(f"{name}: measured, but not committed; run with --update")
+        elif measured[name] < committed[name] * (1 - allowed):
+            loss = 1 - measured[name] / committed[name]
+            said.append(
+                f"{name}: {measured[name]:.2f}, committed {committed[name]:.2f}: "
+                f"a loss of {loss:.0%}, allowed {allowed:.0%}"
+            )
+    return said
+
+
+def measure() -> dict[str, float]:
+    """The ratios of the guard, each of a benchmark that is short enough to be run often."""
+    import bench_environment  # heavy, and not needed to compare what was measured
+    import bench_rollout
+
+    rollout = bench_rollout.compare(
+        bench_rollout.Work(episodes=8, turns=6), ("engine", "generate"), model="tiny"
+    )
+    environment = bench_environment.compare_short()
+    return {
+        "rollout_over_generate": rollout["ratios"]["generate"],
+        "environment_over_plain": environment["steps_per_s_ratio"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write the measured ratios")
+    options = parser.parse_args()
+    measured = measure()
+    if options.update:
+        write_json(COMMITTED, measured)
+        print_table("Ratios written", ("name", "ratio"), sorted(measured.items()))
+        return
+    if not COMMITTED.exists():
+        sys.exit(f"{COMMITTED} is missing: python benchmarks/ratios.py --update writes it")
+    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    rows = [(name, ratio, committed.get(name, "-")) for name, ratio in sorted(measured.items())]
+    print_table("Ratios", ("name", "measured", "committed"), rows)
+    if said := losses(measured, committed):
+        sys.exit("Slower than committed:\n  " + "\n  ".join(said))
+
+
+if __name__ == "__main__":
+    main()
