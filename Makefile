@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo '  Variables: VENV=$(VENV)  PYTHON=python3.12  ARGS="trainer.max_epochs=3"  LOGDIR=$(LOGDIR)'
+	@echo '  Variables: VENV=$(VENV)  PYTHON=python3.12  ARGS="iterations=10"  LOGDIR=$(LOGDIR)'
 
 install: $(STAMP) ## Create the virtual environment and install the pinned packages into it
 
@@ -49,7 +49,6 @@ test: install ## Run the tests with coverage: ARGS="-m 'not slow'" adds pytest a
 bench: install ## Measure us beside our peers, into RESULTS (default logs/bench): ARGS="--model 30m" is for the rollout
 	@mkdir -p "$(RESULTS)"
 	@cd benchmarks && for name in rollout update environment step; do \
-		test -f "bench_$$name.py" || continue; \
 		words=""; if [ "$$name" = rollout ]; then words='$(ARGS)'; fi; \
 		"$(abspath $(BIN))/python" "bench_$$name.py" --json "$(abspath $(RESULTS))/$$name.json" $$words || exit 1; \
 	done

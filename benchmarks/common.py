@@ -15,7 +15,7 @@ from rich.table import Table
 
 
 def write_json(path: str | Path | None, results: Mapping[str, Any]) -> None:
-    """Write ``results`` to ``path``, with the machine they were measured on; nothing without one."""
+    """Write ``results`` and the machine they were measured on to ``path``; ``None`` is nowhere."""
     if path is None:
         return
     target = Path(path)

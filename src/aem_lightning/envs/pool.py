@@ -137,8 +137,7 @@ class EnvPool:
             taken = {e.slot for e in self._episodes.values() if e.worker == worker}
             slot = next(i for i in range(len(taken) + 1) if i not in taken)
             self._episodes[key] = PooledEpisode(key, requests[key], worker, slot)
-        going = {**dict.fromkeys(requests), **actions}
-        self._sent = self._dispatch(going) if going else None
+        self._sent = self._dispatch({**dict.fromkeys(requests), **actions})
 
     def receive(self) -> dict[str, EnvStep]:
         """Wait for the answers to the last `send`; empty without one.
