@@ -1,5 +1,5 @@
 # Two commands carry a bare machine (Python 3.11 to 3.13, g++, make) to a result: `make train` and `make test`.
-# VENV, PYTHON, ARGS, RESULTS and LOGDIR can be given: make train VENV=/big/disk/venv ARGS="seed=1 trainer.max_epochs=3"
+# VENV, PYTHON, ARGS, RESULTS and LOGDIR can be given: make train VENV=/big/disk/venv ARGS="seed=1 iterations=10"
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

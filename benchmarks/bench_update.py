@@ -35,9 +35,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from aem_lightning.algorithms import ClippedLoss
 from aem_lightning.functional import token_logprob_entropy
 from aem_lightning.modules import Lora, Policy
+from aem_lightning.modules.batching import trained_units
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.scoring import Objective
-from aem_lightning.modules.update import accumulate_gradients, trained_tokens
+from aem_lightning.modules.update import accumulate_gradients
 from aem_lightning.rollout import pack
 from aem_lightning.types import RolloutBatch, Task, Trajectory, Turn
 
@@ -235,8 +236,8 @@ def update(policy: Policy, batch: RolloutBatch, *, packed: bool) -> None:
     objective = Objective(policy, batch, advantages, loss, 1.0, on_policy=True, packed=packed)
     budget = TokenBudget(8192, packed=packed)
     micro = budget.cut(range(len(batch.row_length)), batch.row_length)
-    tokens = trained_tokens(batch).sum()
-    accumulate_gradients(objective, micro, tokens, lambda name, value: None)
+    units = trained_units(batch, "token").sum()
+    accumulate_gradients(objective, micro, units, lambda name, value: None)
 
 
 def time_update(
