@@ -64,12 +64,12 @@ def main() -> None:
     options = parser.parse_args()
     measured = measure()
     if options.update:
-        write_json(COMMITTED, measured)
+        write_json(COMMITTED, {"ratios": measured})
         print_table("Ratios written", ("name", "ratio"), sorted(measured.items()))
         return
     if not COMMITTED.exists():
         sys.exit(f"{COMMITTED} is missing: python benchmarks/ratios.py --update writes it")
-    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))["ratios"]
     rows = [(name, ratio, committed.get(name, "-")) for name, ratio in sorted(measured.items())]
     print_table("Ratios", ("name", "measured", "committed"), rows)
     if said := losses(measured, committed):

@@ -57,7 +57,7 @@ def test_the_guard_passes_on_what_it_wrote_and_fails_on_a_loss(monkeypatch, tmp_
     with pytest.raises(SystemExit, match="--update"):
         run_guard(monkeypatch, tmp_path, {"rollout": 4.0})
     run_guard(monkeypatch, tmp_path, {"rollout": 4.0}, "--update")
-    assert json.loads((tmp_path / "ratios.json").read_text()) == {"rollout": 4.0}
+    assert json.loads((tmp_path / "ratios.json").read_text())["ratios"] == {"rollout": 4.0}
     run_guard(monkeypatch, tmp_path, {"rollout": 3.5})
     with pytest.raises(SystemExit, match="Slower than committed"):
         run_guard(monkeypatch, tmp_path, {"rollout": 2.0})
