@@ -44,7 +44,7 @@ train: install ## Train the quickstart on this machine's CPU: ARGS="..." adds Hy
 	@"$(BIN)/python" train.py experiment=quickstart $(ARGS)
 
 test: install ## Run the tests with coverage: ARGS="-m 'not slow'" adds pytest arguments
-	@"$(BIN)/python" -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest --cov --cov-report=term:skip-covered $(ARGS)
 
 bench: install ## Measure us beside our peers, into RESULTS (default logs/bench): ARGS="--model 30m" is for the rollout
 	@mkdir -p "$(RESULTS)"
