@@ -103,3 +103,25 @@ def test_the_first_update_is_not_the_policy_gradient_of_the_batch(name):
     batch.old_logprobs[mask] = logprobs.detach()
     found = gradient(policy, [batch], 4, LOSSES[name])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("critic", [None, PPO()])
+def test_a_rank_without_rows_logs_other_names(name, critic):
+    policy, batch = make_policy(awake=True), pack(make_trajectories())
+    if critic is not None:
+        policy.add_value_head()
+        fill_values(policy, batch, critic, TokenBudget(10_000, packed=True))
+    objective = Objective(
+        policy,
+        batch,
+        torch.ones(batch.num_responses),
+        LOSSES[name],
+        1.0,
+        on_policy=False,
+        packed=True,
+        critic=critic,
+    )
+    none = objective.no_stats()
+    assert list(none) == list(objective([0, 1]).stats)
+    assert not any(value.any() for value in none.values())
