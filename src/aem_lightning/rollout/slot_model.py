@@ -50,7 +50,12 @@ class SlotModel:
         self.device: torch.device = weight.device
         autocast = torch.is_autocast_enabled(weight.device.type)
         self._kind = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        self._index = torch.arange(max_length, device=self.device)
+        # The mask's row of a query at position p begins max_length - 1 - p further on: p + 1 zeros
+        # (what it sees), then -inf.
+        band = torch.zeros(2 * max_length, dtype=self._kind, device=self.device)
+        band[max_length:] = -torch.inf
+        self._band = band
+        self._shared = _query_heads_per_key(base.config)
         self._addresses = [parameter.data_ptr() for parameter in causal_lm.parameters()]
         self.graphs: DecodeGraphs | None = None
 
@@ -129,9 +134,13 @@ class SlotModel:
 
     def _run(self, ids: Tensor, positions: Tensor, last: Tensor, read: int) -> Tensor:
         """Logits after position ``last`` [b] of every row of ``ids`` [b, q]."""
+        # As it is added to the scores, with a row for every folded query (`_slot_attention`). Made
+        # of True and False, or without the fold, it would be made anew in every layer.
+        queries = positions.clamp(max=self._max_length - 1).repeat(1, self._shared)
+        mask = self._band.unfold(0, read, 1)[self._max_length - 1 - queries]
         hidden = self._body(
             input_ids=ids,
-            attention_mask=(self._index[:read] <= positions[:, :, None])[:, None],
+            attention_mask=mask[:, None],
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
@@ -178,6 +187,14 @@ def _check_config(config: Any) -> None:
             )
 
 
+def _query_heads_per_key(config: Any) -> int:
+    """How many query heads share a key-value head, the same in every layer."""
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if not isinstance(keys, int):
+        raise ValueError(f"engine=hf wants as many key-value heads in every layer, got {keys}")
+    return int(config.num_attention_heads) // keys
+
+
 def _register_attention() -> None:
     from transformers import AttentionInterface  # heavy: only where a model is there anyway
 
@@ -206,6 +223,7 @@ def _slot_attention(
     batch, heads, width, size = query.shape
     shared = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], shared * width, size)
-    mask = attention_mask.repeat(1, 1, shared, 1) if shared > 1 else attention_mask
-    attended = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    attended = scaled_dot_product_attention(
+        folded, key, value, attn_mask=attention_mask.to(query.dtype), scale=scaling
+    )
     return attended.reshape(batch, heads, width, size).transpose(1, 2), None
