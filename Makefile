@@ -56,7 +56,7 @@ bench: install ## Measure us beside our peers, into RESULTS (default logs/bench)
 	@cd benchmarks && for name in rollout update environment webshop step; do \
 		words=""; if [ "$$name" = rollout ]; then words='$(ARGS)'; fi; \
 		"$(abspath $(BIN))/python" "bench_$$name.py" --json "$(abspath $(RESULTS))/$$name.json" $$words || exit 1; \
-	done; "$(abspath $(BIN))/python" bench_update.py --tokens 4096 --vocabularies 152000 --hidden 896 --chunk 512 \
+	done; "$(abspath $(BIN))/python" bench_update.py --tokens 4096 --vocabularies 152000 \
 		--turns 10 --growth-turns --growth-episodes --json "$(abspath $(RESULTS))/update_headline.json" || exit 1; \
 	"$(abspath $(BIN))/python" report.py "$(abspath $(RESULTS))"/*.json > "$(abspath $(RESULTS))/report.md"
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from bench_rollout import LONGEST, MODELS, SHORTEST, VOCABULARY, make_model
-from common import print_table, write_json
+from common import growth_exponent, print_growth, print_table, write_json
+from players import LONGEST, MODELS, SHORTEST, make_model, stop_ids
 from trl_peer import run_trl, trl_version
 from word_world import DONE, WORDS, WordGame
 
@@ -177,7 +177,7 @@ def time_modulation(ours: dict[str, Any]) -> dict[str, float]:
 def compare_once(options: argparse.Namespace) -> dict[str, Any]:
     """Ours, and TRL's where it is installed, with the ratio per sampled token."""
     tokenizer = build_tokenizer([*WORDS, DONE])
-    stops = [int(tokenizer.eos_token_id), *range(16, VOCABULARY, (SHORTEST + LONGEST) // 2)]
+    stops = stop_ids(tokenizer)
     report: dict[str, Any] = {"ours": run_ours(options, copy.deepcopy(tokenizer), stops)}
     if trl_version() is not None:
         settings = {
@@ -196,6 +196,26 @@ def compare_once(options: argparse.Namespace) -> dict[str, Any]:
         # The programs sample other words, so their episodes differ in length: per token, then.
         report["ratio"] = (peer["step"] / peer["tokens"]) / (ours["step"] / ours["tokens"])
     return report
+
+
+def growth(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of our iteration as tasks and turns double, and their exponents over the tokens."""
+    tokenizer = build_tokenizer([*WORDS, DONE])
+    costs: dict[str, list[dict[str, Any]]] = {}
+    exponents = {}
+    for name in ("tasks", "turns"):
+        costs[name] = []
+        for factor in options.growth:
+            size = {name: factor * getattr(options, name)}
+            sized = argparse.Namespace(**{**vars(options), **size})
+            ours = run_ours(sized, copy.deepcopy(tokenizer), stop_ids(tokenizer))
+            costs[name].append(size | ours)
+        sizes = [entry["tokens"] for entry in costs[name]]
+        exponents[name] = growth_exponent(sizes, [entry["step"] for entry in costs[name]])
+        for stage in ("rollout", "update"):
+            seconds = [entry["seconds"][stage] for entry in costs[name]]
+            exponents[f"{name}, of which {stage}"] = growth_exponent(sizes, seconds)
+    return {"costs": costs, "exponents": exponents}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -223,6 +243,8 @@ def show(report: dict[str, Any]) -> None:
         ("of", "milliseconds", "step, seconds", "% of the step (at most 0.1)"),
         [("AEM", 1000 * aem["seconds"], aem["step"], aem["percent"])],
     )
+    if "growth" in report:
+        print_growth("Growth of our seconds, over sampled tokens", report["growth"]["exponents"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -234,11 +256,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3, help="the median ratio counts")
+    parser.add_argument(
+        "--growth", type=int, nargs="*", default=[1, 2, 4], help="times the tasks, times the turns"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="where to write the results")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     report = compare(options)
+    if len(options.growth) > 1:
+        report["growth"] = growth(options)
     show(report)
     write_json(options.json, {"settings": vars(options)} | report)
 

@@ -14,7 +14,7 @@
 Seconds are CPU seconds on a CPU, which shared cores disturb less, and wall seconds on a GPU.
 
     python benchmarks/bench_update.py --json update.json
-    python benchmarks/bench_update.py --full            # 1k to 16k tokens, hidden size 896
+    python benchmarks/bench_update.py --full            # 1k to 16k response tokens
     python benchmarks/bench_update.py --device cuda --dtype bfloat16 --full
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import growth_exponent, print_growth, print_table, write_json
+from common import growth_exponent, operations, print_growth, print_table, write_json
 from meter import Meter, free_memory
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -43,7 +43,7 @@ from aem_lightning.modules.update import accumulate_gradients
 from aem_lightning.rollout import pack
 from aem_lightning.types import RolloutBatch, Task, Trajectory, Turn
 
-SHORT = 80_000_000  # logits of a case, where --full or --tokens do not ask for more
+SHORT = 160_000_000  # logits of a case, where --full or --tokens do not ask for more
 VOCABULARIES = [9_500, 19_000, 32_000, 76_000, 152_000]
 FUSE_BELOW = 0.6  # of the floor: a fused kernel is worth writing
 TINY = Qwen2Config(  # the quickstart's policy
@@ -242,7 +242,9 @@ def bench_growth(options: argparse.Namespace) -> list[dict[str, Any]]:
         for size in sizes:
             turns, count = (size, 4) if kind == "transcript" else (10, size)
             played = [episode(turns, seed, "transcript") for seed in range(count)]
-            results.append({"rows_as": kind, "turns": turns, **time_update(policy, played, device)})
+            work = sum(operations(policy.causal_lm, len(one.rows[0])) for one in played)
+            cost = time_update(policy, played, device)
+            results.append({"rows_as": kind, "turns": turns, "operations": work, **cost})
     return results
 
 
@@ -309,7 +311,9 @@ def growth(heads: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str,
     widest = max(entry["vocabulary"] for entry in ours)
     most = max(entry["tokens"] for entry in ours if entry["vocabulary"] == widest)
     fit("vocabulary", [entry for entry in ours if entry["tokens"] == most], "vocabulary")
-    fit("turns", [entry for entry in rows if entry["rows_as"] == "transcript"], "turns")
+    turns = [entry for entry in rows if entry["rows_as"] == "transcript"]
+    fit("turns", turns, "turns")
+    fit("operations_of_turns", turns, "operations")
     fit("episodes", [entry for entry in rows if entry["rows_as"] == "episodes"], "rows")
     return found
 
@@ -322,11 +326,11 @@ def compare_short() -> dict[str, float]:
 
 def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="1k to 16k tokens, hidden size 896")
+    parser.add_argument("--full", action="store_true", help="1k to 16k tokens, longer rows")
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
-    parser.add_argument("--hidden", type=int)
-    parser.add_argument("--chunk", type=int, help="of ours; training has 512")
+    parser.add_argument("--hidden", type=int, default=896, help="size of a hidden state")
+    parser.add_argument("--chunk", type=int, default=512, help="of ours; training has 512")
     parser.add_argument("--turns", type=int, nargs="+", default=[10, 30, 50])
     parser.add_argument("--episodes", type=int)
     parser.add_argument("--growth-turns", type=int, nargs="*", default=[5, 10, 20, 40, 80])
@@ -340,9 +344,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     options.tokens = options.tokens or (
         [1024, 2048, 4096, 8192, 16384] if options.full else [256, 512, 1024, 2048, 4096]
     )
-    options.hidden = options.hidden or (896 if options.full else 64)
     options.episodes = options.episodes or (8 if options.full else 1)
-    options.chunk = options.chunk or (512 if options.full else 128)
     return options
 
 

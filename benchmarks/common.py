@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 GROWTH_LIMIT = 1.1  # 1 is linear; the rest is for noise
 
@@ -44,6 +45,19 @@ def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return slope / sum((a - mean_x) ** 2 for a in x)
+
+
+def operations(model: PreTrainedModel, tokens: int, before: int = 0) -> float:
+    """Floating-point operations of a forward pass over ``tokens`` that follow ``before`` others.
+
+    Two a weight and token, and four a layer, channel and pair of a token with one that it sees
+    (arXiv 2204.02311, appendix B): of a long sequence, the second part grows with its square.
+    """
+    shape = model.config
+    pairs = tokens * before + tokens * tokens / 2
+    return 2.0 * model.num_parameters() * tokens + (
+        4.0 * shape.num_hidden_layers * shape.hidden_size * pairs
+    )
 
 
 def print_growth(title: str, exponents: Mapping[str, float]) -> bool:
