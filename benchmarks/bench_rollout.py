@@ -125,7 +125,10 @@ def compare(
         elif results.get("generate", {}).get("played", 1.0) == 1.0:
             results[name] = measure_trl(network, work)
     best = results["engine"]["tokens_per_second"]
-    ratios = {name: best / result["tokens_per_second"] for name, result in results.items()}
+    ratios = {
+        name: best / result["tokens_per_second"] if result["tokens"] else None
+        for name, result in results.items()
+    }
     return {"work": asdict(work), "model": model, "results": results, "ratios": ratios}
 
 
