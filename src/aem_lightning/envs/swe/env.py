@@ -324,9 +324,8 @@ class _Engine:
         if changed.code or changed.truncated:
             return Grade(report="the change is too large, or git cannot print it")
         wall_s = self._settings.grade_s
-        limits = replace(
-            self._settings.limits, wall_s=wall_s, cpu_s=int(wall_s), output_bytes=OUTPUT_BYTES
-        )
+        limits = self._settings.limits.ended_by_the_clock(wall_s)
+        limits = replace(limits, output_bytes=OUTPUT_BYTES)
         spec = self._spec(limits)
         if self._instance.expected:
             return grade_expected(self._sandbox, self._instance, changed.output, spec)

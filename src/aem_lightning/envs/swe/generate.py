@@ -189,8 +189,7 @@ def try_candidate(sandbox: Sandbox, candidate: Candidate) -> Tried:
 
 def _statuses(sandbox: Sandbox, files: Mapping[str, str]) -> dict[str, str] | None:
     """What the tests say; None where they do not end."""
-    limits = Limits(wall_s=TRIAL_S, cpu_s=int(TRIAL_S))
-    session = sandbox.open(SessionSpec(limits=limits))
+    session = sandbox.open(SessionSpec(limits=Limits().ended_by_the_clock(TRIAL_S)))
     try:
         done = session.put_tar(tar_of({path: text.encode() for path, text in files.items()}))
         if done.code == 0:

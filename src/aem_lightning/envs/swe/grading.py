@@ -98,9 +98,7 @@ def grade(
     refused = refusal(instance, tampering(diff))
     if refused is not None:
         return refused
-    # The clock ends an endless loop and says so; a processor limit as short would race it.
-    limits = Limits(wall_s=wall_s, cpu_s=int(wall_s) + 1)
-    session = sandbox.open(spec or SessionSpec(limits=limits))
+    session = sandbox.open(spec or SessionSpec(limits=Limits().ended_by_the_clock(wall_s)))
     try:
         graded = without_tests(diff, instance.test_patch)
         return _graded(session, instance, base, graded, wall_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Protocol, runtime_checkable
 
@@ -33,6 +33,13 @@ class Limits:
     file_bytes: int = 64 << 20
     disk_bytes: int = 256 << 20
     output_bytes: int = 64_000
+
+    def ended_by_the_clock(self, wall_s: float) -> Limits:
+        """These with ``wall_s``, and a processor limit that an endless loop does not reach first.
+
+        The clock says that it ended a command; a processor limit as short would race it.
+        """
+        return replace(self, wall_s=wall_s, cpu_s=int(wall_s) + 1)
 
 
 class Level(IntEnum):
