@@ -54,9 +54,12 @@ def test_static_steps_score_as_teacher_forcing_and_sample_the_same(policy):
 
 def test_graphs_outlive_a_sync_unless_the_weights_have_moved(policy):
     engine = with_graphs(make_engine(policy), DecodeGraphs(8, 255, capture))
-    graphs = engine._model.graphs
+    graphs, read = engine._model.graphs, (engine._model.cache, engine._model._band)
     engine.sync(policy, 2)
     assert engine._model.graphs is graphs
+    # What is captured reads these where they are: freed, they would be other tensors' memory.
+    assert engine._model.cache is read[0]
+    assert engine._model._band is read[1]
     weight = policy.causal_lm.lm_head.weight
     kept = weight.data
     weight.data = kept.clone()

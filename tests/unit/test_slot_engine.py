@@ -403,6 +403,13 @@ def test_a_rollout_inside_autocast_does_not_take_the_gradient_from_a_later_train
         assert torch.equal(gradient, gradients[1][name])
 
 
+def test_a_model_whose_layers_share_keys_differently_is_refused():
+    model = make_model()
+    model.config.__dict__["num_key_value_heads"] = [1, 2]
+    with pytest.raises(ValueError, match=r"as many key-value heads in every layer, got \[1, 2\]"):
+        make_engine(SimpleNamespace(causal_lm=model))
+
+
 def test_logits_that_are_not_finite_stop_the_run():
     model = make_model()
     with torch.no_grad():

@@ -62,8 +62,8 @@ class SlotModel:
     def inherit(self, earlier: SlotModel) -> None:
         """Take over the cache of an earlier model, and its graphs, as far as they fit this one.
 
-        The block of keys and values is big; it stays. Graphs hold addresses: those of the cache,
-        and those of the weights, which an optimizer changes in place.
+        The block of keys and values is big; it stays. Graphs hold addresses: those of the cache, of
+        the band of masks, and of the weights, which an optimizer changes in place.
         """
         if self.causal_lm is not earlier.causal_lm or self.device != earlier.device:
             return
@@ -71,6 +71,7 @@ class SlotModel:
             self.cache = earlier.cache
             if self._addresses == earlier._addresses and earlier.graphs is not None:
                 self.graphs = earlier.graphs
+                self._band = earlier._band
 
     @contextmanager
     def sampling_mode(self) -> Iterator[None]:
