@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -28,11 +30,13 @@ MENDABLE = (
     FileNotFoundError,
     ImportError,
     MemoryError,
+    PermissionError,
     EndpointError,
     EnvContractError,
     HydraException,
 )
 API = "policy=api"
+NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 @contextlib.contextmanager
@@ -43,14 +47,48 @@ def clear_errors() -> Iterator[None]:
     """
     try:
         yield
-    except MENDABLE as error:
-        cause = error
-        while isinstance(cause, HydraException) and isinstance(cause.__cause__, MENDABLE):
-            cause = cause.__cause__  # hydra wraps what a constructor raised
-        where = Path(HydraConfig.get().runtime.output_dir) / "error.log"
-        where.write_text(traceback.format_exc(), encoding="utf-8")
-        log.error("%s\n(traceback: %s)", cause, where)
+    except Exception as error:
+        message = _mendable(error)
+        if message is None:
+            raise
+        log.error("%s\n(%s)", message, _keep_traceback())
         sys.exit(1)
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to tell a person who can mend the cause of ``error``; ``None`` where nobody can."""
+    if _is_full_disk(error):
+        return (
+            f"The disk is full: {error}. Free some room, or write to another disk: type "
+            "paths.root_dir=/other/disk. ckpt_path=last continues from the last completed epoch."
+        )
+    cause: BaseException = error
+    while isinstance(cause, HydraException) and isinstance(cause.__cause__, MENDABLE):
+        cause = cause.__cause__  # hydra wraps what a constructor raised
+    return str(cause) if isinstance(cause, MENDABLE) else None
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether ``error``, or what led to it, is a write that found no room.
+
+    Told by its words: libraries that write through C++ or Rust raise errors of their own.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if any(words in str(found) for words in NO_ROOM):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def _keep_traceback() -> str:
+    """Write the traceback under way to ``error.log``; says where, or why not."""
+    where = Path(HydraConfig.get().runtime.output_dir) / "error.log"
+    try:
+        where.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError as error:  # the disk is full, as may be what is being reported
+        return f"no traceback: {error}"
+    return f"traceback: {where}"
 
 
 def accept_plus(arguments: Sequence[str]) -> list[str]:
