@@ -66,6 +66,30 @@ def test_a_group_of_one_is_trained_on(train: Run, toy: list[str]) -> None:
     assert_clear(ended, "group_size=1 is too small for GRPO", "at least 2", "Type group_size=8")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("group_size=1", "Type group_size=8"),
+        ("optimizer.lr=-1", "Given: optimizer.lr=-1"),
+        ("modulation.min_range=-1", "modulation.min_range=-1"),
+        ("rewards.success=nan", "rewards.success=nan"),
+    ],
+)
+def test_a_wrong_value_is_told_after_the_minutes_of_a_warm_start(
+    train: Run, tmp_path: Path, wrong: str, told: str
+) -> None:
+    ended = train(*toy_overrides(tmp_path), wrong)
+    assert_clear(ended, told)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_diverged_warm_start_is_kept_for_the_next_run(train: Run, tmp_path: Path) -> None:
+    few = ("policy.warm_start.demonstrations=8", "policy.warm_start.epochs=4")
+    ended = train(*toy_overrides(tmp_path), *few, "policy.warm_start.lr=1e30")
+    assert_clear(ended, "loss of the warm start is nan", "a lower policy.warm_start.lr=")
+    assert not list(tmp_path.glob("data/warm_start/*"))
+
+
 def test_a_prompt_that_does_not_fit_is_cut(train: Run, toy: list[str]) -> None:
     ended = train(*toy, "max_context=14")
     assert_clear(ended, "tokens; with max_new_tokens=6", "max_context=14", "Type max_context=")

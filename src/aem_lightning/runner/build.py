@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from aem_lightning.algorithms import check_group_size
 from aem_lightning.callbacks import Profile
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import (
@@ -47,6 +48,29 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def check_parts(cfg: DictConfig) -> None:
+    """Make the parts that cost nothing, and let them go: a wrong value in them shows at once.
+
+    That is before games are generated, a model is loaded or a warm start is run, which takes
+    minutes.
+
+    Raises:
+        ValueError: As the part's own.
+    """
+    check_group_size(cfg.group_size, instantiate(cfg.advantage))
+    for part in (cfg.modulation, cfg.loss, cfg.rewards):
+        instantiate(part)
+    try:
+        optimizer = instantiate(cfg.optimizer)([torch.zeros(1, requires_grad=True)])
+    except ValueError as error:
+        given = ", ".join(
+            f"optimizer.{name}={value}" for name, value in cfg.optimizer.items() if name[0] != "_"
+        )
+        raise ValueError(f"{error}. Given: {given}") from error
+    if cfg.scheduler:
+        instantiate(cfg.scheduler)(optimizer)
 
 
 def build_datamodule(cfg: DictConfig) -> AgentDataModule:

@@ -17,6 +17,7 @@ from aem_lightning.runner.build import (
     build_datamodule,
     build_policy,
     build_trainer,
+    check_parts,
     warm_start,
 )
 from aem_lightning.runner.check import check
@@ -33,6 +34,8 @@ BEFORE = "success_before.json"
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run ``cfg``; returns what ``summary.json`` holds."""
     check_config(cfg)
+    if cfg.stage == "train":
+        check_parts(cfg)
     checkpoint = find_checkpoint(cfg, cfg.name)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     clock = StageClock()
