@@ -49,6 +49,19 @@ def test_an_unknown_option_is_not_explained(train: Run, toy: list[str]) -> None:
     assert_clear(train("experiment=quickstrat"), "experiment=quickstrat", "quickstart")
 
 
+def test_an_unknown_key_of_a_file_is_ignored(train: Run, toy: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "own" / "experiment"
+    folder.mkdir(parents=True)
+    defaults = "# @package _global_\ndefaults:\n  - quickstart\n"
+    (folder / "mine.yaml").write_text(f"{defaults}group_sise: 2\n", encoding="utf-8")
+    search = next(i for i, word in enumerate(toy) if word.startswith("hydra.searchpath="))
+    toy[search] = toy[search].replace("[", f"[file://{folder.parent},")
+    toy[0] = "experiment=mine"
+    assert_clear(train(*toy), "group_sise: a file of this config", "Did you mean group_size?")
+    (folder / "mine.yaml").write_text(f"{defaults}group_size: 2\n", encoding="utf-8")
+    assert train(*toy).status == train(*toy, "+mine.own=1").status == 0
+
+
 def test_config_problems_are_told_one_at_a_time(train: Run, toy: list[str]) -> None:
     ended = train(*toy, "memory=foo", "tasks_per_iteration=0", "temperature=0", "stage=x")
     assert_clear(
@@ -73,6 +86,11 @@ def test_a_group_of_one_is_trained_on(train: Run, toy: list[str]) -> None:
         ("optimizer.lr=-1", "Given: optimizer.lr=-1"),
         ("modulation.min_range=-1", "modulation.min_range=-1"),
         ("rewards.success=nan", "rewards.success=nan"),
+        ("+policy.lora.rank=4", "policy.lora.rank: there is no such key. Allowed: r, alpha"),
+        ("+policy.warm_start.epoch=4", "policy.warm_start.epoch: there is no such key."),
+        ("+policy.architecture.width=4", "policy.architecture.width: there is no such key."),
+        ("policy.dtype=float31", "policy.dtype='float31' is unknown; allowed: float32, bfloat16"),
+        ("policy.chat_template=/no/such.jinja", "policy.chat_template=/no/such.jinja: there is no"),
     ],
 )
 def test_a_wrong_value_is_told_after_the_minutes_of_a_warm_start(

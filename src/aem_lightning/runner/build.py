@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 import lightning as L
@@ -25,6 +25,8 @@ from aem_lightning.modules import (
     Policy,
     RolloutSettings,
     UpdateSettings,
+    check_dtype,
+    read_template,
 )
 from aem_lightning.rollout import PromptEncoder
 from aem_lightning.runner.warm_start import (
@@ -36,6 +38,8 @@ from aem_lightning.runner.warm_start import (
 )
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T", Architecture, Lora, WarmStartSettings)
 
 
 def instantiate(node: Any, **extra: Any) -> Any:
@@ -50,6 +54,20 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def settings_from(kind: type[T], node: DictConfig, where: str) -> T:
+    """The config ``node``, which stands at ``where``, as our own settings.
+
+    Raises:
+        ValueError: The node has a key that the settings lack.
+    """
+    given = plain(node)
+    known = [field.name for field in fields(kind)]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{where}.{name}: there is no such key. Allowed: {', '.join(known)}.")
+    return kind(**given)
+
+
 def check_parts(cfg: DictConfig) -> None:
     """Make the parts that cost nothing, and let them go: a wrong value in them shows at once.
 
@@ -62,6 +80,13 @@ def check_parts(cfg: DictConfig) -> None:
     check_group_size(cfg.group_size, instantiate(cfg.advantage))
     for part in (cfg.modulation, cfg.loss, cfg.rewards):
         instantiate(part)
+    settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
+    lora_of(cfg)
+    if cfg.policy.get("architecture") is not None:
+        settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
+    check_dtype(cfg.policy.dtype)
+    if cfg.policy.chat_template is not None:
+        read_template(cfg.policy.chat_template)
     try:
         optimizer = instantiate(cfg.optimizer)([torch.zeros(1, requires_grad=True)])
     except ValueError as error:
@@ -99,7 +124,12 @@ def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, 
     with torch.random.fork_rng(devices=[]):
         # New adapters depend on the seed alone: not on what a warm start has drawn before.
         torch.manual_seed(cfg.seed)
-        return load_policy(cfg, model, lora=Lora(**plain(cfg.policy.lora))), start
+        return load_policy(cfg, model, lora=lora_of(cfg)), start
+
+
+def lora_of(cfg: DictConfig) -> Lora:
+    """The settings of the adapters."""
+    return settings_from(Lora, cfg.policy.lora, "policy.lora")
 
 
 def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
@@ -110,7 +140,7 @@ def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
 
 def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     """The model folder that the supervised stage leaves, keyed by everything that it depends on."""
-    settings = WarmStartSettings(**plain(cfg.policy.warm_start))
+    settings = settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
     limits = {key: cfg[key] for key in ("max_context", "max_new_tokens")}
     limits["max_turns"] = settings.max_turns or cfg.max_turns
     policy_config = plain(cfg.policy)
@@ -126,9 +156,10 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     name = f"{type(datamodule).__name__.lower()}_{key}"
     folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / name
     if cfg.policy.model is None:
-        base = tiny_base(datamodule, Architecture(**plain(cfg.policy.architecture)), settings.seed)
+        architecture = settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
+        base = tiny_base(datamodule, architecture, settings.seed)
     else:
-        base = load_policy(cfg, cfg.policy.model, lora=Lora(**plain(cfg.policy.lora)))
+        base = load_policy(cfg, cfg.policy.model, lora=lora_of(cfg))
     trainer = {
         "accelerator": cfg.trainer.accelerator,
         "devices": 1,

@@ -16,7 +16,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.envs import EnvContractError
 from aem_lightning.rollout import EndpointError
@@ -111,7 +111,9 @@ def check_overrides(
         return  # --help, --multirun and the like are Hydra's own affair
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         try:
-            compose(config_name, overrides=list(arguments), return_hydra_config=True)
+            composed = compose(config_name, overrides=list(arguments), return_hydra_config=True)
+            if config_name == "train" and (stray := _stray_key(composed, arguments)):
+                sys.exit(stray)
         except MissingConfigException as error:
             sys.exit(_unknown_option(error, arguments))
         except ConfigCompositionException as error:
@@ -156,6 +158,21 @@ def _unknown_key(
             all_keys = f"All keys: {command or f'python {config_name}.py'} --cfg job"
             return f"{argument}: the config has no such key. {hint}{all_keys}"
     return message
+
+
+def _stray_key(composed: DictConfig, arguments: Sequence[str]) -> str | None:
+    """What to say of a key that no option reads: in a file, Hydra takes any.
+
+    One that was added with a plus was meant.
+    """
+    known = [str(key) for key in compose("train")]
+    added = [argument.lstrip("+").split("=")[0].split(".")[0] for argument in arguments]
+    for key in map(str, composed):
+        if key not in known and key != "hydra" and key not in added:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"Did you mean {' or '.join(close)}?" if close else "Remove it."
+            return f"{key}: a file of this config sets it, and nothing reads such a key. {hint}"
+    return None
 
 
 def _keys_of(config_name: str, groups: Sequence[str]) -> list[str]:
