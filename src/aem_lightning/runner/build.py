@@ -196,8 +196,22 @@ def warm_start_data(cfg: DictConfig) -> dict[str, Any]:
     return {name: value for name, value in plain(cfg.datamodule).items() if name not in unrelated}
 
 
+def warn_of_window(policy: Policy, max_context: int) -> None:
+    """Say so where prompts may grow longer than the model was made for."""
+    window = getattr(policy.causal_lm.config, "max_position_embeddings", None)
+    if window is not None and max_context > window:
+        log.warning(
+            "max_context=%d is more than the model's window of %d tokens: what lies beyond it is "
+            "read badly. Type max_context=%d",
+            max_context,
+            window,
+            window,
+        )
+
+
 def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) -> AgentModule:
     """The LightningModule of the run."""
+    warn_of_window(policy, cfg.max_context)
     agent = AgentModule(
         policy,
         engine=instantiate(cfg.engine),
