@@ -149,6 +149,18 @@ def test_a_missing_checkpoint_starts_a_new_run(train: Run, toy: list[str]) -> No
     assert_clear(ended, "ckpt_path=last", "has a checkpoint yet")
 
 
+def test_a_broken_checkpoint_is_told_late(train: Run, toy: list[str], tmp_path: Path) -> None:
+    assert train(*toy).status == 0
+    (whole,) = tmp_path.glob("logs/*/*/checkpoints/last.ckpt")
+    half, foreign, other = (tmp_path / name for name in ("half.ckpt", "text.ckpt", "other.ckpt"))
+    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    foreign.write_text("not a checkpoint")
+    torch.save({"state_dict": {}}, other)
+    for path in (half, foreign, other):
+        assert_clear(train(*toy, f"ckpt_path={path}"), str(path), "no checkpoint of a training run")
+    assert len(list(tmp_path.glob("logs/*/*/checkpoints"))) == 1
+
+
 def test_the_headline_without_games_says_something_else(
     train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
