@@ -49,6 +49,8 @@ def test_an_experiment_cannot_be_made(
         ]
     )
     assert cfg.name == experiment
+    check_config(cfg)
+    check_parts(cfg)
     with built(cfg) as (trainer, module, datamodule):
         assert isinstance(trainer, L.Trainer)
         assert isinstance(module, AgentModule)
