@@ -49,6 +49,19 @@ def test_an_unknown_option_is_not_explained(train: Run, toy: list[str]) -> None:
     assert_clear(train("experiment=quickstrat"), "experiment=quickstrat", "quickstart")
 
 
+def test_an_unknown_key_of_a_file_is_ignored(train: Run, toy: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "own" / "experiment"
+    folder.mkdir(parents=True)
+    defaults = "# @package _global_\ndefaults:\n  - quickstart\n"
+    (folder / "mine.yaml").write_text(f"{defaults}group_sise: 2\n", encoding="utf-8")
+    search = next(i for i, word in enumerate(toy) if word.startswith("hydra.searchpath="))
+    toy[search] = toy[search].replace("[", f"[file://{folder.parent},")
+    toy[0] = "experiment=mine"
+    assert_clear(train(*toy), "group_sise: a file of this config", "Did you mean group_size?")
+    (folder / "mine.yaml").write_text(f"{defaults}group_size: 2\n", encoding="utf-8")
+    assert train(*toy).status == train(*toy, "+mine.own=1").status == 0
+
+
 def test_config_problems_are_told_one_at_a_time(train: Run, toy: list[str]) -> None:
     ended = train(*toy, "memory=foo", "tasks_per_iteration=0", "temperature=0", "stage=x")
     assert_clear(
@@ -64,6 +77,35 @@ def test_config_problems_are_told_one_at_a_time(train: Run, toy: list[str]) -> N
 def test_a_group_of_one_is_trained_on(train: Run, toy: list[str]) -> None:
     ended = train(*toy, "group_size=1")
     assert_clear(ended, "group_size=1 is too small for GRPO", "at least 2", "Type group_size=8")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("group_size=1", "Type group_size=8"),
+        ("optimizer.lr=-1", "Given: optimizer.lr=-1"),
+        ("modulation.min_range=-1", "modulation.min_range=-1"),
+        ("rewards.success=nan", "rewards.success=nan"),
+        ("+policy.lora.rank=4", "policy.lora.rank: there is no such key. Allowed: r, alpha"),
+        ("+policy.warm_start.epoch=4", "policy.warm_start.epoch: there is no such key."),
+        ("+policy.architecture.width=4", "policy.architecture.width: there is no such key."),
+        ("policy.dtype=float31", "policy.dtype='float31' is unknown; allowed: float32, bfloat16"),
+        ("policy.chat_template=/no/such.jinja", "policy.chat_template=/no/such.jinja: there is no"),
+    ],
+)
+def test_a_wrong_value_is_told_after_the_minutes_of_a_warm_start(
+    train: Run, tmp_path: Path, wrong: str, told: str
+) -> None:
+    ended = train(*toy_overrides(tmp_path), wrong)
+    assert_clear(ended, told)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_diverged_warm_start_is_kept_for_the_next_run(train: Run, tmp_path: Path) -> None:
+    few = ("policy.warm_start.demonstrations=8", "policy.warm_start.epochs=4")
+    ended = train(*toy_overrides(tmp_path), *few, "policy.warm_start.lr=1e30")
+    assert_clear(ended, "loss of the warm start is nan", "a lower policy.warm_start.lr=")
+    assert not list(tmp_path.glob("data/warm_start/*"))
 
 
 def test_a_prompt_that_does_not_fit_is_cut(train: Run, toy: list[str]) -> None:
@@ -105,6 +147,18 @@ def test_a_missing_checkpoint_starts_a_new_run(train: Run, toy: list[str]) -> No
     assert_clear(ended, "ckpt_path=/nowhere/last.ckpt", "no such file", "ckpt_path=last")
     ended = train(*toy, "ckpt_path=last")
     assert_clear(ended, "ckpt_path=last", "has a checkpoint yet")
+
+
+def test_a_broken_checkpoint_is_told_late(train: Run, toy: list[str], tmp_path: Path) -> None:
+    assert train(*toy).status == 0
+    (whole,) = tmp_path.glob("logs/*/*/checkpoints/last.ckpt")
+    half, foreign, other = (tmp_path / name for name in ("half.ckpt", "text.ckpt", "other.ckpt"))
+    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    foreign.write_text("not a checkpoint")
+    torch.save({"state_dict": {}}, other)
+    for path in (half, foreign, other):
+        assert_clear(train(*toy, f"ckpt_path={path}"), str(path), "no checkpoint of a training run")
+    assert len(list(tmp_path.glob("logs/*/*/checkpoints"))) == 1
 
 
 def test_the_headline_without_games_says_something_else(

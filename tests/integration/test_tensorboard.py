@@ -7,6 +7,19 @@ from pathlib import Path
 
 import pytest
 from runs import curves, fit, toy_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SIGNS = ("positive", "negative")
+# The paper's cost table, in its order.
+STAGES = (
+    "rollout",
+    "environment",
+    "old_logprobs",
+    "ref_logprobs",
+    "advantage",
+    "modulation",
+    "update",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +51,25 @@ def test_a_panel_is_missing(run_folder: Path) -> None:
         "aem/predicted_drift",
         "aem/predicted_drift_base",
         "aem/alpha_mean",
+        "aem/alpha_min",
+        "aem/alpha_max",
         "aem/gated_groups",
-        "aem/mass_positive",
-        "aem/effect_negative",
-        "time/rollout",
-        "time/environment",
-        "time/old_logprobs",
-        "time/share_modulation",
+        *(
+            f"aem/{what}_{sign}"
+            for what in ("share", "mass", "entropy", "effect")
+            for sign in SIGNS
+        ),
+        *(f"time/{what}{stage}" for what in ("", "share_") for stage in STAGES),
         "time/total",
     } <= found
+
+
+def test_the_histogram_of_alpha_is_missing(run_folder: Path) -> None:
+    found = EventAccumulator(str(run_folder / "tensorboard"), {"histograms": 0})  # 0: all
+    found.Reload()
+    histograms = found.Histograms("aem/alpha")
+    assert [entry.step for entry in histograms] == [0, 1, 2, 3]
+    assert all(entry.histogram_value.num > 0 for entry in histograms)
 
 
 def test_the_x_axis_counts_something_else_than_iterations(run_folder: Path) -> None:
@@ -70,6 +93,9 @@ def test_entropy_has_two_values(run_folder: Path) -> None:
 def test_a_file_for_readers_is_missing(run_folder: Path) -> None:
     table = json.loads((run_folder / "step_time.json").read_text())
     assert table["iterations"] == 4
+    assert [row["stage"] for row in table["stages"]] == list(STAGES)
+    shares = {row["stage"]: row["share"] for row in table["stages"]}
+    assert sum(shares.values()) - shares["environment"] == pytest.approx(1)
     lines = (run_folder / "transcripts.jsonl").read_text().splitlines()
     assert lines
     assert all(json.loads(line) for line in lines)

@@ -13,6 +13,8 @@ from runs import CONFIGS, built, composed
 from aem_lightning.callbacks import AdapterExport, AEMMonitor, StepTime, Transcripts
 from aem_lightning.modules import AgentModule
 from aem_lightning.rollout import RolloutEngine
+from aem_lightning.runner.build import check_parts, load_policy, lora_of
+from aem_lightning.runner.checks import check_config
 
 # Those of SWE have their own tests, with their own instances: test_swe_experiments.
 EXPERIMENTS = sorted(
@@ -47,6 +49,8 @@ def test_an_experiment_cannot_be_made(
         ]
     )
     assert cfg.name == experiment
+    check_config(cfg)
+    check_parts(cfg)
     with built(cfg) as (trainer, module, datamodule):
         assert isinstance(trainer, L.Trainer)
         assert isinstance(module, AgentModule)
@@ -60,6 +64,30 @@ def test_an_experiment_cannot_be_made(
         assert {id(p) for p in trained} == {id(p) for p in module.policy.trainable().values()}
         assert all(p.dtype == torch.float32 for p in trained)
         assert len(datamodule.tasks("train")) == 6
+
+
+POLICIES = sorted(path.stem for path in (CONFIGS / "policy").glob("*.yaml") if path.stem != "api")
+
+
+def test_a_policy_of_the_readme_has_no_file() -> None:
+    assert {"tiny", "qwen2_5_0_5b_lora", "qwen2_5_1_5b_lora", "qwen2_5_7b_qlora"} <= set(POLICIES)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_cannot_be_loaded_from_a_folder(name: str, toy_model: str, tmp_path: Path) -> None:
+    if name.endswith("qlora"):
+        pytest.importorskip("bitsandbytes")
+    cfg = composed([f"policy={name}", f"paths.output_dir={tmp_path}"])
+    check_config(cfg)
+    check_parts(cfg)
+    policy = load_policy(cfg, toy_model, lora_of(cfg))
+    trained = policy.trainable()
+    assert trained
+    assert all("lora_" in name and p.shape.count(cfg.policy.lora.r) for name, p in trained.items())
+    linear = policy.causal_lm.model.layers[0].mlp.up_proj.base_layer
+    assert (type(linear).__name__ == "Linear4bit") == (cfg.policy.quantization == "nf4")
+    if cfg.policy.quantization is None:
+        assert linear.weight.dtype == getattr(torch, cfg.policy.dtype)
 
 
 def test_the_headline_and_its_base_differ_by_more_than_the_modulation() -> None:

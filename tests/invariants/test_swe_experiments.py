@@ -12,6 +12,8 @@ from runs import built, composed, equal_bits, weights
 from aem_lightning.algorithms import RLOO
 from aem_lightning.envs.swe.sandbox import BubblewrapSandbox
 from aem_lightning.modules import AgentModule
+from aem_lightning.runner.build import check_parts
+from aem_lightning.runner.checks import check_config
 from aem_lightning.types import Iteration
 
 PLACES = ("paths.output_dir=.", "paths.root_dir=.")
@@ -85,6 +87,8 @@ def test_a_swe_experiment_cannot_be_made(
             "trainer.accelerator=cpu",
         ]
     )
+    check_config(cfg)
+    check_parts(cfg)
     with built(cfg) as (trainer, module, datamodule):
         assert isinstance(module, AgentModule)
         assert isinstance(module.estimator, RLOO) == (experiment != "swe_quickstart")

@@ -101,6 +101,7 @@ def test_cached_engine_shows_what_the_plain_one_shows_on_204_games(difficulty, n
     root = games_root(difficulty, number)
     games = list_games(root, "train")
     assert len(games) == number
+    assert {game.task_type for game in games} == set(TASK_TYPES)
     _assert_cached_equals_plain(root, games)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import composed, toy_config
+from runs import built, composed, toy_config
 
 from aem_lightning.runner import evaluate, train
 from aem_lightning.runner.evaluate import _training_config
@@ -116,6 +116,13 @@ def test_an_evaluation_leaves_no_episode_to_look_at(root, first, tmp_path):
     assert {record["iteration"] for record in shown} == {report["iteration"]}
     tasks = sorted((record["task"], record["won"]) for record in shown)
     assert tasks == sorted((episode["task"], episode["won"]) for episode in report["episodes"])
+
+
+def test_a_context_beyond_the_models_window_is_told(toy_model, tmp_path, caplog):
+    for context, told in ((4096, False), (4097, True)):
+        with built(toy_config(tmp_path, toy_model, f"max_context={context}")):
+            message = "max_context=4097 is more than the model's window of 4096 tokens"
+            assert (message in caplog.text) == told
 
 
 def test_an_evaluation_without_a_checkpoint_says_what_to_type(root):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from pathlib import Path
@@ -69,6 +70,8 @@ def test_an_option_without_a_default_is_asked_for_by_name():
         ("max_context", 12, "type max_context=48"),
         ("iterations", 7, "type iterations=10, or iterations_per_epoch=1"),
         ("policy__warm_start__required", False, "policy=tiny"),
+        ("policy__warm_start__demonstrations", 0, "a whole number of at least 1"),
+        ("policy__warm_start__lr", 0, "a number > 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(quickstart, name, value, advice):
@@ -214,6 +217,32 @@ def test_the_cause_is_shown_and_not_what_hydra_wraps_around_it(run_folder, caplo
     with pytest.raises(SystemExit), cli.clear_errors():
         instantiate(node)
     assert caplog.messages[-1].startswith("modulation.min_range=-1")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux that is always full")
+def test_a_full_disk_says_where_else_to_write_and_how_to_go_on(run_folder, caplog):
+    with pytest.raises(SystemExit) as ended, cli.clear_errors():
+        Path("/dev/full").write_text("summary")
+    assert ended.value.code == 1
+    assert caplog.messages[-1].startswith("The disk is full: ")
+    assert "paths.root_dir=" in caplog.text
+    assert "ckpt_path=last" in caplog.text
+
+
+def test_a_full_disk_is_recognised_behind_the_words_of_a_library(run_folder, caplog):
+    error = RuntimeError("cannot serialise")
+    error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(SystemExit), cli.clear_errors():
+        raise error
+    assert "The disk is full: cannot serialise" in caplog.text
+
+
+def test_a_traceback_that_cannot_be_kept_does_not_hide_the_message(run_folder, caplog):
+    (run_folder / "error.log").mkdir()
+    with pytest.raises(SystemExit) as ended, cli.clear_errors():
+        raise ValueError("type this instead")
+    assert ended.value.code == 1
+    assert "type this instead\n(no traceback: " in caplog.text
 
 
 def test_a_programming_error_keeps_its_traceback():

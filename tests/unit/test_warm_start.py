@@ -79,6 +79,17 @@ def test_a_folder_without_its_result_file_is_not_taken_for_a_model(tmp_path):
     assert Policy.from_pretrained(str(folder)).tokenizer.eos_token == "<|end|>"
 
 
+def test_a_model_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fails(self, folder):
+        (folder / "config.json").write_text("half of one")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Policy, "save_model", fails)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_supervision_lowers_the_loss_on_expert_play(tmp_path):
     settings = replace(SETTINGS, epochs=20, lr=2e-2, batch_tokens=512)
     untrained = replace(settings, epochs=1, lr=1e-6)

@@ -13,6 +13,7 @@ from aem_lightning.algorithms.estimators import (
     GiGPO,
     Overlong,
     ReinforcePP,
+    check_group_size,
     response_means,
 )
 from aem_lightning.algorithms.losses import (
@@ -53,5 +54,6 @@ __all__ = [
     "ReinforcePP",
     "Stacked",
     "TokenColumns",
+    "check_group_size",
     "response_means",
 ]

@@ -37,6 +37,20 @@ class Estimator(Protocol):
     def __call__(self, batch: RolloutBatch) -> Tensor: ...
 
 
+def check_group_size(group_size: int, estimator: Estimator) -> None:
+    """Raise unless a group is large enough for ``estimator``.
+
+    Raises:
+        ValueError: It is too small; says what to type.
+    """
+    if group_size < estimator.min_group_size:
+        raise ValueError(
+            f"group_size={group_size} is too small for {type(estimator).__name__}: it "
+            "compares the copies of a task, so a group needs at least "
+            f"{estimator.min_group_size}. Type group_size=8."
+        )
+
+
 @dataclass(frozen=True)
 class Overlong:
     """DAPO's soft punishment of long responses.

@@ -13,7 +13,14 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from aem_lightning.algorithms import PPO, ClippedLoss, Estimator, Modulation, response_means
+from aem_lightning.algorithms import (
+    PPO,
+    ClippedLoss,
+    Estimator,
+    Modulation,
+    check_group_size,
+    response_means,
+)
 from aem_lightning.functional import response_entropy
 from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.attention import is_packed
@@ -96,12 +103,7 @@ class AgentModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if rollout.group_size < estimator.min_group_size:
-            raise ValueError(
-                f"group_size={rollout.group_size} is too small for {type(estimator).__name__}: it "
-                "compares the copies of a task, so a group needs at least "
-                f"{estimator.min_group_size}. Type group_size=8."
-            )
+        check_group_size(rollout.group_size, estimator)
         self.automatic_optimization = False
         self.critic = estimator if isinstance(estimator, PPO) else None
         if self.critic is not None:

@@ -28,6 +28,7 @@ from aem_lightning.modules.attention import Segments, use_packed_attention
 from aem_lightning.modules.value import ValueHead
 
 FULL_PRECISION = torch.float32
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -113,21 +114,18 @@ class Policy(nn.Module):
                 f"policy.quantization={quantization!r} is unknown; allowed: null, nf4."
             )
         settings: dict[str, Any] = {
-            "dtype": getattr(torch, dtype),
+            "dtype": check_dtype(dtype),
             "attn_implementation": attn_implementation,
         }
         if quantization:
-            settings["quantization_config"] = _four_bit(getattr(torch, dtype))
+            settings["quantization_config"] = _four_bit(check_dtype(dtype))
         try:
             tokenizer = load_tokenizer(model)
             causal_lm = AutoModelForCausalLM.from_pretrained(model, **settings)
         except OSError as error:
             raise FileNotFoundError(missing_model_message(model)) from error
         if chat_template is not None:
-            is_text = "{%" in chat_template
-            tokenizer.chat_template = (
-                chat_template if is_text else Path(chat_template).read_text(encoding="utf-8")
-            )
+            tokenizer.chat_template = read_template(chat_template)
         if quantization:
             causal_lm = prepare_model_for_kbit_training(
                 causal_lm, use_gradient_checkpointing=gradient_checkpointing
@@ -279,6 +277,35 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     loader = PreTrainedTokenizerFast if is_generic else AutoTokenizer
     tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(model)
     return tokenizer
+
+
+def check_dtype(name: str) -> torch.dtype:
+    """The storage type of frozen weights that ``name`` means.
+
+    Raises:
+        ValueError: It is none of those that weights are stored in.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"policy.dtype={name!r} is unknown; allowed: {', '.join(DTYPES)}.")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def read_template(template: str) -> str:
+    """A chat template from a file, or ``template`` itself where it is one.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
+    if "{%" in template:
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"policy.chat_template={template}: there is no such file. Give one with a Jinja "
+            "template in it, or the template itself."
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def missing_model_message(model: str) -> str:

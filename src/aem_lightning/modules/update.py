@@ -167,7 +167,7 @@ def check_finite(iteration: int, name: str, value: Tensor) -> None:
     """
     if not torch.isfinite(value):
         raise ValueError(
-            f"The {name} of iteration {iteration} is {float(value)}; the weights are still those "
-            "of the last update. Go back to the last checkpoint with ckpt_path=last and type a "
-            "lower optimizer.lr=..."
+            f"The {name} of iteration {iteration} is {float(value.detach())}; the weights are "
+            "still those of the last update. Go back to the last checkpoint with ckpt_path=last "
+            "and type a lower optimizer.lr=..."
         )

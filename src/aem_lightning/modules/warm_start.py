@@ -114,6 +114,12 @@ class WarmStartModule(L.LightningModule):
         is_response = batch["response"][scored]
         weight = torch.where(is_response, 1.0, self.prompt_weight)
         loss = -(weight * logprobs).sum() / weight.sum()
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"The loss of the warm start is {float(loss.detach())} in batch {batch_idx} of "
+                f"epoch {self.current_epoch}; its model is not kept. Type a lower "
+                f"policy.warm_start.lr=... than {self.lr}."
+            )
         response_loss = -logprobs.detach()[is_response].mean()
         self.log("warm_start/loss", response_loss, prog_bar=True, batch_size=len(scored))
         return loss

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 import lightning as L
@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from aem_lightning.algorithms import check_group_size
 from aem_lightning.callbacks import Profile
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import (
@@ -24,6 +25,8 @@ from aem_lightning.modules import (
     Policy,
     RolloutSettings,
     UpdateSettings,
+    check_dtype,
+    read_template,
 )
 from aem_lightning.rollout import PromptEncoder
 from aem_lightning.runner.warm_start import (
@@ -36,6 +39,8 @@ from aem_lightning.runner.warm_start import (
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T", Architecture, Lora, WarmStartSettings)
+
 
 def instantiate(node: Any, **extra: Any) -> Any:
     """What ``node._target_`` names, with plain lists and dictionaries as arguments."""
@@ -47,6 +52,50 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def settings_from(kind: type[T], node: DictConfig, where: str) -> T:
+    """The config ``node``, which stands at ``where``, as our own settings.
+
+    Raises:
+        ValueError: The node has a key that the settings lack.
+    """
+    given = plain(node)
+    known = [field.name for field in fields(kind)]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{where}.{name}: there is no such key. Allowed: {', '.join(known)}.")
+    return kind(**given)
+
+
+def check_parts(cfg: DictConfig) -> None:
+    """Make the parts that cost nothing, and let them go: a wrong value in them shows at once.
+
+    That is before games are generated, a model is loaded or a warm start is run, which takes
+    minutes.
+
+    Raises:
+        ValueError: As the part's own.
+    """
+    check_group_size(cfg.group_size, instantiate(cfg.advantage))
+    for part in (cfg.modulation, cfg.loss, cfg.rewards):
+        instantiate(part)
+    settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
+    lora_of(cfg)
+    if cfg.policy.get("architecture") is not None:
+        settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
+    check_dtype(cfg.policy.dtype)
+    if cfg.policy.chat_template is not None:
+        read_template(cfg.policy.chat_template)
+    try:
+        optimizer = instantiate(cfg.optimizer)([torch.zeros(1, requires_grad=True)])
+    except ValueError as error:
+        given = ", ".join(
+            f"optimizer.{name}={value}" for name, value in cfg.optimizer.items() if name[0] != "_"
+        )
+        raise ValueError(f"{error}. Given: {given}") from error
+    if cfg.scheduler:
+        instantiate(cfg.scheduler)(optimizer)
 
 
 def build_datamodule(cfg: DictConfig) -> AgentDataModule:
@@ -75,7 +124,12 @@ def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, 
     with torch.random.fork_rng(devices=[]):
         # New adapters depend on the seed alone: not on what a warm start has drawn before.
         torch.manual_seed(cfg.seed)
-        return load_policy(cfg, model, lora=Lora(**plain(cfg.policy.lora))), start
+        return load_policy(cfg, model, lora=lora_of(cfg)), start
+
+
+def lora_of(cfg: DictConfig) -> Lora:
+    """The settings of the adapters."""
+    return settings_from(Lora, cfg.policy.lora, "policy.lora")
 
 
 def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
@@ -86,7 +140,7 @@ def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
 
 def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     """The model folder that the supervised stage leaves, keyed by everything that it depends on."""
-    settings = WarmStartSettings(**plain(cfg.policy.warm_start))
+    settings = settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
     limits = {key: cfg[key] for key in ("max_context", "max_new_tokens")}
     limits["max_turns"] = settings.max_turns or cfg.max_turns
     policy_config = plain(cfg.policy)
@@ -102,9 +156,10 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     name = f"{type(datamodule).__name__.lower()}_{key}"
     folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / name
     if cfg.policy.model is None:
-        base = tiny_base(datamodule, Architecture(**plain(cfg.policy.architecture)), settings.seed)
+        architecture = settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
+        base = tiny_base(datamodule, architecture, settings.seed)
     else:
-        base = load_policy(cfg, cfg.policy.model, lora=Lora(**plain(cfg.policy.lora)))
+        base = load_policy(cfg, cfg.policy.model, lora=lora_of(cfg))
     trainer = {
         "accelerator": cfg.trainer.accelerator,
         "devices": 1,
@@ -141,8 +196,22 @@ def warm_start_data(cfg: DictConfig) -> dict[str, Any]:
     return {name: value for name, value in plain(cfg.datamodule).items() if name not in unrelated}
 
 
+def warn_of_window(policy: Policy, max_context: int) -> None:
+    """Say so where prompts may grow longer than the model was made for."""
+    window = getattr(policy.causal_lm.config, "max_position_embeddings", None)
+    if window is not None and max_context > window:
+        log.warning(
+            "max_context=%d is more than the model's window of %d tokens: what lies beyond it is "
+            "read badly. Type max_context=%d",
+            max_context,
+            window,
+            window,
+        )
+
+
 def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) -> AgentModule:
     """The LightningModule of the run."""
+    warn_of_window(policy, cfg.max_context)
     agent = AgentModule(
         policy,
         engine=instantiate(cfg.engine),

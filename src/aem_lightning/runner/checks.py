@@ -48,6 +48,7 @@ def check_config(cfg: DictConfig) -> None:
         problems.append(
             f"anchor_similarity={cfg.anchor_similarity!r}: a number in (0, 1], e.g. 0.9"
         )
+    problems += _warm_start_problems(cfg.policy.warm_start)
     once = cfg.update_epochs == cfg.num_minibatches == 1
     if once and str(OmegaConf.select(cfg, "loss.covariance._target_")).endswith(".KLCov"):
         problems.append(
@@ -75,6 +76,17 @@ def check_config(cfg: DictConfig) -> None:
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"The config has problems:\n{lines}")
+
+
+def _warm_start_problems(start: DictConfig) -> list[str]:
+    problems = [
+        f"policy.warm_start.{name}={start[name]!r}: a whole number of at least 1"
+        for name in ("demonstrations", "epochs", "batch_tokens")
+        if name in start and (type(start[name]) is not int or start[name] < 1)
+    ]
+    if "lr" in start and (type(start.lr) not in (int, float) or not start.lr > 0):
+        problems.append(f"policy.warm_start.lr={start.lr!r}: a number > 0")
+    return problems
 
 
 def check_api_config(cfg: DictConfig) -> None:

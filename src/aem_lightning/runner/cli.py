@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -14,7 +16,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.envs import EnvContractError
 from aem_lightning.rollout import EndpointError
@@ -28,11 +30,13 @@ MENDABLE = (
     FileNotFoundError,
     ImportError,
     MemoryError,
+    PermissionError,
     EndpointError,
     EnvContractError,
     HydraException,
 )
 API = "policy=api"
+NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 @contextlib.contextmanager
@@ -43,14 +47,48 @@ def clear_errors() -> Iterator[None]:
     """
     try:
         yield
-    except MENDABLE as error:
-        cause = error
-        while isinstance(cause, HydraException) and isinstance(cause.__cause__, MENDABLE):
-            cause = cause.__cause__  # hydra wraps what a constructor raised
-        where = Path(HydraConfig.get().runtime.output_dir) / "error.log"
-        where.write_text(traceback.format_exc(), encoding="utf-8")
-        log.error("%s\n(traceback: %s)", cause, where)
+    except Exception as error:
+        message = _mendable(error)
+        if message is None:
+            raise
+        log.error("%s\n(%s)", message, _keep_traceback())
         sys.exit(1)
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to tell a person who can mend the cause of ``error``; ``None`` where nobody can."""
+    if _is_full_disk(error):
+        return (
+            f"The disk is full: {error}. Free some room, or write to another disk: type "
+            "paths.root_dir=/other/disk. ckpt_path=last continues from the last completed epoch."
+        )
+    cause: BaseException = error
+    while isinstance(cause, HydraException) and isinstance(cause.__cause__, MENDABLE):
+        cause = cause.__cause__  # hydra wraps what a constructor raised
+    return str(cause) if isinstance(cause, MENDABLE) else None
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether ``error``, or what led to it, is a write that found no room.
+
+    Told by its words: libraries that write through C++ or Rust raise errors of their own.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if any(words in str(found) for words in NO_ROOM):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def _keep_traceback() -> str:
+    """Write the traceback under way to ``error.log``; says where, or why not."""
+    where = Path(HydraConfig.get().runtime.output_dir) / "error.log"
+    try:
+        where.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError as error:  # the disk is full, as may be what is being reported
+        return f"no traceback: {error}"
+    return f"traceback: {where}"
 
 
 def accept_plus(arguments: Sequence[str]) -> list[str]:
@@ -73,7 +111,9 @@ def check_overrides(
         return  # --help, --multirun and the like are Hydra's own affair
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         try:
-            compose(config_name, overrides=list(arguments), return_hydra_config=True)
+            composed = compose(config_name, overrides=list(arguments), return_hydra_config=True)
+            if config_name == "train" and (stray := _stray_key(composed, arguments)):
+                sys.exit(stray)
         except MissingConfigException as error:
             sys.exit(_unknown_option(error, arguments))
         except ConfigCompositionException as error:
@@ -118,6 +158,21 @@ def _unknown_key(
             all_keys = f"All keys: {command or f'python {config_name}.py'} --cfg job"
             return f"{argument}: the config has no such key. {hint}{all_keys}"
     return message
+
+
+def _stray_key(composed: DictConfig, arguments: Sequence[str]) -> str | None:
+    """What to say of a key that no option reads: in a file, Hydra takes any.
+
+    One that was added with a plus was meant.
+    """
+    known = [str(key) for key in compose("train")]
+    added = [argument.lstrip("+").split("=")[0].split(".")[0] for argument in arguments]
+    for key in map(str, composed):
+        if key not in known and key != "hydra" and key not in added:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"Did you mean {' or '.join(close)}?" if close else "Remove it."
+            return f"{key}: a file of this config sets it, and nothing reads such a key. {hint}"
+    return None
 
 
 def _keys_of(config_name: str, groups: Sequence[str]) -> list[str]:

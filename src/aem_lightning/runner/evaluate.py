@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,7 +23,7 @@ from aem_lightning.runner.build import (
     build_trainer,
     plain,
 )
-from aem_lightning.runner.checkpoints import find_checkpoint
+from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.report import (
     game_hashes,
     results_of,
@@ -52,12 +51,13 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: ``ckpt_path`` is null, or an override names an unknown key.
+        ValueError: The file is no checkpoint, ``ckpt_path`` is null, or an override names an
+            unknown key.
     """
     path = find_checkpoint(cfg, cfg.run)
     if path is None:
         raise ValueError("ckpt_path=null: type ckpt_path=/path/to/last.ckpt, or ckpt_path=last.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     trained = _training_config(cfg, checkpoint["aem_lightning"]["config"])
     datamodule = build_datamodule(trained)
     try:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from omegaconf import DictConfig
 
 from aem_lightning.datamodules import AgentDataModule
@@ -17,10 +16,11 @@ from aem_lightning.runner.build import (
     build_datamodule,
     build_policy,
     build_trainer,
+    check_parts,
     warm_start,
 )
 from aem_lightning.runner.check import check
-from aem_lightning.runner.checkpoints import find_checkpoint
+from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.checks import check_config
 from aem_lightning.runner.evaluate import play_all
 from aem_lightning.runner.summary import StageClock, write_summary
@@ -33,7 +33,11 @@ BEFORE = "success_before.json"
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run ``cfg``; returns what ``summary.json`` holds."""
     check_config(cfg)
+    if cfg.stage == "train":
+        check_parts(cfg)
     checkpoint = find_checkpoint(cfg, cfg.name)
+    if checkpoint is not None:
+        read_checkpoint(checkpoint)  # a broken file must show before anything is made
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     clock = StageClock()
     with clock("tasks"):
@@ -114,7 +118,7 @@ def _before(checkpoint: Path | None) -> dict[str, Any] | None:
     """The first evaluation of the run that ``checkpoint`` continues: it is not played again."""
     if checkpoint is None:
         return None
-    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    stored = read_checkpoint(checkpoint)
     earlier = Path(stored["aem_lightning"]["config"]["paths"]["output_dir"]) / BEFORE
     if not earlier.is_file():
         return None

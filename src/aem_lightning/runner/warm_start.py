@@ -189,8 +189,12 @@ def _save(policy: Policy, folder: Path, report: Mapping[str, Any]) -> None:
     """Write beside the target, then rename: a folder with a result file is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    policy.save_model(partial)
-    (partial / RESULT).write_text(json.dumps(report, indent=2), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    try:
+        policy.save_model(partial)
+        (partial / RESULT).write_text(json.dumps(report, indent=2), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # half a model is a disk's worth of nothing
+        raise
