@@ -58,8 +58,9 @@ def test_an_unknown_key_of_a_file_is_ignored(train: Run, toy: list[str], tmp_pat
     toy[search] = toy[search].replace("[", f"[file://{folder.parent},")
     toy[0] = "experiment=mine"
     assert_clear(train(*toy), "group_sise: a file of this config", "Did you mean group_size?")
-    (folder / "mine.yaml").write_text(f"{defaults}group_size: 2\n", encoding="utf-8")
-    assert train(*toy).status == train(*toy, "+mine.own=1").status == 0
+    used = "heat: 1.0\ntemperature: ${heat}\n"
+    (folder / "mine.yaml").write_text(defaults + used, encoding="utf-8")
+    assert train(*toy, "+mine.own=1").status == 0
 
 
 def test_config_problems_are_told_one_at_a_time(train: Run, toy: list[str]) -> None:

@@ -7,6 +7,7 @@ import difflib
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -161,14 +162,16 @@ def _unknown_key(
 
 
 def _stray_key(composed: DictConfig, arguments: Sequence[str]) -> str | None:
-    """What to say of a key that no option reads: in a file, Hydra takes any.
+    """What to say of a key that nothing reads: in a file, Hydra takes any.
 
-    One that was added with a plus was meant.
+    One that was added with a plus was meant, and so was one that another key refers to.
     """
     known = [str(key) for key in compose("train")]
     added = [argument.lstrip("+").split("=")[0].split(".")[0] for argument in arguments]
+    written = OmegaConf.to_yaml(composed)
     for key in map(str, composed):
-        if key not in known and key != "hydra" and key not in added:
+        is_read = key in known or re.search(rf"\${{{re.escape(key)}\b", written)
+        if not is_read and key != "hydra" and key not in added:
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"Did you mean {' or '.join(close)}?" if close else "Remove it."
             return f"{key}: a file of this config sets it, and nothing reads such a key. {hint}"
