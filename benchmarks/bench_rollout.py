@@ -49,6 +49,8 @@ from word_world import DONE, WORDS, WordGame
 
 from aem_lightning.modules import build_tokenizer
 
+STOPPED = "a peer stopped by the budget in its first turns, the cheap ones"
+
 
 @torch.no_grad()
 def error_against_teacher_forcing(model: Qwen2ForCausalLM, episodes: list[Episode]) -> float:
@@ -159,6 +161,31 @@ def show(report: dict[str, Any]) -> None:
     print_table(title, columns, rows)
 
 
+def show_ratios(reports: Sequence[dict[str, Any]]) -> None:
+    """All works in one table: how many times as fast as each peer our engine is."""
+    peers = list(dict.fromkeys(p for report in reports for p in report["results"]))[1:]
+    rows = []
+    for report in reports:
+        work, results = report["work"], report["results"]
+        stopped = {p: "+" for p in peers if results.get(p, {}).get("played", 1.0) < 1.0}
+        ratios = [report["ratios"].get(p) for p in peers]
+        errors = [r["max_logprob_error"] for r in results.values() if "max_logprob_error" in r]
+        rows.append(
+            (
+                f"{report['model']}, {work['episodes']} x {work['turns']}",
+                results["engine"]["tokens_per_second"],
+                100 * results["engine"]["played"],
+                *(
+                    None if ratio is None else f"{ratio:.3g}{stopped.get(peer, '')}"
+                    for peer, ratio in zip(peers, ratios, strict=True)
+                ),
+                max(errors, default=None),
+            )
+        )
+    columns = ("episodes x turns", "tokens/s", "% played", *(f"x {p}" for p in peers), "error")
+    print_table(f"Engine against its peers (+: {STOPPED})", columns, rows)
+
+
 def growth(options: argparse.Namespace) -> dict[str, Any]:
     """Our own time and memory as episodes and turns double, and their exponents over the tokens.
 
@@ -210,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--growth-episodes", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--growth-turns", type=int, nargs="+", default=[6, 12, 24, 48])
     parser.add_argument("--budget", type=float, help="most seconds of a player")
+    parser.add_argument("--brief", action="store_true", help="one table for all works")
     parser.add_argument("--players", nargs="+", choices=[*PLAYERS, "trl"], default=None)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="where to write the results")
@@ -224,7 +252,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for turns in options.turns:
             work = Work(episodes, turns, options.group_size)
             reports.append(compare(work, players, options.model, True, options.budget or math.inf))
-            show(reports[-1])
+            if not options.brief:
+                show(reports[-1])
+    if options.brief or len(reports) > 1:
+        show_ratios(reports)
     grown = growth(options) if options.growth else {"exponents": {}}
     if grown["exponents"]:
         print_growth("Growth of the engine's costs, over sampled tokens", grown["exponents"])
