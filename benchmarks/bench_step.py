@@ -52,7 +52,11 @@ PAPER = {
 }
 SPREAD = {"least": min, "median": statistics.median, "most": max}
 PLAIN = Prompt(
-    opening="{observation}", turn="{observation}", window="{observation}", action="plain"
+    opening="{observation}",
+    turn="{observation}",
+    window="{goal} {history} {observation}",
+    history_item="{observation} > {response}",
+    action="plain",
 )
 
 
@@ -101,7 +105,7 @@ def run_ours(options: argparse.Namespace, tokenizer: Any, stops: list[int]) -> d
     """Our second iteration: seconds in all and by stage, sampled tokens."""
     context = 500 + options.turns * (LONGEST + 82)
     episodes = options.tasks * options.group_size
-    encoder = RaggedEncoder(tokenizer, PLAIN, "transcript")
+    encoder = RaggedEncoder(tokenizer, PLAIN, options.memory)
     encoder.stops = tuple(stops)
     r = options.lora_r
     agent = AgentModule(
@@ -199,14 +203,23 @@ def compare_once(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def growth(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of our iteration as tasks and turns double, and their exponents over the tokens."""
+    """Seconds of our iteration as tasks and turns double, and their exponents over the tokens.
+
+    Turns twice, as in the rollout's benchmark: a transcript is read whole for every token, a window
+    of two turns does not grow.
+    """
     tokenizer = build_tokenizer([*WORDS, DONE])
     costs: dict[str, list[dict[str, Any]]] = {}
     exponents = {}
-    for name in ("tasks", "turns"):
+    doublings = {
+        "tasks": ("tasks", "transcript"),
+        "turns, transcript": ("turns", "transcript"),
+        "turns, window of 2": ("turns", "window"),
+    }
+    for name, (grown, memory) in doublings.items():
         costs[name] = []
         for factor in options.growth:
-            size = {name: factor * getattr(options, name)}
+            size = {grown: factor * getattr(options, grown), "memory": memory}
             sized = argparse.Namespace(**{**vars(options), **size})
             ours = run_ours(sized, copy.deepcopy(tokenizer), stop_ids(tokenizer))
             costs[name].append(size | ours)
@@ -253,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--model", "--size", choices=MODELS, default="tiny")
+    parser.add_argument("--memory", choices=["transcript", "window"], default="transcript")
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3, help="the median ratio counts")

@@ -36,7 +36,8 @@ class WordGame:
         self.task_id = str((options or {})["task_id"])
         self.random = random.Random(self.task_id)
         self.taken, self.last = 0, self.turns
-        return self._say(self.opening), {"task_id": self.task_id}
+        self.goal = self._say(self.opening)
+        return self.goal, {"task_id": self.task_id, "goal": self.goal}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self.taken == 0:  # from here on the copies of a group go their own ways
@@ -46,7 +47,7 @@ class WordGame:
         is_over = self.taken >= self.last
         won = is_over and self.random.random() < 0.5
         text = self._say(self.reply) + (f" {DONE}" if is_over else "")
-        info = {"task_id": self.task_id, "won": won, "is_action_valid": True}
+        info = {"task_id": self.task_id, "goal": self.goal, "won": won, "is_action_valid": True}
         return text, float(won), is_over, False, info
 
     def close(self) -> None:
