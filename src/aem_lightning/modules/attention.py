@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from aem_lightning.rollout.slot_cache import compute_dtype
+
 PACKED = "aem_packed"
 Packing = Literal["auto", "packed", "padded"]
 _HALF = (torch.float16, torch.bfloat16)
@@ -132,7 +134,7 @@ def packed_attention(
     if segments is None:
         plain: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()["sdpa"]
         return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    kind = _compute_dtype(query.device, value.dtype)
+    kind = compute_dtype(query.device, value.dtype)
     if kind in _HALF:
         # Under autocast, rotary embeddings leave float32 queries and keys beside half values.
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
@@ -214,12 +216,7 @@ def _has_kernel(model: PreTrainedModel) -> bool:
     size = size or model.config.hidden_size // model.config.num_attention_heads
     return (
         model.device.type == "cuda"
-        and _compute_dtype(model.device, model.dtype) in _HALF
+        and compute_dtype(model.device, model.dtype) in _HALF
         and size in _KERNEL_SIZES
         and variable_length_attention() is not None
     )
-
-
-def _compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    autocast = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if autocast else stored

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
-from aem_lightning.rollout.slot_cache import SlotCache
+from aem_lightning.rollout.slot_cache import SlotCache, compute_dtype
 
 _ATTENTION = "aem_slots"
 # A wave of prompts is padded to its longest. Its padding may reach a quarter of its tokens, or this
@@ -48,8 +48,7 @@ class SlotModel:
         self._bucket = bucket
         weight = base.get_input_embeddings().weight
         self.device: torch.device = weight.device
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        self._kind = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        self._kind = compute_dtype(weight.device, weight.dtype)
         # The mask's row of a query at position p begins max_length - 1 - p further on: p + 1 zeros
         # (what it sees), then -inf.
         band = torch.zeros(2 * max_length, dtype=self._kind, device=self.device)
