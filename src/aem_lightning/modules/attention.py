@@ -138,8 +138,8 @@ def packed_attention(
     if kind in _HALF:
         # Under autocast, rotary embeddings leave float32 queries and keys beside half values.
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    varlen = variable_length_attention() if query.is_cuda and kind in _HALF else None
-    if varlen is not None and query.shape[-1] in _KERNEL_SIZES:
+    varlen = variable_length_attention()
+    if varlen is not None and _kernel_takes(query.device, kind, query.shape[-1]):
         return attend_in_one_kernel(varlen, query, key, value, segments, scaling), None
     return attend_by_segment(query, key, value, segments, scaling), None
 
@@ -214,9 +214,15 @@ def _has_kernel(model: PreTrainedModel) -> bool:
     """Whether one call of FlashAttention does for all segments of a row of ``model``."""
     size = getattr(model.config, "head_dim", None)
     size = size or model.config.hidden_size // model.config.num_attention_heads
+    kind = compute_dtype(model.device, model.dtype)
+    return _kernel_takes(model.device, kind, size) and variable_length_attention() is not None
+
+
+def _kernel_takes(device: torch.device, kind: torch.dtype, size: int) -> bool:
+    """Whether FlashAttention is there for heads of ``size``: not on GPUs before Ampere."""
     return (
-        model.device.type == "cuda"
-        and compute_dtype(model.device, model.dtype) in _HALF
+        device.type == "cuda"
+        and kind in _HALF
         and size in _KERNEL_SIZES
-        and variable_length_attention() is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
