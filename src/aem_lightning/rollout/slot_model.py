@@ -55,7 +55,12 @@ class SlotModel:
         band[max_length:] = -torch.inf
         self._band = band
         self._shared = _query_heads_per_key(base.config)
-        self._addresses = [parameter.data_ptr() for parameter in causal_lm.parameters()]
+        parameters = list(causal_lm.parameters())
+        self._addresses = [parameter.data_ptr() for parameter in parameters]
+        # Kept, the smallest weight's memory is not given out again: a model that went to the CPU
+        # and came back, as between two stages of a run, differs here even if all else fell back
+        # into place. Its buffers and 4-bit scales, which graphs read too, need not have.
+        self._held = min(parameters, key=torch.Tensor.numel).data
         self.graphs: DecodeGraphs | None = None
 
     def inherit(self, earlier: SlotModel) -> None:
