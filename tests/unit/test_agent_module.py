@@ -71,6 +71,20 @@ def fit(agent, **options):
     return recorder
 
 
+def test_validation_and_training_share_one_cache_inside_autocast(monkeypatch):
+    models = []
+    sync = SlotEngine.sync
+
+    def keeps(engine, policy, version):
+        sync(engine, policy, version)
+        models.append(engine._model)
+
+    monkeypatch.setattr(SlotEngine, "sync", keeps)
+    fit(make_agent(), epochs=2, precision="bf16-mixed")
+    assert len(models) == 4
+    assert len({id(model.cache) for model in models}) == 1
+
+
 def weights(agent):
     return {name: value.detach().clone() for name, value in agent.policy.trainable().items()}
 

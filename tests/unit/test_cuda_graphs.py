@@ -1,12 +1,14 @@
 """Decode steps over static buffers; here they are repeated, on a GPU replayed from a graph."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_slot_engine import STOP, assert_scores_match, make_engine, make_model, request, tokens
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from aem_lightning.rollout.cuda_graphs import DecodeGraphs, batch_bucket
+from aem_lightning.rollout.cuda_graphs import CudaCapture, DecodeGraphs, batch_bucket
 from aem_lightning.rollout.slot_engine import SlotEngine
 
 
@@ -66,6 +68,61 @@ def test_graphs_outlive_a_sync_unless_the_weights_have_moved(policy):
     engine.sync(policy, 3)
     weight.data = kept
     assert engine._model.graphs is None
+
+
+def test_a_model_that_went_away_and_came_back_cannot_look_as_if_it_had_not_moved():
+    policy = SimpleNamespace(causal_lm=make_model())
+    engine = with_graphs(make_engine(policy), DecodeGraphs(8, 255, capture))
+    held = [StorageWeakRef(p.untyped_storage()) for p in policy.causal_lm.parameters()]
+    for _ in range(2):  # to the CPU and back, as between two stages of a run
+        policy.causal_lm._apply(torch.clone)
+    # Freed to the last, every address could come back, and buffers would stand elsewhere.
+    assert not all(storage.expired() for storage in held)
+    engine.sync(policy, 2)
+    assert engine._model.graphs is None
+
+
+def test_all_graphs_write_their_logits_to_one_place(policy):
+    written = []
+
+    def keeps(step):
+        written.append(step().untyped_storage().data_ptr())
+        return step
+
+    play(with_graphs(make_engine(policy, slots=18), DecodeGraphs(18, 255, keeps)))
+    assert len(written) > 2
+    assert len(set(written)) == 1
+
+
+def test_a_capture_that_fails_leads_back_to_the_stream_it_came_from(monkeypatch):
+    @contextlib.contextmanager
+    def stream(other):
+        before, current[0] = current[0], other
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    class Capturing:
+        def __init__(self, graph, pool):
+            pass
+
+        def __enter__(self):
+            current[0] = made("capture")
+
+        def __exit__(self, *args):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def made(name="side"):
+        return SimpleNamespace(name=name, wait_stream=lambda other: None)
+
+    current = [made("default")]
+    fakes = {"stream": stream, "Stream": made, "graph": Capturing, "CUDAGraph": object}
+    for name, fake in {**fakes, "current_stream": lambda: current[0]}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(RuntimeError, match="previous error"):
+        CudaCapture()(lambda: None)
+    assert current[0].name == "default"
 
 
 def test_a_step_that_cannot_be_captured_runs_without_and_says_so_once(policy, caplog):

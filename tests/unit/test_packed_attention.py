@@ -199,6 +199,8 @@ def test_a_model_that_cannot_be_packed_is_padded_and_says_why_when_asked():
 def test_a_gpu_without_the_kernel_gets_one_call_for_each_row(monkeypatch):
     on_gpu = SimpleNamespace(**{"config": model().config, "_supports_attention_backend": True})
     on_gpu.device, on_gpu.dtype = torch.device("cuda"), torch.bfloat16
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     monkeypatch.setattr(attention, "variable_length_attention", lambda: None)
     on_gpu.config.head_dim = 64
     assert not is_packed("auto", on_gpu)
@@ -206,6 +208,9 @@ def test_a_gpu_without_the_kernel_gets_one_call_for_each_row(monkeypatch):
         attention, "variable_length_attention", lambda: scaled_dot_product_attention
     )
     assert is_packed("auto", on_gpu)
+    capability[0] = (7, 5)  # Turing: FlashAttention would refuse it in the middle of an update
+    assert not is_packed("auto", on_gpu)
+    capability[0] = (8, 0)
     on_gpu.dtype = torch.float32
     assert not is_packed("auto", on_gpu)
 

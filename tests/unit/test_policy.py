@@ -204,6 +204,26 @@ def test_gradient_checkpointing_changes_no_gradient(folder, rows):
         torch.testing.assert_close(plain, checkpointed)
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_gradient_checkpointing_computes_the_layers_of_a_loaded_policy_again(
+    tmp_path, rows, quantization, recwarn
+):
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+    tokenizer = word_tokenizer()
+    Policy(build_tiny_model(tokenizer, WIDE, seed=0), tokenizer).save_model(tmp_path)
+    policy = Policy.from_pretrained(
+        str(tmp_path), lora=LORA, gradient_checkpointing=True, quantization=quantization
+    )
+    calls = []
+    layer = policy.causal_lm.get_decoder().layers[0]
+    layer.input_layernorm.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    # As training finds it: nothing in a run calls train().
+    policy.score(*rows)[0].sum().backward()
+    assert len(calls) == 2
+    assert not [w for w in recwarn if "use_reentrant" in str(w.message)]
+
+
 def test_a_chat_template_of_ones_own_takes_the_place_of_the_models(folder, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text(CHATML, encoding="utf-8")

@@ -90,6 +90,14 @@ def test_a_penalty_that_never_starts_is_refused():
     check_config(composed([*once, "num_minibatches=2", "paths.output_dir=/nonexistent"]))
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "16"])
+def test_half_precision_that_needs_a_scaled_loss_is_refused_before_the_first_rollout(precision):
+    given = ["experiment=quickstart", "paths.output_dir=/nonexistent"]
+    with pytest.raises(ConfigError, match=r"precision=16.* type trainer\.precision=bf16-mixed"):
+        check_config(composed([*given, f"trainer.precision={precision}"]))
+    check_config(composed([*given, "trainer=gpu"]))
+
+
 def test_greedy_evaluation_is_allowed(quickstart):
     check_config(changed(quickstart, eval_temperature=0))
 

@@ -403,6 +403,22 @@ def test_a_rollout_inside_autocast_does_not_take_the_gradient_from_a_later_train
         assert torch.equal(gradient, gradients[1][name])
 
 
+def test_inside_autocast_keys_and_values_are_kept_in_its_type_with_the_same_results():
+    policy = SimpleNamespace(causal_lm=make_model())
+    asked = request("a", tokens(9, 0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        engine = make_engine(policy)
+        result = run(engine, asked)
+        cache = engine._model.cache
+        # What rotary embeddings leave in float32 is what attention would round at every step.
+        assert {block.dtype for block in cache._keys.values()} == {torch.bfloat16}
+        assert {block.dtype for block in cache._values.values()} == {torch.bfloat16}
+        wide = make_engine(policy)
+        for store in (wide._model.cache._keys, wide._model.cache._values):
+            store.update({i: torch.zeros(8, 2, 256, 8) for i in range(2)})
+        assert run(wide, asked) == result
+
+
 def test_a_model_whose_layers_share_keys_differently_is_refused():
     model = make_model()
     model.config.__dict__["num_key_value_heads"] = [1, 2]

@@ -354,7 +354,8 @@ class AgentModule(L.LightningModule):
         return collector.collect(make_groups(tasks, 1), seed=self.seed)
 
     def on_validation_epoch_start(self) -> None:
-        self.engine.sync(self.policy, self.iteration)
+        with self.trainer.precision_plugin.forward_context():  # as in the steps, which play
+            self.engine.sync(self.policy, self.iteration)
 
     def validation_step(self, batch: list[Task], batch_idx: int) -> dict[str, list[Trajectory]]:
         trajectories = self.play(batch)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from aem_lightning.rollout.slot_cache import compute_dtype
+
 PACKED = "aem_packed"
 Packing = Literal["auto", "packed", "padded"]
 _HALF = (torch.float16, torch.bfloat16)
@@ -132,12 +134,12 @@ def packed_attention(
     if segments is None:
         plain: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()["sdpa"]
         return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    kind = _compute_dtype(query.device, value.dtype)
+    kind = compute_dtype(query.device, value.dtype)
     if kind in _HALF:
         # Under autocast, rotary embeddings leave float32 queries and keys beside half values.
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    varlen = variable_length_attention() if query.is_cuda and kind in _HALF else None
-    if varlen is not None and query.shape[-1] in _KERNEL_SIZES:
+    varlen = variable_length_attention()
+    if varlen is not None and _kernel_takes(query.device, kind, query.shape[-1]):
         return attend_in_one_kernel(varlen, query, key, value, segments, scaling), None
     return attend_by_segment(query, key, value, segments, scaling), None
 
@@ -212,14 +214,15 @@ def _has_kernel(model: PreTrainedModel) -> bool:
     """Whether one call of FlashAttention does for all segments of a row of ``model``."""
     size = getattr(model.config, "head_dim", None)
     size = size or model.config.hidden_size // model.config.num_attention_heads
+    kind = compute_dtype(model.device, model.dtype)
+    return _kernel_takes(model.device, kind, size) and variable_length_attention() is not None
+
+
+def _kernel_takes(device: torch.device, kind: torch.dtype, size: int) -> bool:
+    """Whether FlashAttention is there for heads of ``size``: not on GPUs before Ampere."""
     return (
-        model.device.type == "cuda"
-        and _compute_dtype(model.device, model.dtype) in _HALF
+        device.type == "cuda"
+        and kind in _HALF
         and size in _KERNEL_SIZES
-        and variable_length_attention() is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
-
-
-def _compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    autocast = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if autocast else stored

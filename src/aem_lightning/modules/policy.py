@@ -127,12 +127,9 @@ class Policy(nn.Module):
         if chat_template is not None:
             tokenizer.chat_template = read_template(chat_template)
         if quantization:
-            causal_lm = prepare_model_for_kbit_training(
-                causal_lm, use_gradient_checkpointing=gradient_checkpointing
-            )
-        elif gradient_checkpointing:
-            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-            causal_lm.enable_input_require_grads()
+            causal_lm = prepare_model_for_kbit_training(causal_lm, use_gradient_checkpointing=False)
+        if gradient_checkpointing:
+            _checkpoint_layers(causal_lm)
         if isinstance(lora, Mapping):
             lora = Lora(**lora)
         return cls(causal_lm, tokenizer, lora)
@@ -213,6 +210,19 @@ class Policy(nn.Module):
         model.save_pretrained(str(folder))
         self.causal_lm.config.use_cache = False
         self.tokenizer.save_pretrained(str(folder))
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    """Let the layers of ``model`` be computed again in the backward pass.
+
+    They are in training mode alone, which a loaded model is not in, and which nobody puts it into:
+    the layers themselves are then, and their dropout, if they have some, stays off.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
 
 
 def check_adapters(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:

@@ -60,6 +60,7 @@ class DecodeGraphs:
         self._bin = bin_position
         self._capture = capture or CudaCapture()
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._logits: Tensor | None = None  # [slots, V], of all graphs: each would keep its own
         self.is_broken = False
 
     def __len__(self) -> int:
@@ -103,8 +104,15 @@ class DecodeGraphs:
     def _captured(self, model: DecodeModel, count: int, read: int) -> _Graph | None:
         tokens = torch.zeros(count, dtype=torch.long, device=model.device)
         positions = torch.full_like(tokens, self._bin)
+
+        def step() -> Tensor:
+            logits = model.decode(tokens, positions, read)
+            if self._logits is None:  # in the first warm-up, outside of any graph's memory
+                self._logits = logits.new_empty(self._slots, logits.shape[-1])
+            return self._logits[:count].copy_(logits)
+
         try:
-            run = self._capture(lambda: model.decode(tokens, positions, read))
+            run = self._capture(step)
         except Exception as error:  # whatever a model does that a graph cannot hold
             self.is_broken = True
             logger.warning(
@@ -131,7 +139,12 @@ class CudaCapture:
                     step()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # The outer context leads back to this stream: where the end of a capture fails, the
+            # inner one stays on its own.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool),
+            ):
                 output = step()
         self._pool = self._pool or graph.pool()
 

@@ -12,9 +12,10 @@ class SlotCache:
     """A key-value cache of ``slots`` rows, in the place of HF's own cache classes.
 
     Per layer and for keys and values alike it holds ``[slots, kv_heads, length, head_dim]``,
-    allocated when a layer first writes, in that layer's dtype and on its device. A row keeps its
-    tokens at their own positions from 0 on, without holes. The last position is a bin: the last
-    token of a response is never fed, so only padding lands there, where no valid query looks.
+    allocated when a layer first writes, on that layer's device and in the dtype that attention
+    computes in: autocast's, else the layer's. A row keeps its tokens at their own positions from 0
+    on, without holes. The last position is a bin: the last token of a response is never fed, so
+    only padding lands there, where no valid query looks.
 
     Args:
         slots: Number of rows.
@@ -80,10 +81,17 @@ class SlotCache:
             _, heads, _, width = new.shape
             # Zeros, not empty: a masked NaN would still be a NaN after the attention's matrix
             # product.
-            block = new.new_zeros(self.slots, heads, self.length, width)
+            kind = compute_dtype(new.device, new.dtype)
+            block = new.new_zeros(self.slots, heads, self.length, width, dtype=kind)
             store[layer_idx] = block
         rows, positions = self._rows.to(block.device), self._positions.to(block.device)
-        block[rows, :, positions] = new.transpose(1, 2)
+        block[rows, :, positions] = new.transpose(1, 2).to(block.dtype)
         if self._span is not None:
             return block[self._span, :, : self._read]
         return block[rows[:, 0], :, : self._read]
+
+
+def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What matrix products on ``device`` compute in: autocast's type, else the ``stored`` one."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if autocast else stored

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
-from aem_lightning.rollout.slot_cache import SlotCache
+from aem_lightning.rollout.slot_cache import SlotCache, compute_dtype
 
 _ATTENTION = "aem_slots"
 # A wave of prompts is padded to its longest. Its padding may reach a quarter of its tokens, or this
@@ -48,15 +48,19 @@ class SlotModel:
         self._bucket = bucket
         weight = base.get_input_embeddings().weight
         self.device: torch.device = weight.device
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        self._kind = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        self._kind = compute_dtype(weight.device, weight.dtype)
         # The mask's row of a query at position p begins max_length - 1 - p further on: p + 1 zeros
         # (what it sees), then -inf.
         band = torch.zeros(2 * max_length, dtype=self._kind, device=self.device)
         band[max_length:] = -torch.inf
         self._band = band
         self._shared = _query_heads_per_key(base.config)
-        self._addresses = [parameter.data_ptr() for parameter in causal_lm.parameters()]
+        parameters = list(causal_lm.parameters())
+        self._addresses = [parameter.data_ptr() for parameter in parameters]
+        # Kept, the smallest weight's memory is not given out again: a model that went to the CPU
+        # and came back, as between two stages of a run, differs here even if all else fell back
+        # into place. Its buffers and 4-bit scales, which graphs read too, need not have.
+        self._held = min(parameters, key=torch.Tensor.numel).data
         self.graphs: DecodeGraphs | None = None
 
     def inherit(self, earlier: SlotModel) -> None:

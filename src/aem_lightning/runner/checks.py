@@ -48,7 +48,7 @@ def check_config(cfg: DictConfig) -> None:
         problems.append(
             f"anchor_similarity={cfg.anchor_similarity!r}: a number in (0, 1], e.g. 0.9"
         )
-    problems += _warm_start_problems(cfg.policy.warm_start)
+    problems += _warm_start_problems(cfg.policy.warm_start) + _precision_problems(cfg)
     once = cfg.update_epochs == cfg.num_minibatches == 1
     if once and str(OmegaConf.select(cfg, "loss.covariance._target_")).endswith(".KLCov"):
         problems.append(
@@ -87,6 +87,16 @@ def _warm_start_problems(start: DictConfig) -> list[str]:
     if "lr" in start and (type(start.lr) not in (int, float) or not start.lr > 0):
         problems.append(f"policy.warm_start.lr={start.lr!r}: a number > 0")
     return problems
+
+
+def _precision_problems(cfg: DictConfig) -> list[str]:
+    precision = OmegaConf.select(cfg, "trainer.precision")
+    if str(precision) not in ("16", "16-mixed"):
+        return []
+    return [
+        f"trainer.precision={precision} needs a scaled loss, and this loop scales none: type "
+        "trainer.precision=bf16-mixed, or trainer.precision=32-true"
+    ]
 
 
 def check_api_config(cfg: DictConfig) -> None:

@@ -201,7 +201,7 @@ def quiet_libraries() -> None:
         ".*number of training batches.*smaller than the log.*",
         # A skipped update, or a resumed run: the schedule counts iterations, not updates.
         ".*Detected call of `lr_scheduler.step.*",
-        # Base models come from the hub in eval mode, and the adapters need no other.
+        # Base models come in eval mode; adapters need no other, and checkpointed layers leave it.
         ".*Found .* module.*in eval mode.*",
         # Tasks need no transfer, whoever offers one.
         ".*You have overridden `transfer_batch_to_device`.*",
