@@ -219,7 +219,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
     for name, (grown, memory) in doublings.items():
         costs[name] = []
         for factor in options.growth:
-            size = {grown: factor * getattr(options, grown), "memory": memory}
+            size = {grown: round(factor * getattr(options, grown)), "memory": memory}
             sized = argparse.Namespace(**{**vars(options), **size})
             ours = run_ours(sized, copy.deepcopy(tokenizer), stop_ids(tokenizer))
             costs[name].append(size | ours)
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3, help="the median ratio counts")
     parser.add_argument(
-        "--growth", type=int, nargs="*", default=[1, 2, 4], help="times the tasks, times the turns"
+        "--growth", type=float, nargs="*", default=[0.5, 1, 2], help="times the tasks, or the turns"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="where to write the results")
