@@ -24,11 +24,12 @@ HEADLINE = (
     *SMALL,
     "policy.warm_start.demonstrations=6",
     "policy.warm_start.epochs=2",
+    "policy.warm_start.max_turns=12",
     "iterations=2",
     "iterations_per_epoch=1",
     "tasks_per_iteration=2",
     "group_size=2",
-    "max_turns=12",
+    "max_turns=3",
     "max_new_tokens=12",
     "concurrency=12",
 )
