@@ -36,8 +36,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.stage == "train":
         check_parts(cfg)
     checkpoint = find_checkpoint(cfg, cfg.name)
-    if checkpoint is not None:
-        read_checkpoint(checkpoint)  # a broken file must show before anything is made
+    before = _before(checkpoint)  # now: a broken file must show before anything is made
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     clock = StageClock()
     with clock("tasks"):
@@ -47,15 +46,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             return check(cfg, datamodule)
         if cfg.stage == "warm_start":
             return warm_start_only(cfg, datamodule, clock)
-        return reinforce(cfg, datamodule, clock, checkpoint)
+        return reinforce(cfg, datamodule, clock, checkpoint, before)
     finally:
         datamodule.close()
 
 
 def reinforce(
-    cfg: DictConfig, datamodule: AgentDataModule, clock: StageClock, checkpoint: Path | None
+    cfg: DictConfig,
+    datamodule: AgentDataModule,
+    clock: StageClock,
+    checkpoint: Path | None,
+    known: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The reinforcement stage, between two evaluations."""
+    """The reinforcement stage, between two evaluations; ``known`` is the first, once made."""
     output = Path(cfg.paths.output_dir)
     with clock("warm_start"):
         policy, _ = build_policy(cfg, datamodule)
@@ -64,7 +67,7 @@ def reinforce(
     before = after = None
     if cfg.evaluate:
         with clock("evaluation_before"):
-            before = _before(checkpoint) or play_all(trainer, module, datamodule)["success"]
+            before = known or play_all(trainer, module, datamodule)["success"]
         (output / BEFORE).write_text(json.dumps(before, indent=2), encoding="utf-8")
     with clock("training"):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
