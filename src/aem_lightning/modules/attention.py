@@ -138,8 +138,9 @@ def packed_attention(
     if kind in _HALF:
         # Under autocast, rotary embeddings leave float32 queries and keys beside half values.
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    varlen = variable_length_attention()
-    if varlen is not None and _kernel_takes(query.device, kind, query.shape[-1]):
+    takes = _kernel_takes(query.device, kind, query.shape[-1])
+    varlen = variable_length_attention() if takes else None
+    if varlen is not None:
         return attend_in_one_kernel(varlen, query, key, value, segments, scaling), None
     return attend_by_segment(query, key, value, segments, scaling), None
 

@@ -113,12 +113,13 @@ class Policy(nn.Module):
             raise ValueError(
                 f"policy.quantization={quantization!r} is unknown; allowed: null, nf4."
             )
+        stored = check_dtype(dtype)
         settings: dict[str, Any] = {
-            "dtype": check_dtype(dtype),
+            "dtype": stored,
             "attn_implementation": attn_implementation,
         }
         if quantization:
-            settings["quantization_config"] = _four_bit(check_dtype(dtype))
+            settings["quantization_config"] = _four_bit(stored)
         try:
             tokenizer = load_tokenizer(model)
             causal_lm = AutoModelForCausalLM.from_pretrained(model, **settings)
