@@ -49,8 +49,6 @@ from word_world import DONE, WORDS, WordGame
 
 from aem_lightning.modules import build_tokenizer
 
-STOPPED = "a peer stopped by the budget in its first turns, the cheap ones"
-
 
 @torch.no_grad()
 def error_against_teacher_forcing(model: Qwen2ForCausalLM, episodes: list[Episode]) -> float:
@@ -183,7 +181,8 @@ def show_ratios(reports: Sequence[dict[str, Any]]) -> None:
             )
         )
     columns = ("episodes x turns", "tokens/s", "% played", *(f"x {p}" for p in peers), "error")
-    print_table(f"Engine against its peers (+: {STOPPED})", columns, rows)
+    stopped_early = "a peer stopped by the budget in its first turns, the cheap ones"
+    print_table(f"Engine against its peers (+: {stopped_early})", columns, rows)
 
 
 def growth(options: argparse.Namespace) -> dict[str, Any]:
@@ -247,11 +246,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "trl" in players and trl_version() is None:
         print("trl is not installed and is left out: pip install trl")
         players.remove("trl")
-    reports = []
+    reports, budget = [], options.budget or math.inf
     for episodes in options.episodes:
         for turns in options.turns:
             work = Work(episodes, turns, options.group_size)
-            reports.append(compare(work, players, options.model, True, options.budget or math.inf))
+            reports.append(compare(work, players, options.model, check=True, budget=budget))
             if not options.brief:
                 show(reports[-1])
     if options.brief or len(reports) > 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 # Set before any test imports transformers or tokenizers: both read them once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -108,6 +110,14 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     import runs
 
     return runs.warm_started_model(tmp_path_factory.mktemp("toy_model"))
+
+
+@pytest.fixture(scope="module")
+def import_benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of ``benchmarks/`` as its scripts import each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="session")

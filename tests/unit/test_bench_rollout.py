@@ -1,22 +1,13 @@
 """The rollout's benchmark: what a budget cuts, and what the work of a doubling is."""
 
-import importlib
-import sys
-
 import pytest
 import torch
-from runs import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The module of ``benchmarks/``, imported as its scripts import it."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("bench_rollout")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def bench(import_benchmark):
+    return import_benchmark("bench_rollout")
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,15 @@
 """The update's benchmark: it runs whole, its fits are right, its workloads are what they say."""
 
 import argparse
-import importlib
 import json
-import sys
 
 import pytest
 import torch
-from runs import ROOT
 
 
 @pytest.fixture(scope="module")
-def benches():
-    """The modules of ``benchmarks/``, imported as its scripts import them."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("bench_update"), importlib.import_module("common")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def benches(import_benchmark):
+    return import_benchmark("bench_update"), import_benchmark("common")
 
 
 def test_the_benchmark_does_not_run(benches, tmp_path, capsys):
