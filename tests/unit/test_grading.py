@@ -94,6 +94,12 @@ def test_the_fix_fails() -> None:
     assert found.infra_error is None
 
 
+def test_a_verdict_hangs_on_how_strings_hash() -> None:
+    chance = "import sys\n\ndef add(a, b):\n    return a + b - sys.flags.hash_randomization\n"
+    found = graded(change("calc/core.py", BUGGY, chance))
+    assert found.resolved, found.report
+
+
 def test_no_change_passes() -> None:
     found = graded("")
     assert not found.resolved

@@ -8,14 +8,15 @@ import json
 import datasets
 import pytest
 
-from aem_lightning.envs.swe import load_instances
+from aem_lightning.envs.swe import generate, load_instances
 from aem_lightning.envs.swe.expert import words_fix
-from aem_lightning.envs.swe.generate import candidates, generate_instances
+from aem_lightning.envs.swe.generate import Candidate, candidates, generate_instances
 from aem_lightning.envs.swe.instances import SWEBENCH_COLUMNS, Instance
 from aem_lightning.envs.swe.libraries import load_libraries
-from aem_lightning.envs.swe.mutations import mutations
+from aem_lightning.envs.swe.mutations import Mutation, mutations
 from aem_lightning.envs.swe.patches import TOKEN, hunks, make_diff, token_fix
 from aem_lightning.envs.swe.repositories import Repositories, write_repository
+from aem_lightning.envs.swe.sandbox import Limits, LocalSandbox
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 
@@ -96,6 +97,14 @@ def test_the_first_candidates_are_of_one_library_or_hang_on_something_else_than_
     first = [one.library.name for one in candidates(0)[:8]]
     assert len(set(first)) == 8
     assert candidates(0) == candidates(0) != candidates(1)
+
+
+def test_an_endless_bug_is_an_instance(monkeypatch):
+    monkeypatch.setattr(generate, "TRIAL", Limits(wall_s=60.0, cpu_s=1))
+    library = load_libraries()[0]
+    bug = Mutation("put", 1, "", "", f"while True:\n    pass\n{library.core}")
+    tried = generate.try_candidate(LocalSandbox(allow_unsafe=True), Candidate(library, bug))
+    assert tried.outcome == "timeout"
 
 
 @pytest.mark.parametrize("kind", ["parquet", "hub"])

@@ -32,6 +32,7 @@ from aem_lightning.envs.swe.mutations import Mutation, mutations
 from aem_lightning.envs.swe.patches import make_diff
 from aem_lightning.envs.swe.repositories import write_repository
 from aem_lightning.envs.swe.sandbox import Limits, Sandbox, SessionSpec, tar_of
+from aem_lightning.envs.swe.sandbox.base import KILLED
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ SPLITS = ("train", "valid_seen", "valid_unseen")
 UNSEEN = frozenset({"calendars", "units"})  # libraries that training never shows
 HELD_OUT = 5  # of the others' instances, one in so many is for evaluation
 FORMATS = ("json", "parquet")
-TRIAL_S = 10.0  # a bug may loop for ever
+# A bug may loop for ever. What it costs the processor ends it: a busy machine spoils no instance.
+TRIAL = Limits(wall_s=120.0, cpu_s=10)
 Row = dict[str, Any]
 
 
@@ -180,16 +182,19 @@ def try_candidate(sandbox: Sandbox, candidate: Candidate) -> Tried:
     row = _row(candidate, failing, passing, visible)
     instance = from_swebench(row)
     base = tar_of({path: text.encode() for path, text in files.items()})
-    if not grade(sandbox, instance, base, instance.patch, wall_s=TRIAL_S).resolved:
+    tried = partial(
+        grade, sandbox, instance, base, wall_s=TRIAL.wall_s, spec=SessionSpec(limits=TRIAL)
+    )
+    if not tried(instance.patch).resolved:
         return Tried("fix_fails")
-    if grade(sandbox, instance, base, "", wall_s=TRIAL_S).resolved:
+    if tried("").resolved:
         return Tried("nothing_resolves")
     return Tried("valid", row, files)
 
 
 def _statuses(sandbox: Sandbox, files: Mapping[str, str]) -> dict[str, str] | None:
     """What the tests say; None where they do not end."""
-    session = sandbox.open(SessionSpec(limits=Limits().ended_by_the_clock(TRIAL_S)))
+    session = sandbox.open(SessionSpec(limits=TRIAL))
     try:
         done = session.put_tar(tar_of({path: text.encode() for path, text in files.items()}))
         if done.code == 0:
@@ -198,7 +203,8 @@ def _statuses(sandbox: Sandbox, files: Mapping[str, str]) -> dict[str, str] | No
         session.close()
     if done.infra_error:
         raise RuntimeError(f"sandbox={sandbox.name}: {done.infra_error}")
-    return None if done.timed_out else parse_statuses(done.output)
+    endless = done.timed_out or done.code == KILLED
+    return None if endless else parse_statuses(done.output)
 
 
 def _row(candidate: Candidate, failing: Iterable[str], passing: Iterable[str], visible: str) -> Row:

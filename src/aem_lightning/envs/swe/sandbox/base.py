@@ -64,7 +64,8 @@ class CommandResult:
     """What became of a command.
 
     Attributes:
-        code: Its exit status; 124 after ``timed_out``, 137 when the sandbox is gone.
+        code: Its exit status; 124 after ``timed_out``, 128 and the signal's number after a signal,
+            137 when the sandbox is gone.
         output: What it wrote to both streams, in order.
         timed_out: It was killed at its wall-clock limit.
         truncated: The middle of the output is missing.

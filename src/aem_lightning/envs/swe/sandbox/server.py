@@ -81,11 +81,12 @@ class Job:
         self._drain(process.stdout.fileno())
         process.stdout.close()
         status = self.ended.get(process.pid, signal.SIGKILL)
-        process.returncode = os.waitstatus_to_exitcode(status)  # reaped here, not by Popen
+        code = process.returncode = os.waitstatus_to_exitcode(status)  # reaped here, not by Popen
         if self.killed_for:
             self.output.add(f"\n[killed: {self.killed_for}]\n".encode())
         return {
-            "code": 124 if timed_out else process.returncode,
+            # Of a command that a signal ended: what a shell would say.
+            "code": 124 if timed_out else code if code >= 0 else 128 - code,
             "output": self.output.text(),
             "timed_out": timed_out,
             "truncated": self.output.missing > 0,
