@@ -203,18 +203,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
     costs: dict[str, list[dict[str, Any]]] = {}
     exponents: dict[str, float] = {}
     for name, (works, window) in doublings.items():
-        costs[name] = []
-        for work in works:
-            episodes = script(work)
-            cost = meter(partial(play_engine, model, episodes, window=window), repeats=1)
-            size = {
-                "tokens": sum(len(episode.sampled) for episode in episodes),
-                "operations": sum(
-                    operations(model, len(episode.ids) - shared, shared)
-                    for episode, shared in zip(episodes, forked(work, episodes), strict=True)
-                ),
-            }
-            costs[name].append({"work": asdict(work), **size, **cost})
+        costs[name] = [engine_cost(model, work, meter, window) for work in works]
         for figure in ("seconds", "extra_mib"):
             values = [entry[figure] for entry in costs[name]]
             sizes = [entry["tokens"] for entry in costs[name]]
@@ -224,6 +213,23 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
             sizes, values = ([e[key] for e in costs[name]] for key in ("operations", "seconds"))
             exponents[f"{name}, seconds over operations"] = growth_exponent(sizes, values)
     return {"costs": costs, "exponents": exponents}
+
+
+def engine_cost(
+    model: Qwen2ForCausalLM, work: Work, meter: Meter, window: int | None = None
+) -> dict[str, Any]:
+    """Seconds and memory of our engine, and how much that was in tokens and operations."""
+    episodes = script(work)
+    cost = meter(partial(play_engine, model, episodes, window=window), repeats=1)
+    return {
+        "work": asdict(work),
+        "tokens": sum(len(episode.sampled) for episode in episodes),
+        "operations": sum(
+            operations(model, len(episode.ids) - shared, shared)
+            for episode, shared in zip(episodes, forked(work, episodes), strict=True)
+        ),
+        **cost,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

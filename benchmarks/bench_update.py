@@ -186,9 +186,12 @@ def episode(turns: int, seed: int, kind: str) -> Trajectory:
 
 def tiny_policy(device: torch.device) -> Policy:
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(TINY).to(device)
+    return lora_policy(Qwen2ForCausalLM(TINY), device)
+
+
+def lora_policy(model: Qwen2ForCausalLM, device: torch.device) -> Policy:
     tokenizer: Any = None  # nothing is read or written
-    return Policy(model, tokenizer, Lora(r=16, alpha=32)).to(device)
+    return Policy(model.to(device), tokenizer, Lora(r=16, alpha=32)).to(device)
 
 
 def update(policy: Policy, batch: RolloutBatch, *, packed: bool) -> None:
@@ -242,10 +245,14 @@ def bench_growth(options: argparse.Namespace) -> list[dict[str, Any]]:
         for size in sizes:
             turns, count = (size, 4) if kind == "transcript" else (10, size)
             played = [episode(turns, seed, "transcript") for seed in range(count)]
-            work = sum(operations(policy.causal_lm, len(one.rows[0])) for one in played)
-            cost = time_update(policy, played, device)
-            results.append({"rows_as": kind, "turns": turns, "operations": work, **cost})
+            results.append({"rows_as": kind, "turns": turns, **update_cost(policy, played, device)})
     return results
+
+
+def update_cost(policy: Policy, played: list[Trajectory], device: torch.device) -> dict[str, Any]:
+    """What one update of transcripts costs, and its operations."""
+    work = sum(operations(policy.causal_lm, len(one.rows[0])) for one in played)
+    return {"operations": work, **time_update(policy, played, device)}
 
 
 def bench_packing(options: argparse.Namespace) -> list[dict[str, Any]]:
