@@ -53,11 +53,11 @@ test-adapters: install ## Install what only the adapters and SWE-bench's images 
 
 bench: install ## Measure us beside our peers, into RESULTS (default logs/bench): ARGS="--model 30m" is for the rollout
 	@mkdir -p "$(RESULTS)"
-	@cd benchmarks && for name in rollout update environment webshop step; do \
+	@cd benchmarks && for name in rollout update growth environment webshop step; do \
 		words=""; if [ "$$name" = rollout ]; then words='$(ARGS)'; fi; \
 		"$(abspath $(BIN))/python" "bench_$$name.py" --json "$(abspath $(RESULTS))/$$name.json" $$words || exit 1; \
 	done; "$(abspath $(BIN))/python" bench_update.py --tokens 4096 --vocabularies 152000 \
-		--turns 10 --growth-turns --growth-episodes --json "$(abspath $(RESULTS))/update_headline.json" || exit 1; \
+		--turns 10 --json "$(abspath $(RESULTS))/update_headline.json" || exit 1; \
 	"$(abspath $(BIN))/python" report.py "$(abspath $(RESULTS))"/*.json > "$(abspath $(RESULTS))/report.md"
 
 bench-quick: install ## Fail when a ratio to a peer is 25 % below the committed one: ARGS=--update commits

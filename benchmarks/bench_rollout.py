@@ -28,8 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import growth_exponent, operations, print_growth, print_table, write_json
-from meter import Meter
+from common import print_table, write_json
 from players import (
     DEVICE,
     LONGEST,
@@ -37,9 +36,7 @@ from players import (
     PLAYERS,
     Episode,
     Work,
-    forked,
     make_model,
-    play_engine,
     script,
     stop_ids,
 )
@@ -185,62 +182,12 @@ def show_ratios(reports: Sequence[dict[str, Any]]) -> None:
     print_table(f"Engine against its peers (+: {stopped_early})", columns, rows)
 
 
-def growth(options: argparse.Namespace) -> dict[str, Any]:
-    """Our own time and memory as episodes and turns double, and their exponents over the tokens.
-
-    Turns twice: with the whole transcript in context, whose attention reads all of it for every
-    token (so its seconds are fitted over operations too), and with the last two turns, as the paper
-    plays.
-    """
-    model, meter = make_model("tiny"), Meter(torch.device(DEVICE))
-    play_engine(model, script(Work(2, 1, 2)))
-    turns = [Work(8, size) for size in options.growth_turns]
-    doublings: dict[str, tuple[list[Work], int | None]] = {
-        "episodes": ([Work(size, 6) for size in options.growth_episodes], None),
-        "turns, transcript": (turns, None),
-        "turns, window of 2": (turns, 2),
-    }
-    costs: dict[str, list[dict[str, Any]]] = {}
-    exponents: dict[str, float] = {}
-    for name, (works, window) in doublings.items():
-        costs[name] = [engine_cost(model, work, meter, window) for work in works]
-        for figure in ("seconds", "extra_mib"):
-            values = [entry[figure] for entry in costs[name]]
-            sizes = [entry["tokens"] for entry in costs[name]]
-            if len(set(sizes)) > 1 and all(values):
-                exponents[f"{name}, {figure}"] = growth_exponent(sizes, values)
-        if name == "turns, transcript" and len(works) > 1:
-            sizes, values = ([e[key] for e in costs[name]] for key in ("operations", "seconds"))
-            exponents[f"{name}, seconds over operations"] = growth_exponent(sizes, values)
-    return {"costs": costs, "exponents": exponents}
-
-
-def engine_cost(
-    model: Qwen2ForCausalLM, work: Work, meter: Meter, window: int | None = None
-) -> dict[str, Any]:
-    """Seconds and memory of our engine, and how much that was in tokens and operations."""
-    episodes = script(work)
-    cost = meter(partial(play_engine, model, episodes, window=window), repeats=1)
-    return {
-        "work": asdict(work),
-        "tokens": sum(len(episode.sampled) for episode in episodes),
-        "operations": sum(
-            operations(model, len(episode.ids) - shared, shared)
-            for episode, shared in zip(episodes, forked(work, episodes), strict=True)
-        ),
-        **cost,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--episodes", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--turns", type=int, nargs="+", default=[10, 20])
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--model", "--size", choices=MODELS, default="tiny")
-    parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--growth-episodes", type=int, nargs="+", default=[4, 8, 16, 32, 64])
-    parser.add_argument("--growth-turns", type=int, nargs="+", default=[6, 12, 24, 48])
     parser.add_argument("--budget", type=float, help="most seconds of a player")
     parser.add_argument("--brief", action="store_true", help="one table for all works")
     parser.add_argument("--players", nargs="+", choices=[*PLAYERS, "trl"], default=None)
@@ -261,10 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 show(reports[-1])
     if options.brief or len(reports) > 1:
         show_ratios(reports)
-    grown = growth(options) if options.growth else {"exponents": {}}
-    if grown["exponents"]:
-        print_growth("Growth of the engine's costs, over sampled tokens", grown["exponents"])
-    write_json(options.json, {"settings": vars(options), "reports": reports, "growth": grown})
+    write_json(options.json, {"settings": vars(options), "reports": reports})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 4. Floor: the share of the head's time that its three matrix products take by themselves (logits,
    logits again in the backward pass, gradient): no head without a [tokens, vocabulary] tensor has
    fewer. Under 60 % on a GPU, a fused kernel is worth writing.
-5. Growth: exponents of time and memory as the work doubles.
+5. Growth of the head: exponents of time and memory as tokens and vocabulary double.
 
 Seconds are CPU seconds on a CPU, which shared cores disturb less, and wall seconds on a GPU.
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import growth_exponent, operations, print_growth, print_table, write_json
+from common import growth_exponent, print_growth, print_table, write_json
 from meter import Meter, free_memory
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -232,29 +232,6 @@ def bench_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def bench_growth(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One update of transcripts that double in turns, then in episodes."""
-    device = torch.device(options.device)
-    policy = tiny_policy(device)
-    time_update(policy, [episode(4, 0, "transcript")], device)
-    results = []
-    for kind, sizes in (
-        ("transcript", options.growth_turns),
-        ("episodes", options.growth_episodes),
-    ):
-        for size in sizes:
-            turns, count = (size, 4) if kind == "transcript" else (10, size)
-            played = [episode(turns, seed, "transcript") for seed in range(count)]
-            results.append({"rows_as": kind, "turns": turns, **update_cost(policy, played, device)})
-    return results
-
-
-def update_cost(policy: Policy, played: list[Trajectory], device: torch.device) -> dict[str, Any]:
-    """What one update of transcripts costs, and its operations."""
-    work = sum(operations(policy.causal_lm, len(one.rows[0])) for one in played)
-    return {"operations": work, **time_update(policy, played, device)}
-
-
 def bench_packing(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Ragged transcripts of up to ``max(turns)`` turns: few that are long, many that are short."""
     device = torch.device(options.device)
@@ -298,8 +275,8 @@ def ratios(heads: list[dict[str, Any]], rows: list[dict[str, Any]], packing: Any
     return found
 
 
-def growth(heads: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Exponents of our costs; memory below a few MiB is noise, and is fitted from there on."""
+def growth(heads: list[dict[str, Any]]) -> dict[str, float]:
+    """Exponents of our head's costs; memory below a few MiB is noise, and fitted from there on."""
     ours = [entry for entry in heads if entry["head"] == "ours"]
     found = {}
 
@@ -318,10 +295,6 @@ def growth(heads: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str,
     widest = max(entry["vocabulary"] for entry in ours)
     most = max(entry["tokens"] for entry in ours if entry["vocabulary"] == widest)
     fit("vocabulary", [entry for entry in ours if entry["tokens"] == most], "vocabulary")
-    turns = [entry for entry in rows if entry["rows_as"] == "transcript"]
-    fit("turns", turns, "turns")
-    fit("operations_of_turns", turns, "operations")
-    fit("episodes", [entry for entry in rows if entry["rows_as"] == "episodes"], "rows")
     return found
 
 
@@ -340,8 +313,6 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=512, help="of ours; training has 512")
     parser.add_argument("--turns", type=int, nargs="+", default=[10, 30, 50])
     parser.add_argument("--episodes", type=int)
-    parser.add_argument("--growth-turns", type=int, nargs="*", default=[5, 10, 20, 40, 80])
-    parser.add_argument("--growth-episodes", type=int, nargs="*", default=[4, 8, 16, 32, 64])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of hidden states and vocabulary")
@@ -360,7 +331,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     heads, rows = bench_heads(options), bench_rows(options)
     packing = bench_packing(options)
-    doubling = bench_growth(options)
     report = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "trl": "measured" if trl_head() else "not installed: pip install 'aem-lightning[bench]'",
@@ -368,8 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         "rows": rows,
         "packing": packing,
         "ratios": ratios(heads, rows, packing),
-        "growth": growth(heads, doubling),
-        "doubling": doubling,
+        "growth": growth(heads),
     }
     show(report)
     if options.json:
@@ -396,7 +365,7 @@ def show(report: dict[str, Any]) -> None:
         [[e["packing"], *(e[c] for c in columns)] for e in report["packing"]],
     )
     print_table("Times as good as the peer", ["case", "ratio"], list(report["ratios"].items()))
-    print_growth("Growth of our costs", report["growth"])
+    print_growth("Growth of our head's costs", report["growth"])
     if report["settings"]["device"] != "cpu":
         shares = [r for name, r in report["ratios"].items() if name.endswith("_share_of_floor")]
         verdict = "is" if min(shares) < FUSE_BELOW else "is not"

@@ -16,14 +16,13 @@ def test_the_benchmark_does_not_run(benches, tmp_path, capsys):
     bench, _ = benches
     target = tmp_path / "new" / "update.json"
     small = ["--tokens", "16", "32", "--vocabularies", "50", "100", "--hidden", "8"]
-    growth = ["--growth-turns", "2", "4", "--growth-episodes", "1", "2"]
-    bench.main([*small, *growth, "--turns", "2", "4", "--json", str(target)])
+    bench.main([*small, "--turns", "2", "4", "--json", str(target)])
     report = json.loads(target.read_text(encoding="utf-8"))
     assert report["machine"]["torch"] == torch.__version__
     heads = [entry for entry in report["head"] if entry["head"] == "ours"]
     assert len(heads) == 4
     assert all(entry["seconds"] > 0 and entry["gradient_error"] < 1e-5 for entry in heads)
-    assert {"vocabulary_time", "turns_time", "episodes_time"} <= set(report["growth"])
+    assert {"vocabulary_time", "response_tokens_at_vocabulary_50_time"} <= set(report["growth"])
     assert report["ratios"]["head_100_32_share_of_floor"] > 0
     assert {"head_100_32_over_naive_time", "packed_over_padded_time"} <= set(report["ratios"])
     shown = capsys.readouterr().out
