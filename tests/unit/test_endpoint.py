@@ -77,8 +77,8 @@ def test_what_may_yet_succeed_is_tried_again(fake: FakeEndpoint, status: int) ->
 
 
 def test_a_reply_that_comes_too_late_is_asked_for_again(fake: FakeEndpoint) -> None:
-    fake.think = replies(Answer(completion("late"), delay_s=1.0), "in time")
-    assert say(endpoint(fake, timeout_s=0.3)).text == "in time"
+    fake.think = replies(Answer(completion("late"), delay_s=3.0), "in time")
+    assert say(endpoint(fake, timeout_s=1.0)).text == "in time"
 
 
 def test_replies_that_never_come_break_one_episode(fake: FakeEndpoint) -> None:
