@@ -25,7 +25,8 @@ from transformers import Qwen2ForCausalLM
 
 from aem_lightning.modules import Policy
 
-FITTED = (("seconds", "tokens"), ("seconds", "operations"), ("extra_mib", "tokens"))
+# The work is tokens; memory is set aside for so many episodes of so many turns, however they go.
+FITTED = (("seconds", "tokens"), ("seconds", "operations"), ("extra_mib", "doubled"))
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def rollout_cost(
 def update_cost(policy: Policy, kind: str, doubled: int, turns: int, episodes: int = 1) -> Cost:
     played = [episode(turns, seed, "transcript") for seed in range(episodes)]
     found = time_update(policy, played, torch.device(DEVICE))
-    done = sum(operations(policy.causal_lm, len(one.rows[0])) for one in played)
+    done = sum(operations(policy.causal_lm, len(one.rows[0]), backward=True) for one in played)
     costs = {name: found[name] for name in ("seconds", "extra_mib")}
     return Cost(f"update, {kind}", doubled, found["response_tokens"], done, **costs)
 
@@ -82,14 +83,15 @@ def costs_of(shape: str, options: argparse.Namespace, *, is_first: bool) -> list
 
 
 def exponents_of(costs: Sequence[Cost]) -> dict[str, float]:
-    """Of every work its seconds over tokens, over operations, and its memory over tokens."""
+    """Of every work its seconds over tokens, over operations, and its memory over what doubles."""
     found = {}
     for work in dict.fromkeys(cost.work for cost in costs):
         part = [vars(cost) for cost in costs if cost.work == work]
         for figure, size in FITTED:
-            is_plain = size == "tokens" or work.endswith(" turns")
-            if is_plain and len(part) > 1 and all(cost[figure] for cost in part):
-                name = f"{work}: {figure} over {size}"
+            is_asked = size != "operations" or work.endswith(" turns")
+            if is_asked and len(part) > 1 and all(cost[figure] for cost in part):
+                over = "" if size == "doubled" else f" over {size}"
+                name = f"{work}: {figure}{over}"
                 found[name] = growth_exponent(
                     [cost[size] for cost in part], [cost[figure] for cost in part]
                 )

@@ -47,17 +47,21 @@ def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return slope / sum((a - mean_x) ** 2 for a in x)
 
 
-def operations(model: PreTrainedModel, tokens: int, before: int = 0) -> float:
-    """Floating-point operations of a forward pass over ``tokens`` that follow ``before`` others.
+def operations(
+    model: PreTrainedModel, tokens: int, before: int = 0, *, backward: bool = False
+) -> float:
+    """Floating-point operations of a pass over ``tokens`` that follow ``before`` others.
 
     Two a weight and token, and four a layer, channel and pair of a token with one that it sees
-    (arXiv 2204.02311, appendix B): of a long sequence, the second part grows with its square.
+    (arXiv 2204.02311, appendix B): of a long sequence, the second part grows with its square. A
+    backward pass through frozen weights, as under LoRA, costs their part once more; attention's
+    costs two and a half times the forward pass, as it makes the scores again (arXiv 2205.14135).
     """
     shape = model.config
     pairs = tokens * before + tokens * tokens / 2
-    return 2.0 * model.num_parameters() * tokens + (
-        4.0 * shape.num_hidden_layers * shape.hidden_size * pairs
-    )
+    weights = 2.0 * model.num_parameters() * tokens
+    attention = 4.0 * shape.num_hidden_layers * shape.hidden_size * pairs
+    return 2.0 * weights + 3.5 * attention if backward else weights + attention
 
 
 def print_growth(title: str, exponents: Mapping[str, float]) -> bool:

@@ -45,6 +45,19 @@ def test_operations_are_not_those_that_a_pass_makes(bench, model):
     assert counter.get_total_flops() == pytest.approx(bench.operations(model, 512) + half, rel=0.01)
 
 
+def test_operations_of_a_backward_pass_are_not_those_that_it_makes(bench, model):
+    """Eager attention keeps its scores, so it costs thrice the forward pass; of all pairs again."""
+    counter = FlopCounterMode(display=False)
+    embedded = torch.zeros(1, 512, model.config.hidden_size, requires_grad=True)
+    model.requires_grad_(False)
+    model.set_attn_implementation("eager")
+    with counter:
+        model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+    half = bench.operations(model, 512) - 2.0 * model.num_parameters() * 512
+    expected = bench.operations(model, 512, backward=True) + 2.5 * half
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
 def test_operations_of_a_sequence_change_when_it_is_cut(bench, model):
     whole = bench.operations(model, 300)
     assert bench.operations(model, 100) + bench.operations(model, 200, 100) == whole
@@ -71,5 +84,5 @@ def test_operations_count_where_nothing_grows_but_episodes(bench):
     costs = [bench.Cost("update, x, episodes", n, n, n, n, n) for n in (1, 2)]
     assert set(bench.exponents_of(costs)) == {
         "update, x, episodes: seconds over tokens",
-        "update, x, episodes: extra_mib over tokens",
+        "update, x, episodes: extra_mib",
     }
