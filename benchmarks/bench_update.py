@@ -21,9 +21,12 @@ Seconds are CPU seconds on a CPU, which shared cores disturb less, and wall seco
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,51 +69,76 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
-def trl_head() -> Head | None:
-    """TRL's path from logits, with the gradient through the entropy; ``None`` without TRL."""
-    try:
-        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
-    except ImportError:
-        return None
+def trl_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """TRL's path from logits, with the gradient through the entropy."""
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = (hidden @ weight.t()).float()
-        # [1, T, V], as its trainers have it: one logsumexp for each row of the batch.
-        chosen = selective_log_softmax(logits[None], targets[None])[0]
-        return chosen, entropy_from_logits(logits)
+    logits = (hidden @ weight.t()).float()
+    # [1, T, V], as its trainers have it: one logsumexp for each row of the batch.
+    chosen = selective_log_softmax(logits[None], targets[None])[0]
+    return chosen, entropy_from_logits(logits)
 
-    return head
+
+HEADS: dict[str, Head] = {"naive": naive, "trl": trl_head}
 
 
 def head_case(
-    tokens: int, vocabulary: int, options: argparse.Namespace, heads: dict[str, Head]
+    names: Sequence[str], tokens: int, vocabulary: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One entry a head: its costs, and the largest error of its gradient against naive."""
+    results, expected = [], None
+    for name in names:
+        # TRL's leaves freed memory behind, which later heads would be given in place of their own.
+        measure = partial(alone, measure_head) if name == "trl" else measure_head
+        entry, gradient = measure(name, tokens, vocabulary, options)
+        expected = gradient if name == "naive" else expected
+        if expected is not None and gradient is not None:
+            entry["gradient_error"] = float((gradient - expected).abs().max())
+        results.append({"head": name, "tokens": tokens, "vocabulary": vocabulary, **entry})
+    return results
+
+
+def measure_head(
+    name: str, tokens: int, vocabulary: int, options: argparse.Namespace
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Costs and gradient of a head; only costs of the floor, and nothing where memory is short."""
+    torch.set_num_threads(options.threads)
     device, kind = torch.device(options.device), getattr(torch, options.dtype)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, options.hidden, generator=generator).to(device, kind)
     weight = torch.randn(vocabulary, options.hidden, generator=generator).mul_(0.05)
     weight = weight.to(device, kind)
     targets = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
-    meter, results, expected = Meter(device), [], None
-    for name, head in heads.items():
-        entry: dict[str, Any] = {"head": name, "tokens": tokens, "vocabulary": vocabulary}
-        # log-probabilities, their product with probabilities, and a gradient of each
-        if name != "ours" and 6 * 4 * tokens * vocabulary > free_memory(device):
-            results.append({**entry, "seconds": None, "extra_mib": None, "skipped": "memory"})
-            continue
-        leaf = hidden.clone().requires_grad_()
-        step = partial(forward_backward, head, leaf, weight, targets)
-        few = hidden[:8].clone().requires_grad_()
-        forward_backward(head, few, weight, targets[:8])  # kernels and threads wake up
-        entry |= meter(step)
-        gradient = leaf.grad
-        expected = gradient if name == "naive" else expected
-        if expected is not None:
-            entry["gradient_error"] = float((gradient - expected).abs().max())
-        results.append({**entry, "tokens_per_second": tokens / entry["seconds"]})
-        del leaf, gradient, step
-    return results
+    few, leaf = (part.clone().requires_grad_() for part in (hidden[:8], hidden))
+    meter = Meter(device)
+    if name == "floor":
+        hidden[:8] @ weight.t()  # kernels and threads wake up
+        return rated(meter(partial(multiply, hidden, weight, options.chunk)), tokens), None
+    # log-probabilities, their product with probabilities, and a gradient of each
+    if name != "ours" and 6 * 4 * tokens * vocabulary > free_memory(device):
+        return {"seconds": None, "extra_mib": None, "skipped": "memory"}, None
+    head = partial(token_logprob_entropy, chunk=options.chunk) if name == "ours" else HEADS[name]
+    forward_backward(head, few, weight, targets[:8])
+    cost = meter(partial(forward_backward, head, leaf, weight, targets))
+    assert leaf.grad is not None
+    return rated(cost, tokens), leaf.grad.cpu()
+
+
+def rated(cost: dict[str, float | None], tokens: int) -> dict[str, Any]:
+    return {**cost, "tokens_per_second": tokens / float(cost["seconds"] or 1)}
+
+
+def alone(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+def multiply(hidden: Tensor, weight: Tensor, chunk: int) -> None:
+    """The matrix products of our head, in its chunks, and nothing else."""
+    for part in hidden.split(chunk):
+        part @ weight.t()
+        (part @ weight.t()) @ weight
 
 
 def forward_backward(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -120,38 +148,17 @@ def forward_backward(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor
 
 
 def bench_heads(options: argparse.Namespace) -> list[dict[str, Any]]:
-    heads: dict[str, Head] = {
-        "naive": naive,
-        "ours": partial(token_logprob_entropy, chunk=options.chunk),
-    }
-    trl = trl_head()
-    if trl is not None:
-        heads["trl"] = trl
+    names = ["naive", "ours", *(["trl"] if has_trl() else []), "floor"]
     results: list[dict[str, Any]] = []
     for vocabulary in options.vocabularies:
         for tokens in options.tokens:
-            if options.short and tokens * vocabulary > SHORT:
-                continue
-            results += head_case(tokens, vocabulary, options, heads)
-            results.append(floor_case(tokens, vocabulary, options))
+            if not (options.short and tokens * vocabulary > SHORT):
+                results += head_case(names, tokens, vocabulary, options)
     return results
 
 
-def floor_case(tokens: int, vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The entry of the matrix products alone, in the chunks of our head."""
-    device, kind = torch.device(options.device), getattr(torch, options.dtype)
-    hidden = torch.randn(tokens, options.hidden, device=device, dtype=kind)
-    weight = torch.randn(vocabulary, options.hidden, device=device, dtype=kind)
-
-    def multiply() -> None:
-        for part in hidden.split(options.chunk):
-            part @ weight.t()
-            (part @ weight.t()) @ weight
-
-    hidden[:8] @ weight.t()  # kernels and threads wake up
-    cost = Meter(device)(multiply)
-    entry = {"head": "floor", "tokens": tokens, "vocabulary": vocabulary, **cost}
-    return {**entry, "tokens_per_second": tokens / float(cost["seconds"] or 1)}
+def has_trl() -> bool:
+    return find_spec("trl") is not None
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -333,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     packing = bench_packing(options)
     report = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-        "trl": "measured" if trl_head() else "not installed: pip install 'aem-lightning[bench]'",
+        "trl": "measured" if has_trl() else "not installed: pip install 'aem-lightning[bench]'",
         "head": heads,
         "rows": rows,
         "packing": packing,
