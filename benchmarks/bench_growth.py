@@ -31,12 +31,15 @@ FITTED = (("seconds", "tokens"), ("seconds", "operations"), ("extra_mib", "doubl
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work cost; the tokens are those of responses."""
+    """What a piece of work cost; the tokens are those of responses.
+
+    A window's prompts are read again at every turn: its operations are not counted.
+    """
 
     work: str
     doubled: int
     tokens: int
-    operations: float
+    operations: float | None
     seconds: float
     extra_mib: float | None
 
@@ -48,10 +51,12 @@ def rollout_cost(
     cost = Meter(torch.device(DEVICE))(
         partial(play_engine, model, episodes, window=window), repeats=1
     )
-    done = sum(
-        operations(model, len(episode.ids) - shared, shared)
-        for episode, shared in zip(episodes, forked(work, episodes), strict=True)
-    )
+    done = None
+    if window is None:
+        done = sum(
+            operations(model, len(episode.ids) - shared, shared)
+            for episode, shared in zip(episodes, forked(work, episodes), strict=True)
+        )
     tokens = sum(len(episode.sampled) for episode in episodes)
     return Cost(f"rollout, {kind}", doubled, tokens, done, **cost)
 
