@@ -372,7 +372,8 @@ def show(report: dict[str, Any]) -> None:
         [[e["packing"], *(e[c] for c in columns)] for e in report["packing"]],
     )
     print_table("Times as good as the peer", ["case", "ratio"], list(report["ratios"].items()))
-    print_growth("Growth of our head's costs", report["growth"])
+    if report["growth"]:  # of one size there is none
+        print_growth("Growth of our head's costs", report["growth"])
     if report["settings"]["device"] != "cpu":
         shares = [r for name, r in report["ratios"].items() if name.endswith("_share_of_floor")]
         verdict = "is" if min(shares) < FUSE_BELOW else "is not"
