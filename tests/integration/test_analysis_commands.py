@@ -219,7 +219,10 @@ def test_an_interrupted_run_starts_anew(compared: Path, analyses: Analyses) -> N
     ("arguments", "said"),
     [
         (("prox",), "proxy|masks|compare|ablations|cost"),
-        (("compare", "arms=[grpo,none_such]"), "'none_such' is unknown; allowed: grpo, grpo_aem"),
+        (
+            ("compare", "arms=[grpo,none_such]"),
+            "'none_such' is unknown; allowed: empg, empg_aem, dapo",
+        ),
         (("compare", "sed=[0]"), "All keys: python -m aem_lightning.analysis compare --cfg job"),
         (("cost", "run=nowhere"), "there is no step_time.json in it"),
         (("proxy", "ckpt=nowhere.ckpt"), "there is no such file"),

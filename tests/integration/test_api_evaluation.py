@@ -109,7 +109,7 @@ def test_a_prompted_model_does_not_play_every_game_once(
 
 
 def test_react_wins_no_game(evaluate: Run, fake: FakeEndpoint, tmp_path: Path) -> None:
-    ended = evaluate(prompt="alfworld_react", splits="[valid_unseen]")
+    ended = evaluate(prompt="react", splits="[valid_unseen]")
     assert ended.status == 0, ended.said
     (path,) = tmp_path.glob("logs/api/*/evaluation.json")
     report = json.loads(path.read_text())

@@ -45,8 +45,13 @@ def test_an_unknown_key_is_not_explained(train: Run, toy: list[str]) -> None:
 
 
 def test_an_unknown_option_is_not_explained(train: Run, toy: list[str]) -> None:
-    assert_clear(train(*toy, "modulation=foo"), "modulation=foo", "Allowed: aem, aem_batch")
+    assert_clear(train(*toy, "modulation=foo"), "modulation=foo", "Allowed: aem, custom, empg")
     assert_clear(train("experiment=quickstrat"), "experiment=quickstrat", "quickstart")
+
+
+def test_empg_is_lost_without_a_word(train: Run, toy: list[str]) -> None:
+    ended = train(*toy, "algorithm=empg", "modulation=aem")
+    assert_clear(ended, "algorithm=empg is a modulation of GRPO", "type modulation=empg_aem")
 
 
 def test_an_unknown_key_of_a_file_is_ignored(train: Run, toy: list[str], tmp_path: Path) -> None:

@@ -52,10 +52,10 @@ def test_two_ranks_train_otherwise_than_one_process(toy_model: str, tmp_path: Pa
 @pytest.mark.slow
 def test_statistics_over_the_batch_stop_at_the_rank(toy_model: str, tmp_path: Path) -> None:
     field = (
+        "algorithm=gspo",
         "advantage=ppo",
-        "modulation=aem_batch",
+        "modulation.scope=batch",
         "modulation.min_range=0",
-        "loss=gspo",
         "iterations=1",
         "iterations_per_epoch=1",
         "+trainer.limit_val_batches=0",

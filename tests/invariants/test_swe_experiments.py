@@ -31,10 +31,9 @@ class KeepLast(L.Callback):
         self.iteration = outputs["iteration"]
 
 
-@pytest.mark.parametrize("experiment", ["swe_grpopp", "swe_grpopp_aem"])
-def test_the_settings_are_not_deepswes(experiment: str) -> None:
-    cfg = composed([f"experiment={experiment}", *PLACES])
-    assert cfg.name == experiment
+def test_the_settings_are_not_deepswes() -> None:
+    cfg = composed(["experiment=swe", *PLACES])
+    assert cfg.name == "swe_grpopp_aem"
     assert (cfg.tasks_per_iteration, cfg.group_size, cfg.max_turns) == (8, 8, 50)
     assert cfg.max_context == 4_096 + 32_768
     assert cfg.memory == "transcript"
@@ -52,7 +51,7 @@ def test_the_settings_are_not_deepswes(experiment: str) -> None:
 
 
 def test_the_transcript_of_a_reasoning_model_is_rewritten_by_its_template() -> None:
-    template = Template(composed(["experiment=swe_grpopp", *PLACES]).policy.chat_template)
+    template = Template(composed(["experiment=swe", *PLACES]).policy.chat_template)
     talk = [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "<think>why</think>two"},
@@ -64,12 +63,7 @@ def test_the_transcript_of_a_reasoning_model_is_rewritten_by_its_template() -> N
     assert template.render(messages=talk, add_generation_prompt=True).startswith(answered)
 
 
-def test_the_aem_row_differs_by_more_than_the_modulation() -> None:
-    aem, base = (composed([f"experiment=swe_grpopp{end}", *PLACES]) for end in ("_aem", ""))
-    assert {key for key in aem if aem[key] != base[key]} == {"name", "modulation"}
-
-
-@pytest.mark.parametrize("experiment", ["swe_grpopp", "swe_grpopp_aem", "swe_quickstart"])
+@pytest.mark.parametrize("experiment", ["swe", "swe_quickstart"])
 def test_a_swe_experiment_cannot_be_made(
     experiment: str, toy_model: str, swe_root: Path, tmp_path: Path
 ) -> None:

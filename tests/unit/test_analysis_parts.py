@@ -210,19 +210,10 @@ def options(monkeypatch: pytest.MonkeyPatch):
     return composed([], "analysis/ablations")
 
 
-def test_an_arm_from_an_experiment_changes_too_little(options) -> None:
-    assert arm_overrides(options, "dapo") == [
-        "advantage=dapo",
-        "modulation=none",
-        "loss=dapo",
-        "collection_rounds=10",
-    ]
-    assert arm_overrides(options, "gigpo_aem") == [
-        "advantage=gigpo",
-        "modulation=aem",
-        "loss=clipped",
-    ]
-    assert "compact_filtering=true" in arm_overrides(options, "grpopp")
+def test_an_arm_is_another_algorithm_or_modulation(options) -> None:
+    assert arm_overrides(options, "dapo") == ["algorithm=dapo", "modulation=none"]
+    assert arm_overrides(options, "gigpo_aem") == ["algorithm=gigpo", "modulation=aem"]
+    assert arm_overrides(options, "empg_aem") == ["algorithm=empg", "modulation=empg_aem"]
 
 
 def test_the_arm_that_an_error_suggests_is_no_valid_override() -> None:

@@ -272,10 +272,10 @@ def test_a_penalty_that_rewards_is_refused():
 @pytest.mark.parametrize(
     ("name", "won", "malformed", "idle"),
     [
-        ("alfworld", 10.0, -0.1, 0.0),
+        ("paper", 10.0, -0.1, 0.0),
         ("passthrough", 0.5, 0.0, 0.0),
         ("success_only", 1.0, 0.0, 0.0),
-        ("shaped", 0.49, -0.11, -0.01),
+        ("passthrough rewards.malformed=-0.1 rewards.step=-0.01", 0.49, -0.11, -0.01),
     ],
 )
 def test_every_preset_of_rewards_gives_what_its_comment_says(name, won, malformed, idle):
@@ -283,7 +283,7 @@ def test_every_preset_of_rewards_gives_what_its_comment_says(name, won, malforme
 
     from aem_lightning.runner.build import instantiate
 
-    rewards = instantiate(composed([f"rewards={name}"]).rewards)
+    rewards = instantiate(composed([*f"rewards={name}".split()]).rewards)
     assert rewards(EnvStep("", 0.5, info={"won": True}), malformed=False) == pytest.approx(won)
     refused = EnvStep("", 0.0, info={"is_action_valid": False})
     assert rewards(refused, malformed=True) == pytest.approx(malformed)

@@ -149,7 +149,7 @@ def test_ppo_is_not_the_whitened_return_minus_the_value(batch):
     torch.testing.assert_close(
         scaled[inside], alpha.alpha[batch.response_index[inside]] * found[inside]
     )
-    with pytest.raises(ValueError, match="modulation=aem_batch"):
+    with pytest.raises(ValueError, match="type modulation=aem"):
         EMPG()(batch).apply(found, batch)
 
 

@@ -12,11 +12,15 @@ from aem_lightning.algorithms import ClippedLoss, TokenColumns
 from aem_lightning.functional import aggregation_weights
 
 LENGTHS = [3, 1, 4, 2]
-LOSSES = sorted(path.stem for path in (CONFIGS / "loss").glob("*.yaml"))
+ALGORITHMS = ("dapo", "drgrpo", "grpopp", "gspo")
+LOSSES = sorted(
+    {path.stem for path in (CONFIGS / "loss").glob("*.yaml")} - {"custom"} | set(ALGORITHMS)
+)
 
 
 def configured(name):
-    cfg = composed([f"loss={name}", "max_new_tokens=7", "paths.output_dir=."])
+    group = "algorithm" if name in ALGORITHMS else "loss"
+    cfg = composed([f"{group}={name}", "max_new_tokens=7", "paths.output_dir=."])
     return hydra.utils.instantiate(cfg.loss, _convert_="all")
 
 

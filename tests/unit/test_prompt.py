@@ -152,8 +152,6 @@ def test_a_role_and_whole_responses_reach_the_prompt():
         ("alfworld_tagged", "<think>so</think><action>look</action>"),
         ("webshop_tagged", "<think>so</think><action>look</action>"),
         ("react", "Thought: so\nAction: look"),
-        ("alfworld_react", "Thought: so\nAction: look"),
-        ("webshop_react", "Thought: so\nAction: look"),
     ],
 )
 def test_a_format_asks_for_what_it_reads_and_says_what_there_is_to_know(name, fits):

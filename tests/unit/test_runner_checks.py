@@ -83,11 +83,25 @@ def test_a_wrong_value_is_named_with_what_is_allowed(quickstart, name, value, ad
         assert f"{name}={value!r}" in problem
 
 
-def test_a_penalty_that_never_starts_is_refused():
-    once = ["experiment=quickstart", "loss=kl_cov", "update_epochs=1", "num_minibatches=1"]
-    with pytest.raises(ConfigError, match=r"loss=kl_cov does nothing .* type num_minibatches=2"):
-        check_config(composed([*once, "paths.output_dir=/nonexistent"]))
-    check_config(composed([*once, "num_minibatches=2", "paths.output_dir=/nonexistent"]))
+@pytest.mark.parametrize(
+    ("given", "told", "mended"),
+    [
+        (
+            "loss=kl_cov update_epochs=1 num_minibatches=1",
+            "loss=kl_cov does nothing .* type num_minibatches=2",
+            "num_minibatches=2",
+        ),
+        ("algorithm=ppo modulation=empg", "PPO has one a token: type .*aem", "modulation=aem"),
+        ("algorithm=ppo modulation=empg_aem", "PPO has one a token", "modulation=none"),
+        ("algorithm=gspo loss=clip_cov", "one ratio for all tokens", "loss=clipped"),
+        ("algorithm=dapo group_size=1", "that is every group: type group_size=8", "group_size=8"),
+    ],
+)
+def test_parts_that_make_no_sense_together_are_not_refused(given, told, mended):
+    words = ["experiment=quickstart", *given.split(), "paths.output_dir=/nonexistent"]
+    with pytest.raises(ConfigError, match=told):
+        check_config(composed(words))
+    check_config(composed([*words, mended]))
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "16"])
@@ -188,7 +202,7 @@ def test_an_unknown_option_is_answered_with_those_that_there_are():
     message = complaint("experiment=quickstrat")
     assert "quickstrat" in message
     assert "quickstart" in message
-    assert "alfworld_grpo" in message
+    assert "alfworld_aem" in message
 
 
 def test_a_broken_override_is_named():

@@ -42,7 +42,7 @@ class Modulated:
         if self.change is not None:
             raise ValueError(
                 "This modulation adds to the advantage of a response, and PPO has one a token: "
-                "type modulation=aem_batch or modulation=none"
+                "type modulation=aem or modulation=none"
             )
         index = batch.response_index.clamp(min=0)
         changed = self.alpha[index] * advantages

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENTROPY = "aem/entropy"
+# AEM, trained on the responses with one sign of A(alpha - 1) only.
+KEEP = (
+    "modulation=custom",
+    "modulation._target_=aem_lightning.analysis.keep.Keep",
+    "+modulation.modulation={_target_: aem_lightning.algorithms.AEM}",
+)
 LABELS = {"positive": "A(α−1) > 0: entropy should fall", "negative": "A(α−1) < 0: it should rise"}
 
 
@@ -24,7 +30,8 @@ def masks(cfg: DictConfig) -> dict[str, Any]:
     folder = Path(cfg.folder)
     curves = {}
     for sign in LABELS:
-        run = finished_run(cfg, folder / sign, [f"modulation=aem_keep_{sign}"], cfg.seed)
+        arm = [f"+modulation.sign={sign}", *KEEP]
+        run = finished_run(cfg, folder / sign, arm, cfg.seed)
         curves[sign] = read_curves(run, (ENTROPY,))[ENTROPY]
     content = {
         "experiment": cfg.experiment,

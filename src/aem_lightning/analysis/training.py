@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from aem_lightning.runner.summary import SUMMARY
 from aem_lightning.runner.train import train
@@ -17,10 +17,6 @@ from aem_lightning.runner.train import train
 log = logging.getLogger(__name__)
 
 ASKED = "analysis_overrides.json"
-ARM_GROUPS = ("advantage", "loss", "modulation")
-# What an arm's config is compared with; its own groups are part of the arm, its sizes are not.
-BASE_EXPERIMENT = "alfworld_aem"
-PREFIX = "alfworld_"
 
 
 def find_configs() -> Path:
@@ -82,59 +78,23 @@ def quoted(value: Any) -> str:
 def arm_overrides(cfg: DictConfig, name: str) -> list[str]:
     """What the arm ``name`` changes.
 
-    From ``cfg.arm_overrides``; else what ``configs/experiment/alfworld_<name>.yaml`` says about
-    advantage, loss, modulation, and the keys that it adds to the headline's, e.g. DAPO's
-    ``collection_rounds``. ``alfworld_<name>_aem`` need not exist where ``alfworld_<name>`` does.
+    From ``cfg.arm_overrides``; else ``x`` is ``algorithm=x`` without modulation, and ``x_aem`` the
+    same with AEM.
 
     Raises:
         ValueError: There is no such arm.
     """
     if name in cfg.arm_overrides:
         return list(cfg.arm_overrides[name])
-    folder = find_configs() / "experiment"
-    if (folder / f"{PREFIX}{name}.yaml").is_file():
-        return _experiment_overrides(folder, f"{PREFIX}{name}")
-    base = name.removesuffix("_aem")
-    if base != name and (folder / f"{PREFIX}{base}.yaml").is_file():
-        return [*_experiment_overrides(folder, f"{PREFIX}{base}"), "modulation=aem"]
-    known = sorted(path.stem.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*.yaml"))
-    allowed = ", ".join(dict.fromkeys([*cfg.arm_overrides, *known]))
+    algorithms = sorted(path.stem for path in (find_configs() / "algorithm").glob("*.yaml"))
+    algorithm = name.removesuffix("_aem")
+    if algorithm in algorithms:
+        return [f"algorithm={algorithm}", f"modulation={'none' if name == algorithm else 'aem'}"]
+    allowed = ", ".join(dict.fromkeys([*cfg.arm_overrides, *algorithms]))
     raise ValueError(
-        f"arms: {name!r} is unknown; allowed: {allowed}. Or say what it changes: "
-        f"\"+arm_overrides.{name}=['modulation=aem','modulation.sharpness=2']\""
+        f"arms: {name!r} is unknown; allowed: {allowed}, and each algorithm with _aem. Or say what "
+        f"it changes: \"+arm_overrides.{name}=['modulation=aem','modulation.sharpness=2']\""
     )
-
-
-def _experiment_overrides(folder: Path, name: str) -> list[str]:
-    """Groups of an experiment and of those it builds on, and the keys it adds to the headline's."""
-    groups: dict[str, str] = {}
-    values: dict[str, Any] = {}
-    for link in _chain(folder, name):
-        content = _read(folder / f"{link}.yaml")
-        for entry in content.pop("defaults", []):
-            if isinstance(entry, dict):
-                ((key, option),) = entry.items()
-                group = key.removeprefix("override ").removeprefix("/")
-                if group in ARM_GROUPS:
-                    groups[group] = option
-        content.pop("name", None)
-        if link != BASE_EXPERIMENT:
-            values |= content
-    plain = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return [*(f"{group}={option}" for group, option in groups.items()), *plain]
-
-
-def _chain(folder: Path, name: str) -> list[str]:
-    """``name`` and the experiments it builds on, the first one first."""
-    parents = [e for e in _read(folder / f"{name}.yaml").get("defaults", []) if isinstance(e, str)]
-    before = [link for parent in parents if parent != "_self_" for link in _chain(folder, parent)]
-    return [*before, name]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
 
 
 def _check_asked(folder: Path, overrides: Sequence[str]) -> None:

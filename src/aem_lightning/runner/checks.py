@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 
@@ -49,12 +50,7 @@ def check_config(cfg: DictConfig) -> None:
             f"anchor_similarity={cfg.anchor_similarity!r}: a number in (0, 1], e.g. 0.9"
         )
     problems += _warm_start_problems(cfg.policy.warm_start) + _precision_problems(cfg)
-    once = cfg.update_epochs == cfg.num_minibatches == 1
-    if once and str(OmegaConf.select(cfg, "loss.covariance._target_")).endswith(".KLCov"):
-        problems.append(
-            "loss=kl_cov does nothing before the second optimizer step of an iteration, and "
-            "update_epochs=1 num_minibatches=1 makes one: type num_minibatches=2"
-        )
+    problems += _combination_problems(cfg)
     if not problems and cfg.iterations % cfg.iterations_per_epoch:
         per_epoch = cfg.iterations_per_epoch
         problems.append(
@@ -76,6 +72,51 @@ def check_config(cfg: DictConfig) -> None:
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"The config has problems:\n{lines}")
+
+
+def _combination_problems(cfg: DictConfig) -> list[str]:
+    """Parts that are right by themselves, and make no sense together."""
+    advantage, modulation, covariance = (
+        str(OmegaConf.select(cfg, f"{part}._target_")).rpartition(".")[2]
+        for part in ("advantage", "modulation", "loss.covariance")
+    )
+    problems = []
+    if advantage == "PPO" and modulation in ("EMPG", "Stacked"):
+        problems.append(
+            "modulation=empg adds to the advantage of a response, and PPO has one a token: type "
+            "modulation=aem or modulation=none, or another algorithm"
+        )
+    if _chosen("algorithm") == "empg" and modulation not in ("EMPG", "Stacked"):
+        given = _chosen("modulation")
+        problems.append(
+            f"algorithm=empg is a modulation of GRPO, and modulation={given} takes its place: type "
+            f"modulation=empg_aem for AEM on top of it, or algorithm=grpo modulation={given}"
+        )
+    if covariance != "None" and cfg.loss.ratio == "sequence":
+        problems.append(
+            "loss.covariance treats single tokens, and loss.ratio=sequence (algorithm=gspo) has "
+            "one ratio for all tokens of a response: type loss=clipped, or loss.ratio=token"
+        )
+    if covariance == "KLCov" and cfg.update_epochs == cfg.num_minibatches == 1:
+        problems.append(
+            "loss=kl_cov does nothing before the second optimizer step of an iteration, and "
+            "update_epochs=1 num_minibatches=1 makes one: type num_minibatches=2"
+        )
+    if cfg.group_size == 1 and cfg.collection_rounds != 1:
+        problems.append(
+            f"collection_rounds={cfg.collection_rounds} replaces groups whose copies all earned "
+            "the same, and with group_size=1 that is every group: type group_size=8, or "
+            "collection_rounds=1"
+        )
+    return problems
+
+
+def _chosen(group: str) -> str | None:
+    """The option of ``group`` that the command line or an experiment chose; a command has one."""
+    if not HydraConfig.initialized():
+        return None
+    option = HydraConfig.get().runtime.choices.get(group)
+    return None if option is None else str(option)
 
 
 def _warm_start_problems(start: DictConfig) -> list[str]:

@@ -1,0 +1,61 @@
+"""Experiments of the time before `algorithm=`: each old name composes as the command beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from runs import ROOT, composed
+
+BEFORE = Path(__file__).parents[1] / "data" / "experiments_before_algorithms.json"
+NAMES = ROOT / "docs" / "names.md"
+# What there was no word for.
+NEW = {"algorithm", "arm", "aem_scope"}
+
+
+def table() -> dict[str, list[str]]:
+    """The rows of docs/names.md: `experiment=<old name>` and the overrides that take its place."""
+    rows = [line.split("|")[1:3] for line in NAMES.read_text(encoding="utf-8").splitlines()]
+    cells = [[cell.strip().strip("`") for cell in row] for row in rows]
+    return {
+        old.removeprefix("experiment="): new.split()
+        for old, new in (row for row in cells if len(row) == 2)
+        if old.startswith("experiment=")
+    }
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and their values; an empty dictionary is a value."""
+    if not isinstance(node, dict) or not node:
+        return {prefix[:-1]: node}
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        found |= flat(value, f"{prefix}{name}.")
+    return found
+
+
+def before(name: str) -> dict[str, Any]:
+    """What the old experiment composed to, by dotted key."""
+    stored = json.loads(BEFORE.read_text(encoding="utf-8"))[name]
+    if "settings" in stored:
+        return dict(stored["settings"])
+    settings = before(stored["like"]) | stored["but"]
+    return {key: value for key, value in settings.items() if value != "__absent__"}
+
+
+def test_an_old_experiment_has_no_row_in_the_table() -> None:
+    assert set(table()) == set(json.loads(BEFORE.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", sorted(table()))
+def test_an_old_experiment_composes_to_something_else(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("ALFWORLD_DATA", "WEBSHOP_DATA", "AEM_LIGHTNING_ROOT"):
+        monkeypatch.delenv(variable, raising=False)
+    cfg = composed([*table()[name], "paths.output_dir=."])
+    now = flat(OmegaConf.to_container(cfg, resolve=True))
+    assert {k: v for k, v in now.items() if k.partition(".")[0] not in NEW} == before(name)
