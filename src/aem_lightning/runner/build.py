@@ -29,6 +29,7 @@ from aem_lightning.modules import (
     read_template,
 )
 from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner.parts import check_classes
 from aem_lightning.runner.warm_start import (
     WarmStart,
     WarmStartSettings,
@@ -75,11 +76,14 @@ def check_parts(cfg: DictConfig) -> None:
     minutes.
 
     Raises:
+        ConfigError: A class that is not found, or not fit for its place.
         ValueError: As the part's own.
     """
+    check_classes(cfg)
     check_group_size(cfg.group_size, instantiate(cfg.advantage))
     for part in (cfg.modulation, cfg.loss, cfg.rewards):
         instantiate(part)
+    _named(cfg.callbacks)
     settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
     lora_of(cfg)
     if cfg.policy.get("architecture") is not None:
