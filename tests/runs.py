@@ -22,6 +22,7 @@ from aem_lightning.runner.build import (
     build_trainer,
     warm_start,
 )
+from aem_lightning.runner.cli import accept_plus
 from aem_lightning.types import Trajectory
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +77,7 @@ def toy_overrides(folder: Path, model: str | None = None) -> list[str]:
 def composed(overrides: list[str], config: str = "train") -> DictConfig:
     """The config that the command line would give, with a fixed output folder."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(config, overrides=overrides)
+        return compose(config, overrides=accept_plus(overrides))
 
 
 def toy_config(folder: Path, model: str | None, *overrides: str) -> DictConfig:

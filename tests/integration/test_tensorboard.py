@@ -1,7 +1,8 @@
-"""What a run leaves for TensorBoard and for readers: names, and iterations as the x axis."""
+"""What a run leaves for its loggers and for readers: names, and iterations as the x axis."""
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -25,7 +26,7 @@ STAGES = (
 @pytest.fixture(scope="module")
 def run_folder(toy_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    fit(toy_config(folder, toy_model, "update_epochs=2"))
+    fit(toy_config(folder, toy_model, "update_epochs=2", "logger=[tensorboard,csv]"))
     return folder
 
 
@@ -83,6 +84,19 @@ def test_the_x_axis_counts_something_else_than_iterations(run_folder: Path) -> N
             assert set(steps) <= {0, 1, 2, 3}  # only where a response has the advantage 0
         elif name != "epoch":
             assert steps == ([1, 2, 3] if name == "aem/entropy_drift" else [0, 1, 2, 3]), name
+
+
+def test_the_table_of_a_second_logger_lacks_points(run_folder: Path) -> None:
+    written: dict[str, dict[int, float]] = {}
+    with (run_folder / "csv" / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name != "step":
+                    written.setdefault(name, {})[int(row["step"])] = float(value)
+    expected = curves(run_folder)
+    assert written.keys() == expected.keys()
+    for name, points in written.items():
+        assert points == pytest.approx(expected[name], rel=1e-6), name
 
 
 def test_entropy_has_two_values(run_folder: Path) -> None:

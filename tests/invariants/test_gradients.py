@@ -14,7 +14,7 @@ from torch import Tensor
 from aem_lightning.modules import AgentModule
 from aem_lightning.types import Trajectory
 
-ALONE = ("callbacks=none", "logger=none", "trainer.enable_checkpointing=false")
+ALONE = ("callbacks=null", "logger=null")
 # With SGD at rate 1, without clipping, the weights move by minus the gradient.
 ONE_STEP = (
     *ALONE,

@@ -62,9 +62,7 @@ def test_modulation_or_updates_do_nothing(
 def test_callbacks_move_the_weights(
     base: dict[str, Tensor], toy_model: str, tmp_path: Path
 ) -> None:
-    cfg = toy_config(
-        tmp_path, toy_model, "callbacks=none", "logger=none", "trainer.enable_checkpointing=false"
-    )
+    cfg = toy_config(tmp_path, toy_model, "callbacks=null", "logger=null")
     assert equal_bits(base, weights(fit(cfg)))
 
 

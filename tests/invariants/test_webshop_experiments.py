@@ -58,9 +58,8 @@ def test_the_quickstart_does_not_train(tmp_path: Path) -> None:
             "iterations_per_epoch=2",
             "max_context=768",
             "rewards.inadmissible=-0.1",  # tells the episodes of a group apart, won or not
-            "callbacks=none",
-            "logger=none",
-            "trainer.enable_checkpointing=false",
+            "callbacks=null",
+            "logger=null",
         ]
     )
     with built(cfg) as (trainer, module, datamodule):

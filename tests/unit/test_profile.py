@@ -49,7 +49,7 @@ def test_the_environment_counts_twice():
 @pytest.mark.parametrize("typed", ["+profile=true", "profile=true"])
 def test_a_way_to_type_it_is_refused(typed, tmp_path):
     (override,) = accept_plus([typed])
-    quiet = ["callbacks=none", "logger=none", "trainer.enable_checkpointing=false"]
+    quiet = ["callbacks=null", "logger=null"]
     output = f"paths.output_dir={tmp_path}"
     cfg = composed([override, output, *quiet, "trainer.accelerator=cpu"])
     kinds = [type(callback) for callback in build_trainer(cfg).callbacks]

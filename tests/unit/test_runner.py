@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from runs import built, composed, toy_config
 
 from aem_lightning.runner import evaluate, train
+from aem_lightning.runner.build import build_trainer
 from aem_lightning.runner.evaluate import _training_config
 from aem_lightning.viewer import read_episodes
 
@@ -123,6 +124,19 @@ def test_a_context_beyond_the_models_window_is_told(toy_model, tmp_path, caplog)
         with built(toy_config(tmp_path, toy_model, f"max_context={context}")):
             message = "max_context=4097 is more than the model's window of 4096 tokens"
             assert (message in caplog.text) == told
+
+
+def test_a_callback_or_a_logger_cannot_be_left_out(tmp_path):
+    def kinds(*overrides):
+        trainer = build_trainer(toy_config(tmp_path, None, *overrides))
+        return {type(part).__name__ for part in (*trainer.callbacks, *trainer.loggers)}
+
+    every, none = kinds("logger=[csv,tensorboard]"), kinds("callbacks=null", "logger=null")
+    assert {"Transcripts", "ModelCheckpoint", "CSVLogger", "TensorBoardLogger"} <= every
+    assert not {"AEMMonitor", "ModelCheckpoint", "TensorBoardLogger"} & none
+    assert every - kinds("callbacks.transcripts=null") == {"Transcripts", "CSVLogger"}
+    only = kinds("callbacks=null", "logger=null", "+callbacks.mine._target_=lightning.Callback")
+    assert only - none == {"Callback"}
 
 
 def test_an_evaluation_without_a_checkpoint_says_what_to_type(root):

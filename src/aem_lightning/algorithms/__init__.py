@@ -19,6 +19,7 @@ from aem_lightning.algorithms.estimators import (
 from aem_lightning.algorithms.losses import (
     ClippedLoss,
     ImportanceCorrection,
+    Loss,
     LossTerms,
     TokenColumns,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "GiGPO",
     "ImportanceCorrection",
     "KLCov",
+    "Loss",
     "LossTerms",
     "Modulated",
     "Modulation",

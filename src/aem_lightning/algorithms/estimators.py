@@ -26,13 +26,12 @@ Statistics = Literal["trajectory", "step"]
 
 
 class Estimator(Protocol):
-    """Anything that gives base advantages, [R], and names the smallest group it can compare.
-
-    `PPO` gives one a token, [S, L].
-    """
+    """Anything that gives base advantages, [R]; `PPO` gives one a token, [S, L]."""
 
     @property
-    def min_group_size(self) -> int: ...
+    def min_group_size(self) -> int:
+        """The smallest group that it can compare."""
+        ...
 
     def __call__(self, batch: RolloutBatch) -> Tensor: ...
 

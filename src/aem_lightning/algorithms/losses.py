@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from aem_lightning.functional import (
     importance_weights,
     kl_k3,
 )
+from aem_lightning.functional.losses import Aggregation
 from aem_lightning.functional.segments import segment_ids, segment_mean
 
 
@@ -25,10 +26,12 @@ class LossTerms:
     Attributes:
         loss: What is differentiated, a scalar.
         stats: Detached sums for the log, keyed by metric name without its prefix.
+        weights: How much each token counts in the sum, [T], for PPO's value loss; ``None`` is 1.
     """
 
     loss: Tensor
     stats: dict[str, Tensor]
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,40 @@ class TokenColumns:
     lengths: Tensor
     sampler_logprobs: Tensor | None = None
     chosen: Tensor | None = None
+
+
+class Loss(Protocol):
+    """Anything that sums a loss over T response tokens of a micro-batch, also where T is 0.
+
+    The agent divides the sum by the units of the whole minibatch, on all ranks.
+    """
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """``token``, or ``sequence`` and ``constant``, which both stand for a response."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``ref_logprobs`` are read; else they are None, and cost nothing."""
+        ...
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether a response of advantage 0 has no gradient, but for that of a KL term."""
+        ...
+
+    def __call__(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        ref_logprobs: Tensor | None,
+        entropies: Tensor,
+        advantages: Tensor,
+        columns: TokenColumns,
+    ) -> LossTerms:
+        """The sums over the tokens; every argument is [T]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +147,7 @@ class ClippedLoss:
     kl_coef: float = 0.01
     entropy_coef: float = 0.0
     ratio: Literal["token", "sequence"] = "token"
-    aggregation: Literal["token", "sequence", "constant"] = "token"
+    aggregation: Aggregation = "token"
     constant: int | None = None
     correction: ImportanceCorrection | None = None
     covariance: CovarianceControl | None = None
@@ -180,12 +217,17 @@ class ClippedLoss:
             stats["ref_kl"] = kl.detach().sum()
         if self.entropy_coef:
             loss = loss - self.entropy_coef * (weights * entropies).sum()
-        return LossTerms(loss, stats)
+        return LossTerms(loss, stats, weights)
 
     @property
-    def moves_entropy(self) -> bool:
-        """Whether there is, or may come to be, a bonus for entropy."""
-        return bool(self.entropy_coef) or self.adaptive_entropy is not None
+    def needs_reference(self) -> bool:
+        """Whether there is a KL term."""
+        return bool(self.kl_coef)
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether there is no bonus for entropy, and none may come to be."""
+        return not self.entropy_coef and self.adaptive_entropy is None
 
     def adapted(self, coef: float, entropy: float) -> tuple[ClippedLoss, float]:
         """The loss for an iteration of this mean token entropy, and the coefficient of the next.

@@ -50,13 +50,12 @@ class Modulated:
 
 
 class Modulation(Protocol):
-    """Anything that gives a coefficient for each response of a batch.
-
-    ``keeps_zeros``: an advantage of 0 stays 0, so its response needs no pass of the update.
-    """
+    """Anything that gives a coefficient for each response of a batch."""
 
     @property
-    def keeps_zeros(self) -> bool: ...
+    def keeps_zeros(self) -> bool:
+        """Whether an advantage of 0 stays 0, so that its response needs no pass of the update."""
+        ...
 
     def __call__(self, batch: RolloutBatch) -> Modulated: ...
 

@@ -17,6 +17,7 @@ from aem_lightning.algorithms import (
     PPO,
     ClippedLoss,
     Estimator,
+    Loss,
     Modulation,
     check_group_size,
     response_means,
@@ -70,7 +71,7 @@ class AgentModule(L.LightningModule):
         rewards: The reward shaping.
         estimator: Base advantages, e.g. `GRPO`.
         modulation: Coefficients, e.g. `AEM`.
-        loss: The clipped loss.
+        loss: The loss of tokens, e.g. `ClippedLoss`.
         optimizer: Parameters to optimizer.
         scheduler: Optimizer to learning-rate schedule, stepped once an iteration.
         rollout: How episodes are played.
@@ -93,7 +94,7 @@ class AgentModule(L.LightningModule):
         rewards: RewardShaping,
         estimator: Estimator,
         modulation: Modulation,
-        loss: ClippedLoss,
+        loss: Loss,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
         *,
@@ -112,10 +113,9 @@ class AgentModule(L.LightningModule):
         self.engine = engine
         self.encoder = encoder
         self.rewards = rewards
-        self.estimator = estimator
-        self.modulation = modulation
-        self.loss = loss
-        self.entropy_coef = loss.entropy_coef  # moves where the loss has a target for the entropy
+        self.estimator, self.modulation, self.loss = estimator, modulation, loss
+        self.covariance = loss.covariance if isinstance(loss, ClippedLoss) else None
+        self.entropy_coef = getattr(loss, "entropy_coef", 0.0)  # moves where there is a target
         self.rollout = rollout
         self.update_settings = update
         self.seed = seed
@@ -208,7 +208,7 @@ class AgentModule(L.LightningModule):
         seed = stable_seed(self.seed, self.iteration, self.global_rank, "plan")
         generator = torch.Generator().manual_seed(seed)
         skipped = self.reason_to_skip(advantages)
-        others = self.critic is not None or not self.modulation.keeps_zeros
+        others = bool(self.critic or self.covariance) or not self.modulation.keeps_zeros
         active = rows_with_gradient(batch, advantages, self.loss, zeros_count=others)
         active &= skipped is None
         return UpdatePlan.draw(active, self.update_settings, generator, skipped)
@@ -216,7 +216,7 @@ class AgentModule(L.LightningModule):
     def reason_to_skip(self, advantages: Tensor) -> str | None:
         """Why there is nothing to learn from this batch, on every rank; ``None`` when there is."""
         uniform = self.global_sum(advantages.abs().sum()) == 0
-        if uniform and self.modulation.keeps_zeros and not self.loss.moves_entropy:
+        if uniform and self.modulation.keeps_zeros and self.loss.keeps_zeros:
             return "every group is uniform: all copies of each task earned the same return"
         return None
 
@@ -232,8 +232,8 @@ class AgentModule(L.LightningModule):
         """The batch with old and reference log-probabilities, and where its entropies came from.
 
         Passes that nothing needs are not run: old log-probabilities when there is one optimizer
-        step (the batch is then exactly on-policy), the reference when ``kl_coef`` is 0, and either
-        on rows without a gradient. Entropies that no engine gave are needed of every row.
+        step (the batch is then exactly on-policy), the reference where the loss reads none, and
+        either on rows without a gradient. Entropies that no engine gave are needed of every row.
         """
         parts = plan.first_epoch
         scores = partial(
@@ -249,7 +249,7 @@ class AgentModule(L.LightningModule):
                 batch.entropy = response_entropy(
                     entropies, batch.response_index, batch.num_responses
                 )
-        if self.loss.kl_coef:
+        if self.loss.needs_reference:
             with watch("ref_logprobs"), self.policy.reference():
                 batch.ref_logprobs, _ = scores(parts=parts)
         return batch, "engine" if from_engine else "trainer"
@@ -272,7 +272,7 @@ class AgentModule(L.LightningModule):
             self.rollout.temperature,
             on_policy=plan.is_on_policy,
             packed=self.budget.packed,
-            chosen=choose_tokens(self.loss.covariance, batch, advantages, seed),
+            chosen=choose_tokens(self.covariance, batch, advantages, seed),
             critic=self.critic,
         )
         units_of_row = trained_units(batch, self.loss.aggregation)  # [S]
@@ -292,12 +292,12 @@ class AgentModule(L.LightningModule):
             optimizer.step()
         metrics = means_of_steps(sums or objective.no_stats(), plan, self.global_sum)
         metrics["grad_norm"] = float(torch.stack(norms).mean())
-        metrics["entropy_coef"] = self.loss.entropy_coef
+        metrics["entropy_coef"] = getattr(self.loss, "entropy_coef", 0.0)
         return {f"policy/{name}": value for name, value in metrics.items()}
 
     def adapt_entropy(self, batch: RolloutBatch) -> None:
         """Move the entropy coefficient by the batch's entropy, where the loss has a target."""
-        if self.loss.adaptive_entropy is not None:
+        if isinstance(self.loss, ClippedLoss) and self.loss.adaptive_entropy is not None:
             total, tokens = self.global_sum(entropy_sums(batch)).tolist()
             self.loss, self.entropy_coef = self.loss.adapted(self.entropy_coef, total / tokens)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aem_lightning.algorithms import PPO, ClippedLoss, LossTerms, TokenColumns
+from aem_lightning.algorithms import PPO, Loss, LossTerms, TokenColumns
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy
 from aem_lightning.modules.value import with_value_loss
@@ -132,7 +132,7 @@ class Objective:
         policy: The policy.
         batch: The rollout batch.
         advantages: Of each response, [R], or [S, L] for those of tokens.
-        loss: The clipped loss.
+        loss: The loss of tokens.
         temperature: Sampling temperature.
         on_policy: The log-probabilities of the pass itself are the old ones: no separate pass is
             needed, and the ratio is 1 to the bit.
@@ -144,7 +144,7 @@ class Objective:
     policy: Policy
     batch: RolloutBatch
     advantages: Tensor
-    loss: ClippedLoss
+    loss: Loss
     temperature: float
     on_policy: bool
     packed: bool
@@ -185,9 +185,8 @@ class Objective:
         values, targets = column(batch.values), column(batch.value_targets)
         assert values is not None
         assert targets is not None
-        weights = self.loss.weights(logprobs[kept], columns)
         news = self.policy.value_head(seen)[kept]
-        return with_value_loss(self.critic, terms, news, values, targets, weights)
+        return with_value_loss(self.critic, terms, news, values, targets)
 
     def no_stats(self) -> dict[str, Tensor]:
         """The sums for the log of a rank that has no row to compute: zeros, by the same names."""
@@ -202,5 +201,5 @@ class Objective:
         )
         terms = self.loss(none, none, column(self.batch.ref_logprobs), none, none, columns)
         if self.critic is not None:
-            terms = with_value_loss(self.critic, terms, none, none, none, none)
+            terms = with_value_loss(self.critic, terms, none, none, none)
         return terms.stats

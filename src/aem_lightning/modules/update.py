@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aem_lightning.algorithms import ClippedLoss
+from aem_lightning.algorithms import Loss
 from aem_lightning.modules.scoring import Objective
 from aem_lightning.modules.settings import UpdateSettings
 from aem_lightning.rollout import minibatches
@@ -78,24 +78,22 @@ class UpdatePlan:
 
 
 def rows_with_gradient(
-    batch: RolloutBatch, advantages: Tensor, loss: ClippedLoss, *, zeros_count: bool
+    batch: RolloutBatch, advantages: Tensor, loss: Loss, *, zeros_count: bool
 ) -> Tensor:
     """Rows whose response tokens move the weights, [S] bool.
 
-    A response of advantage 0 does so through a KL term, an entropy bonus, covariance control, which
-    may choose its tokens, or what ``zeros_count`` stands for. One that is masked out of the loss
-    never does.
+    A response of advantage 0 does so through a KL term, what else the loss has for it, or what
+    ``zeros_count`` stands for. One that is masked out of the loss never does.
 
     Args:
         batch: The rollout batch.
         advantages: Of each response, [R], or of each token, [S, L].
-        loss: Its coefficients.
-        zeros_count: Something else gives responses of advantage 0 a gradient: a value loss, or a
-            modulation that adds to advantages.
+        loss: Says what it has for a response of advantage 0.
+        zeros_count: Something else gives responses of advantage 0 a gradient: a value loss, a
+            modulation that adds to advantages, or covariance control, which may choose its tokens.
     """
     inside = (batch.response_index >= 0) & batch.response_mask[batch.response_index.clamp(min=0)]
-    apart = loss.kl_coef or loss.moves_entropy or loss.covariance is not None
-    if not (zeros_count or apart):
+    if loss.keeps_zeros and not (loss.needs_reference or zeros_count):
         of_tokens = advantages.ndim == 2
         spread = advantages if of_tokens else advantages[batch.response_index.clamp(min=0)]
         inside = inside & (spread != 0)

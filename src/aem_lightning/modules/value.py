@@ -36,9 +36,8 @@ def with_value_loss(
     values: Tensor,
     old_values: Tensor | None,
     targets: Tensor | None,
-    weights: Tensor,
 ) -> LossTerms:
-    """The loss of T tokens with that of their values; ``weights`` are the aggregation's, [T].
+    """The loss of T tokens with that of their values, which is summed with the same weights.
 
     Raises:
         ValueError: The batch has no values: `fill_values` comes first.
@@ -51,4 +50,5 @@ def with_value_loss(
         "value": values.detach().sum(),
         "value_target": targets.sum(),
     }
-    return LossTerms(terms.loss + (weights * losses).sum(), {**terms.stats, **stats})
+    weighted = losses if terms.weights is None else terms.weights * losses
+    return LossTerms(terms.loss + weighted.sum(), {**terms.stats, **stats}, terms.weights)

@@ -12,7 +12,7 @@ import hydra
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.algorithms import check_group_size
@@ -29,6 +29,7 @@ from aem_lightning.modules import (
     read_template,
 )
 from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner.parts import check_classes
 from aem_lightning.runner.warm_start import (
     WarmStart,
     WarmStartSettings,
@@ -75,11 +76,14 @@ def check_parts(cfg: DictConfig) -> None:
     minutes.
 
     Raises:
+        ConfigError: A class that is not found, or not fit for its place.
         ValueError: As the part's own.
     """
+    check_classes(cfg)
     check_group_size(cfg.group_size, instantiate(cfg.advantage))
     for part in (cfg.modulation, cfg.loss, cfg.rewards):
         instantiate(part)
+    _named(cfg.callbacks)
     settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
     lora_of(cfg)
     if cfg.policy.get("architecture") is not None:
@@ -232,19 +236,27 @@ def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) ->
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """The Trainer, with callbacks and logger; its epochs come from the number of iterations."""
-    callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values()]
+    """The Trainer, with callbacks and loggers; its epochs come from the number of iterations."""
+    callbacks, loggers = _named(cfg.callbacks), _named(cfg.logger)
     if cfg.profile:
         callbacks.append(Profile())
-    logger: Logger | None = instantiate(cfg.logger) if cfg.logger else None
     epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number
     # A partial: Hydra would take the objects for configs, and some loggers look like one.
     trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
-        callbacks=callbacks, logger=logger or False, max_epochs=epochs
+        callbacks=callbacks,
+        logger=loggers,
+        # Where none of them saves, Lightning would add a checkpoint of its own.
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        max_epochs=epochs,
     )
     if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
         log.warning("No GPU was found: this run computes on the CPU")
     return trainer
+
+
+def _named(nodes: DictConfig | None) -> list[Any]:
+    """What each of ``nodes`` stands for; one that is null was dropped."""
+    return [instantiate(node) for node in (nodes or {}).values() if node is not None]
 
 
 def _pick(cfg: DictConfig, settings: type[RolloutSettings | UpdateSettings]) -> Mapping[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,6 +33,13 @@ _CHOICES = {
     "action": ("free", "constrained"),
     "packing": ("auto", "packed", "padded"),
     "profile": (False, True),
+}
+# The groups whose option custom.yaml leaves the class to a person.
+_CUSTOM = {
+    "datamodule": "MyDataModule",
+    "advantage": "MyEstimator",
+    "modulation": "MyModulation",
+    "loss": "MyLoss",
 }
 
 
@@ -64,14 +73,19 @@ def check_config(cfg: DictConfig) -> None:
         )
     if cfg.policy.model is None and not cfg.policy.warm_start.required:
         problems.append("policy.model=null: type policy.model=<hub name or folder>, or policy=tiny")
-    if OmegaConf.is_missing(cfg.datamodule, "_target_"):
-        problems.append(
-            "datamodule=custom: whose? type datamodule._target_=my_package.MyDataModule, the class "
-            "of an importable module"
-        )
+    problems += [
+        f"{group}=custom: whose? type {group}._target_=my_package.{name}, the class of an "
+        "importable module"
+        for group, name in _CUSTOM.items()
+        if OmegaConf.is_missing(cfg[group], "_target_")
+    ]
+    refuse(problems)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise `ConfigError` with all ``problems``, where there are any."""
     if problems:
-        lines = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConfigError(f"The config has problems:\n{lines}")
+        raise ConfigError("\n  - ".join(["The config has problems:", *problems]))
 
 
 def _combination_problems(cfg: DictConfig) -> list[str]:
@@ -92,7 +106,7 @@ def _combination_problems(cfg: DictConfig) -> list[str]:
             f"algorithm=empg is a modulation of GRPO, and modulation={given} takes its place: type "
             f"modulation=empg_aem for AEM on top of it, or algorithm=grpo modulation={given}"
         )
-    if covariance != "None" and cfg.loss.ratio == "sequence":
+    if covariance != "None" and OmegaConf.select(cfg, "loss.ratio") == "sequence":
         problems.append(
             "loss.covariance treats single tokens, and loss.ratio=sequence (algorithm=gspo) has "
             "one ratio for all tokens of a response: type loss=clipped, or loss.ratio=token"
@@ -148,8 +162,7 @@ def check_api_config(cfg: DictConfig) -> None:
         problems.append(
             f"temperature={temperature!r}: a number >= 0, or null for the endpoint's own"
         )
-    if problems:
-        raise ConfigError("\n  - ".join(["The config has problems:", *problems]))
+    refuse(problems)
 
 
 def _common_problems(cfg: DictConfig) -> list[str]:

@@ -93,11 +93,12 @@ def _keep_traceback() -> str:
 
 
 def accept_plus(arguments: Sequence[str]) -> list[str]:
-    """The arguments with ``+profile=true`` as ``profile=true``.
+    """The arguments with ``profile=true`` for ``+profile=true``, ``logger=[]`` for ``logger=null``.
 
-    Hydra takes a plus for keys that a config lacks, and no other. This one is typed either way.
+    Hydra takes a plus for keys that a config lacks, and no other; and for a group no null.
     """
-    return [a.removeprefix("+") if a.startswith("+profile=") else a for a in arguments]
+    none = {f"{group}=null": f"{group}=[]" for group in ("callbacks", "logger")}
+    return [a.removeprefix("+") if a.startswith("+profile=") else none.get(a, a) for a in arguments]
 
 
 def check_overrides(

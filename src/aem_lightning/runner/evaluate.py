@@ -146,7 +146,6 @@ def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
         ) from error
     OmegaConf.set_struct(merged, False)
     merged.callbacks, merged.logger, merged.profile = None, None, False
-    merged.trainer.enable_checkpointing = False
     merged.trainer.default_root_dir = cfg.paths.output_dir
     assert isinstance(merged, DictConfig)
     return merged
