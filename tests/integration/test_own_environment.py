@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 from commands import command
 from hydra import compose, initialize_config_dir
-from runs import CONFIGS, ROOT, SMALL, composed, curves
+from packages import EXAMPLES, installed
+from runs import CONFIGS, SMALL, composed, curves
 
 from aem_lightning.runner.build import build_datamodule
 from aem_lightning.runner.checks import ConfigError, check_config
 
-EXAMPLE = ROOT / "examples" / "key_and_door"
-PROJECT = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXAMPLE = EXAMPLES / "key_and_door"
 
 
 @pytest.fixture
-def example(tmp_path, monkeypatch):
-    """The example as an editable install leaves it: on the path, with its entry points."""
-    info = tmp_path / "site" / f"key_and_door-{PROJECT['version']}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Name: {PROJECT['name']}\nVersion: {PROJECT['version']}\n")
-    sections = []
-    for group, entries in PROJECT["entry-points"].items():
-        sections += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
-    (info / "entry_points.txt").write_text("\n".join(sections) + "\n")
-    monkeypatch.syspath_prepend(str(info.parent))
-    monkeypatch.syspath_prepend(str(EXAMPLE))
-    yield EXAMPLE
-    for name in [n for n in sys.modules if n.partition(".")[0] == "key_and_door"]:
-        del sys.modules[name]
+def example(tmp_path):
+    with installed("key_and_door", tmp_path / "site") as folder:
+        yield folder
 
 
 def invalid_rate(folder: Path) -> float:
