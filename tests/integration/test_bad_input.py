@@ -80,6 +80,11 @@ def test_a_group_of_one_is_trained_on(train: Run, toy: list[str]) -> None:
     assert_clear(ended, "group_size=1 is too small for GRPO", "at least 2", "Type group_size=8")
 
 
+def test_an_override_that_is_given_twice_is_taken_in_silence(train: Run, toy: list[str]) -> None:
+    ended = train(*toy, "group_size=1")
+    assert_clear(ended, "group_size is given more than once (4, 1): the last counts")
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

@@ -52,9 +52,11 @@ class Command:
         if unknown:
             known = re.findall(r"--[a-z-]+", parser.format_usage())
             sys.exit(overrides.wrong_flag(unknown[0], known, self.typed))
-        if any(a.startswith("-") for a in arguments) and not flags.help:
-            return
         with initialize_config_dir(str(self.configs), version_base="1.3"):
+            if told := overrides.without_equals(flags.overrides):
+                sys.exit(told)
+            if any(a.startswith("-") for a in arguments) and not flags.help:
+                return
             composed = self._compose(flags.overrides)
             if flags.help:
                 from aem_lightning.runner.help_page import show_help
@@ -64,8 +66,6 @@ class Command:
             self._check_early(composed)
 
     def _compose(self, given: Sequence[str]) -> DictConfig:
-        if told := overrides.without_equals(given):
-            sys.exit(told)
         try:
             composed = compose(self.name, overrides=list(given), return_hydra_config=True)
         except (HydraException, ValueError) as error:  # ValueError: a number in a group's place
@@ -90,5 +90,5 @@ class Command:
             FileNotFoundError: As ``check`` does.
         """
         for key, values in overrides.given_twice(HydraConfig.get().overrides.task).items():
-            log.warning("%s is given %d times (%s): the last counts", key, len(values), values)
+            log.warning("%s is given more than once (%s): the last counts", key, ", ".join(values))
         self.check(cfg)

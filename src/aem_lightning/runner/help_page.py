@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
+
+from aem_lightning.runner.overrides import options_of
 
 if TYPE_CHECKING:
     from aem_lightning.runner.command import Command
@@ -46,7 +47,8 @@ def read_comments(path: Path) -> Comments:
 
     A line of its own that starts with a small letter goes on with the comment right above it.
     """
-    found, block, last, begun = Comments(), [], "", False
+    found, last, begun = Comments(), "", False
+    block: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             words = line.lstrip("# ")
@@ -109,10 +111,8 @@ def _all_comments(path: Path) -> Iterator[Comments]:
 def _groups(choices: DictConfig, comments: Sequence[Comments]) -> Table:
     """A line for each group: its options, and what stands beside it."""
     table = Table.grid(padding=(0, 2))
-    loader = GlobalHydra.instance().config_loader()
-    for group in sorted(name for name in choices if not name.startswith("hydra")):
-        options = loader.get_group_options(group)
-        line = ", ".join(f"{o}*" if o == choices[group] else o for o in options)
+    for group in sorted(name for name in map(str, choices) if not name.startswith("hydra")):
+        line = ", ".join(f"{o}*" if o == choices[group] else o for o in options_of(group))
         beside = next((c.beside[group] for c in comments if group in c.beside), None)
         table.add_row(f"  {group}:", f"{line} # {beside}" if beside else line)
     return table
@@ -124,16 +124,24 @@ def _options(composed: DictConfig, comments: Sequence[Comments]) -> Iterator[Tab
     values = OmegaConf.to_container(composed)
     assert isinstance(values, dict)
     shown = {str(k): _shown(v) for k, v in values.items() if k not in groups and k != "hydra"}
+    widths = 2 + max(map(len, shown)), min(VALUE_WIDTH, max(map(len, shown.values())))
+    table = _three_columns(*widths)
     for key, value in shown.items():
         if above := next((c.above[key] for c in comments if key in c.above), None):
+            yield table
             yield Padding(above, (0, 0, 0, 2))
-        row = Table.grid(padding=(0, 2))
-        row.add_column(width=2 + max(map(len, shown)))
-        row.add_column(width=min(VALUE_WIDTH, max(map(len, shown.values()))), overflow="fold")
-        row.add_column(overflow="fold")
+            table = _three_columns(*widths)
         beside = next((c.beside[key] for c in comments if key in c.beside), "")
-        row.add_row(f"  {key}", value, beside)
-        yield row
+        table.add_row(f"  {key}", value, beside)
+    yield table
+
+
+def _three_columns(first: int, second: int) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(width=first)
+    table.add_column(width=second, overflow="fold")
+    table.add_column(overflow="fold")
+    return table
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,7 +40,7 @@ def without_equals(given: Sequence[str]) -> str | None:
     if torn and torn[2] not in given:
         whole = re.sub(r"\s*=\s*", "=", torn[2])
         return f"{torn[2]}: no blanks around the equals sign. Type {whole}"
-    homes = [group for group in _groups() if bare[0] in _options(group)]
+    homes = [group for group in _groups() if bare[0] in options_of(group)]
     hint = _did_you_mean([f"{group}={bare[0]}" for group in homes])
     return f"{bare[0]}: an override is key=value. {hint or f'Type {bare[0]}=...'}".rstrip()
 
@@ -58,7 +59,7 @@ def explained(error: Exception, name: str, given: Sequence[str], typed: str) -> 
     if API in given and name != "eval":
         return f"{API}: such a model can be played, not trained. Type python eval.py {API} ..."
     if isinstance(error, MissingConfigException) and error.options:
-        return _wrong_option(error.missing_cfg_file or "", given)
+        return _wrong_option(error.missing_cfg_file or "", error.options, given)
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return f"{_unknown_key(cause, name, given)}All keys: {typed} --cfg job"
@@ -66,7 +67,8 @@ def explained(error: Exception, name: str, given: Sequence[str], typed: str) -> 
         for argument in given:  # Hydra does not say which of them it takes for no option
             group = argument.partition("=")[0].lstrip("+")
             if group in _groups() and "{" not in argument and "must be a string" in str(error):
-                return _wrong_option(argument.lstrip("+").replace("=", "/", 1), given)
+                file = argument.lstrip("+").replace("=", "/", 1)
+                return _wrong_option(file, options_of(group), given)
     words = [str(error), *([] if cause is None else [str(cause)]), f"Given: {' '.join(given)}"]
     return "\n".join(words)
 
@@ -89,12 +91,14 @@ def stray_key(composed: DictConfig, configs: Path, given: Sequence[str]) -> str 
     return None
 
 
-def _wrong_option(file: str, given: Sequence[str]) -> str:
+def _wrong_option(file: str, options: Sequence[str], given: Sequence[str]) -> str:
     """What to type instead of ``group=option``, whose file would be ``group/option``."""
-    group = max((g for g in _groups() if file.startswith(f"{g}/")), key=len)
-    option = file.removeprefix(f"{group}/")
-    options = _options(group)
-    argument = next((a for a in given if a.endswith(f"{group}={option}")), f"{group}={option}")
+    group, _, option = file.rpartition("/")
+    argument = f"{group}={option}"
+    for each in given:
+        if each.lstrip("+").replace("=", "/", 1) == file:  # an option may have a slash itself
+            argument = each
+            group, _, option = each.lstrip("+").partition("=")
     hint = _did_you_mean(f"{group}={o}" for o in difflib.get_close_matches(option, options))
     return f"{argument}: there is no such option. {hint}Allowed: {', '.join(options)}."
 
@@ -124,13 +128,18 @@ def _did_you_mean(words: Iterable[str]) -> str:
     return f"Did you mean {told}? " if told else ""
 
 
+def options_of(group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
+    """The options of a group, of ours and of installed packages.
+
+    Not by Hydra's ``get_group_options``, which copies every config that it has read, each time.
+    """
+    sources = GlobalHydra.instance().config_loader().get_sources()
+    return sorted({o for s in sources if s.is_group(group) for o in s.list(group, kind)})
+
+
 def _groups() -> list[str]:
-    """The groups of options, of ours and of installed packages; Hydra's own are left out."""
-    return [g for g in GlobalHydra.instance().config_loader().list_groups("") if g != "hydra"]
-
-
-def _options(group: str) -> list[str]:
-    return GlobalHydra.instance().config_loader().get_group_options(group)
+    """The groups of options; Hydra's own are left out."""
+    return [group for group in options_of("", ObjectType.GROUP) if group != "hydra"]
 
 
 def _dotted(node: Any, prefix: str = "") -> list[str]:
