@@ -9,20 +9,25 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from aem_lightning.runner import evaluate
-from aem_lightning.runner.cli import check_overrides, clear_errors, quiet_libraries
+from aem_lightning.runner.cli import clear_errors, quiet_libraries
+from aem_lightning.runner.command import Command
+from aem_lightning.runner.early import check_evaluation
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+COMMAND = Command(CONFIGS, "eval", "python eval.py", __doc__, check_evaluation)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
 def main(cfg: DictConfig) -> None:
     """Run one evaluation."""
-    quiet_libraries()
     with clear_errors():
+        COMMAND.check_job(cfg)
+        from aem_lightning.runner import evaluate  # imports torch: after the checks
+
+        quiet_libraries()
         evaluate(cfg)
 
 
 if __name__ == "__main__":
-    check_overrides(CONFIGS, "eval", sys.argv[1:])
+    COMMAND.answer(sys.argv[1:])
     main()

@@ -6,21 +6,26 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from aem_lightning.runner import train
-from aem_lightning.runner.cli import accept_plus, check_overrides, clear_errors, quiet_libraries
+from aem_lightning.runner.cli import accept_plus, clear_errors, quiet_libraries
+from aem_lightning.runner.command import Command
+from aem_lightning.runner.early import check_training
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+COMMAND = Command(CONFIGS, "train", "python train.py", __doc__, check_training)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> None:
     """Run one training run."""
-    quiet_libraries()
     with clear_errors():
+        COMMAND.check_job(cfg)
+        from aem_lightning.runner import train  # imports torch: after the checks
+
+        quiet_libraries()
         train(cfg)
 
 
 if __name__ == "__main__":
     sys.argv[1:] = accept_plus(sys.argv[1:])
-    check_overrides(CONFIGS, "train", sys.argv[1:])
+    COMMAND.answer(sys.argv[1:])
     main()

@@ -47,6 +47,7 @@ def test_an_unknown_key_is_not_explained(train: Run, toy: list[str]) -> None:
 def test_an_unknown_option_is_not_explained(train: Run, toy: list[str]) -> None:
     assert_clear(train(*toy, "modulation=foo"), "modulation=foo", "Allowed: aem, custom, empg")
     assert_clear(train("experiment=quickstrat"), "experiment=quickstrat", "quickstart")
+    assert_clear(train("experiment=webshop_ppo"), "type experiment=webshop algorithm=ppo modul")
 
 
 def test_empg_is_lost_without_a_word(train: Run, toy: list[str]) -> None:
@@ -83,6 +84,11 @@ def test_config_problems_are_told_one_at_a_time(train: Run, toy: list[str]) -> N
 def test_a_group_of_one_is_trained_on(train: Run, toy: list[str]) -> None:
     ended = train(*toy, "group_size=1")
     assert_clear(ended, "group_size=1 is too small for GRPO", "at least 2", "Type group_size=8")
+
+
+def test_an_override_that_is_given_twice_is_taken_in_silence(train: Run, toy: list[str]) -> None:
+    ended = train(*toy, "group_size=1")
+    assert_clear(ended, "group_size is given more than once (4, 1): the last counts")
 
 
 @pytest.mark.parametrize(

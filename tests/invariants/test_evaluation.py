@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs import built, toy_config
 
-from aem_lightning.runner.evaluate import play_all
+from aem_lightning.runner.evaluation import play_all
 
 
 @pytest.mark.parametrize("change", ["concurrency=3", "datamodule.evaluation_batch=3"])

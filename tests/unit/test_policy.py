@@ -11,6 +11,7 @@ from aem_lightning.datamodules import AlfworldDataModule
 from aem_lightning.modules import Architecture, Lora, Policy, build_tiny_model, build_tokenizer
 from aem_lightning.modules.policy import load_tokenizer
 from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner.early import read_template
 
 LORA = {"r": 2, "alpha": 4}
 # bitsandbytes packs blocks of 64 weights.
@@ -227,7 +228,7 @@ def test_gradient_checkpointing_computes_the_layers_of_a_loaded_policy_again(
 def test_a_chat_template_of_ones_own_takes_the_place_of_the_models(folder, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text(CHATML, encoding="utf-8")
-    policy = Policy.from_pretrained(folder, chat_template=str(template))
+    policy = Policy.from_pretrained(folder, chat_template=read_template(str(template)))
     assert policy.tokenizer.chat_template == CHATML
 
 

@@ -10,7 +10,7 @@ from runs import built, composed, toy_config
 
 from aem_lightning.runner import evaluate, train
 from aem_lightning.runner.build import build_trainer
-from aem_lightning.runner.evaluate import _training_config
+from aem_lightning.runner.evaluation import _training_config
 from aem_lightning.viewer import read_episodes
 
 QUICK = (

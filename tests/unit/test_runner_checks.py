@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from runs import CONFIGS, composed
+from runs import composed
 
 from aem_lightning.runner import build, cli
 from aem_lightning.runner.build import instantiate
@@ -167,46 +167,6 @@ def test_without_any_checkpoint_last_says_so(tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ckpt_path=/no/such\.ckpt: .*no such file"):
         find_checkpoint(wish(tmp_path, "/no/such.ckpt"), None)
-
-
-# --------------------------------------------------------------------------------------- overrides
-
-
-def complaint(*arguments):
-    with pytest.raises(SystemExit) as ended:
-        cli.check_overrides(CONFIGS, "train", list(arguments))
-    assert isinstance(ended.value.code, str)
-    return ended.value.code
-
-
-def test_good_overrides_pass():
-    cli.check_overrides(CONFIGS, "train", ["experiment=quickstart", "optimizer.lr=1e-3"])
-
-
-def test_hydras_own_flags_are_left_to_hydra():
-    cli.check_overrides(CONFIGS, "train", ["--cfg", "no_such_key=1"])
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [("group_sise=4", "group_size"), ("optimizer.lrr=1", "optimizer.lr"), ("loss.klcoef=0", "kl")],
-)
-def test_an_unknown_key_is_answered_with_the_nearest_ones(given, meant):
-    message = complaint("experiment=quickstart", given)
-    assert given.partition("=")[0] in message
-    assert "Did you mean" in message
-    assert meant in message.partition("Did you mean")[2]
-
-
-def test_an_unknown_option_is_answered_with_those_that_there_are():
-    message = complaint("experiment=quickstrat")
-    assert "quickstrat" in message
-    assert "quickstart" in message
-    assert "alfworld_aem" in message
-
-
-def test_a_broken_override_is_named():
-    assert "Given: group_size=[1" in complaint("group_size=[1")
 
 
 # ------------------------------------------------------------------------------------ clear errors

@@ -4,48 +4,86 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
 
-from aem_lightning.analysis.compare import compare
-from aem_lightning.analysis.cost import cost
-from aem_lightning.analysis.masks import masks
-from aem_lightning.analysis.proxy import proxy
+from aem_lightning.analysis.inputs import check_compare, check_cost, check_proxy
 from aem_lightning.analysis.training import find_configs
-from aem_lightning.runner.cli import check_overrides, clear_errors, quiet_libraries
+from aem_lightning.runner.cli import clear_errors, quiet_libraries
+from aem_lightning.runner.command import Command
+from aem_lightning.runner.help_page import first_sentence
 
-ANALYSES: dict[str, Callable[[DictConfig], dict[str, Any]]] = {
-    "proxy": proxy,
-    "masks": masks,
-    "compare": compare,
-    "ablations": compare,
-    "cost": cost,
+TYPED = "python -m aem_lightning.analysis"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Where an analysis is, imported when it is run, and what can be told of its config before.
+
+    Attributes:
+        function: Its function, and the module of this package that has it.
+        check: Raises where its config cannot run.
+    """
+
+    function: str
+    check: Callable[[DictConfig], None] = lambda cfg: None
+
+    def __call__(self, cfg: DictConfig) -> None:
+        """Run it."""
+        run = getattr(import_module(f"aem_lightning.analysis.{self.function}"), self.function)
+        quiet_libraries()
+        run(cfg)
+
+
+ANALYSES = {
+    "proxy": Analysis("proxy", check_proxy),
+    "masks": Analysis("masks"),
+    "compare": Analysis("compare", check_compare),
+    "ablations": Analysis("compare", check_compare),
+    "cost": Analysis("cost", check_cost),
 }
 
 
 def main() -> None:
     """Run the analysis that the first argument names; the others are overrides."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if name in ("", "-h", "--help"):
+        show_analyses(find_configs())
+        return
     if name not in ANALYSES:
         sys.exit(
-            f"{name or 'no name'}: there is no such analysis. Type "
-            f"python -m aem_lightning.analysis <{'|'.join(ANALYSES)}> key=value ...; "
-            "options: configs/analysis/<name>.yaml"
+            f"{name}: there is no such analysis. Type {TYPED} <{'|'.join(ANALYSES)}> "
+            f"key=value ...; what they are: {TYPED} --help"
         )
     configs, analysis = find_configs(), ANALYSES[name]
-    arguments = sys.argv[2:]
-    command = f"python -m aem_lightning.analysis {name}"
-    check_overrides(configs, f"analysis/{name}", arguments, command)
+    about = f"``{TYPED} {name} key=value ...``; options: configs/analysis/{name}.yaml."
+    command = Command(configs, f"analysis/{name}", f"{TYPED} {name}", about, analysis.check)
+    command.answer(arguments)
     sys.argv = [sys.argv[0], *arguments]
 
     def run(cfg: DictConfig) -> None:
-        quiet_libraries()
         with clear_errors():
+            command.check_job(cfg)
             analysis(cfg)
 
-    hydra.main(version_base="1.3", config_path=str(configs), config_name=f"analysis/{name}")(run)()
+    hydra.main(version_base="1.3", config_path=str(configs), config_name=command.name)(run)()
+
+
+def show_analyses(configs: Path) -> None:
+    """Print every analysis with the first sentence of its config."""
+    table = Table.grid(padding=(0, 2))
+    for name in ANALYSES:
+        table.add_row(f"  {name}", first_sentence(configs / "analysis" / f"{name}.yaml"))
+    console = Console(markup=False, highlight=False)
+    console.print("The paper's analyses, each into a folder of figure, numbers and TensorBoard:\n")
+    console.print(table)
+    console.print(f"\nType {TYPED} <name> key=value ...; options: {TYPED} <name> --help")
 
 
 if __name__ == "__main__":

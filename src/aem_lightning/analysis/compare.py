@@ -13,11 +13,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.analysis.curves import Curve, read_curves
+from aem_lightning.analysis.inputs import given_runs, overrides_by_arm
 from aem_lightning.analysis.report import need_matplotlib, relative, write_report
 from aem_lightning.analysis.statistics import Estimate, mcnemar, sign_flip_test, t_interval
 from aem_lightning.analysis.tables import comparison_markdown, draw_comparison
-from aem_lightning.analysis.training import arm_overrides, finished_run
-from aem_lightning.runner.evaluate import evaluate
+from aem_lightning.analysis.training import finished_run
+from aem_lightning.runner.evaluation import evaluate
 from aem_lightning.runner.summary import SUMMARY
 
 log = logging.getLogger(__name__)
@@ -215,37 +216,14 @@ def _pooled_games(pairs: Sequence[tuple[Run, Run]]) -> dict[str, Any] | None:
 def _folders(cfg: DictConfig) -> dict[str, dict[int, Path]]:
     """The folder of every run by arm and seed; what is missing is trained first."""
     if cfg.runs is not None:
-        return {arm: _given(arm, folders) for arm, folders in cfg.runs.items()}
-    if not cfg.arms or not cfg.seeds:
-        raise ValueError(
-            f"arms={list(cfg.arms)}, seeds={list(cfg.seeds)}: at least one of each is needed, e.g. "
-            "arms=[grpo,grpo_aem] seeds=[0,1,2]"
-        )
-    overrides = {arm: arm_overrides(cfg, arm) for arm in cfg.arms}  # unknown arms show first
+        return given_runs(cfg)
+    overrides = overrides_by_arm(cfg)
     folders: dict[str, dict[int, Path]] = {arm: {} for arm in cfg.arms}
     for seed in cfg.seeds:  # whole pairs first: what there is can be compared at any time
         for arm in cfg.arms:
             folder = Path(cfg.folder).absolute() / arm / f"seed_{seed}"
             folders[arm][seed] = finished_run(cfg, folder, overrides[arm], seed)
     return folders
-
-
-def _given(arm: str, folders: Sequence[str]) -> dict[int, Path]:
-    found: dict[int, Path] = {}
-    for folder in map(Path, folders):
-        if not (folder / SUMMARY).is_file():
-            raise FileNotFoundError(
-                f"runs.{arm}: {folder} has no {SUMMARY}; give folders of finished runs, e.g. "
-                f"'runs={{{arm}: [logs/quickstart/<time>]}}'"
-            )
-        seed = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["seed"]
-        if seed in found:
-            raise ValueError(
-                f"runs.{arm}: {found[seed]} and {folder} both have seed {seed}; runs are paired by "
-                "seed, so give one of them"
-            )
-        found[seed] = folder.absolute()
-    return found
 
 
 def _read(cfg: DictConfig, arm: str, seed: int, folder: Path) -> Run:

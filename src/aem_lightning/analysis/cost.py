@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from aem_lightning.analysis.inputs import TIMES, find_run
 from aem_lightning.analysis.report import need_matplotlib, new_figure, write_report
 from aem_lightning.callbacks.step_time import CostRow, cost_table, table_markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TIMES = "step_time.json"
-
 
 def cost(cfg: DictConfig) -> dict[str, Any]:
     """Write the cost table of the run folder ``cfg.run``."""
     need_matplotlib()
-    run = _find_run(cfg)
+    run = find_run(cfg)
     stored = json.loads((run / TIMES).read_text(encoding="utf-8"))
     rows = cost_table({stage["stage"]: stage["seconds"] for stage in stored["stages"]})
     content = {
@@ -38,23 +37,6 @@ def cost(cfg: DictConfig) -> dict[str, Any]:
         scalars={f"share_{row.stage}": row.share for row in rows},
         table=table_markdown(rows),
     )
-
-
-def _find_run(cfg: DictConfig) -> Path:
-    logs = Path(cfg.paths.log_dir)
-    if cfg.run is not None:
-        if not (Path(cfg.run) / TIMES).is_file():
-            raise FileNotFoundError(
-                f"run={cfg.run}: there is no {TIMES} in it. Give the folder of a run that has "
-                f"ended, e.g. run={logs}/quickstart/<time>"
-            )
-        return Path(cfg.run)
-    found = list(logs.glob(f"*/*/{TIMES}"))
-    if not found:
-        raise FileNotFoundError(
-            f"run=null: no run under {logs} has a {TIMES} yet. Type run=<folder of a run>"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def _draw(rows: list[CostRow]) -> Figure:

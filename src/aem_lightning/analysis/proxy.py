@@ -7,16 +7,17 @@ training. Here it is estimated at some states, by drawing many responses at each
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
+from aem_lightning.analysis.inputs import ProxySettings, checkpoint_wishes, proxy_settings
 from aem_lightning.analysis.report import need_matplotlib, new_figure, relative, write_report
-from aem_lightning.analysis.sampling import PlayedState, ProxySettings, draw_responses, met_states
+from aem_lightning.analysis.sampling import PlayedState, draw_responses, met_states
 from aem_lightning.analysis.statistics import (
     Estimate,
     bootstrap,
@@ -25,7 +26,7 @@ from aem_lightning.analysis.statistics import (
     share,
 )
 from aem_lightning.functional import aem_coefficients
-from aem_lightning.runner.evaluate import restored
+from aem_lightning.runner.evaluation import restored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,10 +71,8 @@ class Sampled:
 def proxy(cfg: DictConfig) -> dict[str, Any]:
     """Draw responses with the policy of ``cfg.ckpt`` and correlate."""
     need_matplotlib()
-    settings = ProxySettings(**{field.name: cfg[field.name] for field in fields(ProxySettings)})
-    shared = {name: cfg[name] for name in ("run", "seed", "overrides", "paths")}
-    wishes = {"ckpt_path": cfg.ckpt, "temperature": None, "splits": None, **shared}
-    with restored(OmegaConf.create(wishes)) as agent:
+    settings = proxy_settings(cfg)
+    with restored(checkpoint_wishes(cfg)) as agent:
         agent.module.engine.sync(agent.module.policy, agent.module.iteration)
         met = met_states(agent.module, agent.datamodule, settings)
         drawn = draw_responses(agent.module, [state.prompt for state in met], settings)

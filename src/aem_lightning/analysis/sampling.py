@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from aem_lightning.analysis.inputs import ProxySettings
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.functional import aem_coefficients
 from aem_lightning.modules import AgentModule
@@ -21,34 +22,6 @@ from aem_lightning.rollout import (
     stable_seed,
 )
 from aem_lightning.types import RolloutBatch, Trajectory
-
-
-@dataclass(frozen=True)
-class ProxySettings:
-    """The sizes of the analysis; see ``configs/analysis/proxy.yaml``.
-
-    Raises:
-        ValueError: Sizes that allow no statistic.
-    """
-
-    states: int = 64
-    samples: int = 64
-    split: str = "train"
-    tasks: int = 16
-    sharpness: float = 1.0
-    min_range: float = 0.1
-    draws: int = 2000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"states": 2, "samples": 2, "tasks": 1, "draws": 100}
-        problems = [
-            f"{name}={getattr(self, name)!r}: a whole number of at least {low}"
-            for name, low in least.items()
-            if type(getattr(self, name)) is not int or getattr(self, name) < low
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
 
 
 @dataclass(frozen=True)

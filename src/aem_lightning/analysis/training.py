@@ -11,8 +11,8 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from aem_lightning import runner
 from aem_lightning.runner.summary import SUMMARY
-from aem_lightning.runner.train import train
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def finished_run(cfg: DictConfig, folder: Path, arm: Sequence[str], seed: int) -
         f"ckpt_path={quoted(last) if last.is_file() else 'null'}",
     ]
     log.info("%s: training with %s", folder, " ".join(overrides))
-    train(hydra.compose("train", overrides=[*overrides, *places]))
+    runner.train(hydra.compose("train", overrides=[*overrides, *places]))
     return folder
 
 

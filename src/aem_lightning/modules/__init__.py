@@ -1,7 +1,7 @@
 """Lightning modules and the policy they train."""
 
 from aem_lightning.modules.agent import AgentModule
-from aem_lightning.modules.policy import Lora, Policy, check_dtype, read_template
+from aem_lightning.modules.policy import Lora, Policy, check_dtype
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
 from aem_lightning.modules.tiny import Architecture, build_tiny_model, build_tokenizer
 from aem_lightning.modules.warm_start import (
@@ -25,5 +25,4 @@ __all__ = [
     "check_dtype",
     "collate_demonstrations",
     "demonstrations_dataset",
-    "read_template",
 ]

@@ -100,8 +100,7 @@ class Policy(nn.Module):
             dtype: Storage type of the frozen weights; adapters stay in float32.
             quantization: ``nf4`` loads 4-bit weights through ``BitsAndBytesConfig`` (extra
                 ``quant``).
-            chat_template: A Jinja template, or a file that holds one, in place of the tokenizer's
-                own.
+            chat_template: A Jinja template in place of the tokenizer's own.
             gradient_checkpointing: Trade time for memory in the update.
             attn_implementation: Passed to transformers.
 
@@ -126,7 +125,7 @@ class Policy(nn.Module):
         except OSError as error:
             raise FileNotFoundError(missing_model_message(model)) from error
         if chat_template is not None:
-            tokenizer.chat_template = read_template(chat_template)
+            tokenizer.chat_template = chat_template
         if quantization:
             causal_lm = prepare_model_for_kbit_training(causal_lm, use_gradient_checkpointing=False)
         if gradient_checkpointing:
@@ -300,23 +299,6 @@ def check_dtype(name: str) -> torch.dtype:
         raise ValueError(f"policy.dtype={name!r} is unknown; allowed: {', '.join(DTYPES)}.")
     found: torch.dtype = getattr(torch, name)
     return found
-
-
-def read_template(template: str) -> str:
-    """A chat template from a file, or ``template`` itself where it is one.
-
-    Raises:
-        FileNotFoundError: It is neither.
-    """
-    if "{%" in template:
-        return template
-    path = Path(template).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"policy.chat_template={template}: there is no such file. Give one with a Jinja "
-            "template in it, or the template itself."
-        )
-    return path.read_text(encoding="utf-8")
 
 
 def missing_model_message(model: str) -> str:

@@ -26,7 +26,6 @@ from aem_lightning.rollout import (
 )
 from aem_lightning.runner.api_play import Player, play
 from aem_lightning.runner.build import build_datamodule, instantiate, plain, warm_start_data
-from aem_lightning.runner.checks import check_api_config
 from aem_lightning.runner.episode_store import EpisodeStore
 from aem_lightning.runner.report import game_hashes, results_of, write_report
 from aem_lightning.types import Task, Trajectory
@@ -42,10 +41,8 @@ def evaluate_api(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate ``cfg.model``; returns what ``evaluation.json`` holds.
 
     Raises:
-        ConfigError: Options that cannot be.
         EndpointError: The endpoint does not answer, or no episode came to an end.
     """
-    check_api_config(cfg)
     options = ("api_key_env", "timeout_s", "max_retries", "token_budget", "request")
     with contextlib.ExitStack() as stack:
         endpoint = Endpoint(cfg.model, cfg.base_url, **{name: plain(cfg)[name] for name in options})

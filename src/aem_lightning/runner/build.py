@@ -26,9 +26,9 @@ from aem_lightning.modules import (
     RolloutSettings,
     UpdateSettings,
     check_dtype,
-    read_template,
 )
 from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner.early import read_template
 from aem_lightning.runner.parts import check_classes
 from aem_lightning.runner.warm_start import (
     WarmStart,
@@ -89,8 +89,6 @@ def check_parts(cfg: DictConfig) -> None:
     if cfg.policy.get("architecture") is not None:
         settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
     check_dtype(cfg.policy.dtype)
-    if cfg.policy.chat_template is not None:
-        read_template(cfg.policy.chat_template)
     try:
         optimizer = instantiate(cfg.optimizer)([torch.zeros(1, requires_grad=True)])
     except ValueError as error:
@@ -138,8 +136,14 @@ def lora_of(cfg: DictConfig) -> Lora:
 
 def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
     """A policy from a model folder or the hub."""
-    options = ("dtype", "quantization", "chat_template", "gradient_checkpointing")
-    return Policy.from_pretrained(model, lora=lora, **{name: cfg.policy[name] for name in options})
+    options = ("dtype", "quantization", "gradient_checkpointing")
+    template = cfg.policy.chat_template
+    return Policy.from_pretrained(
+        str(Path(model).expanduser()) if model.startswith("~") else model,
+        lora=lora,
+        chat_template=None if template is None else read_template(template),
+        **{name: cfg.policy[name] for name in options},
+    )
 
 
 def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:

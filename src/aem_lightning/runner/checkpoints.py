@@ -6,7 +6,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 # What torch raises for half a file, for another kind of file, and what ours lack of a stranger's.
@@ -48,12 +47,27 @@ def find_checkpoint(cfg: DictConfig, run: str | None) -> Path | None:
     return path.absolute()
 
 
+def needed_checkpoint(cfg: DictConfig, run: str | None) -> Path:
+    """As `find_checkpoint`, where nothing can be done without one.
+
+    Raises:
+        FileNotFoundError: As there.
+        ValueError: ``ckpt_path`` is null.
+    """
+    path = find_checkpoint(cfg, run)
+    if path is None:
+        raise ValueError("ckpt_path=null: type ckpt_path=/path/to/last.ckpt, or ckpt_path=last.")
+    return path
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What the checkpoint at ``path`` holds, its tensors on the CPU.
 
     Raises:
         ValueError: The file is no checkpoint of a run, or only a part of one.
     """
+    import torch  # here: `find_checkpoint` answers before it is imported
+
     try:
         stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         _ = stored["aem_lightning"]["config"], stored["state_dict"]

@@ -100,8 +100,8 @@ def _combination_problems(cfg: DictConfig) -> list[str]:
             "modulation=empg adds to the advantage of a response, and PPO has one a token: type "
             "modulation=aem or modulation=none, or another algorithm"
         )
-    if _chosen("algorithm") == "empg" and modulation not in ("EMPG", "Stacked"):
-        given = _chosen("modulation")
+    if _chosen(cfg, "algorithm") == "empg" and modulation not in ("EMPG", "Stacked"):
+        given = _chosen(cfg, "modulation")
         problems.append(
             f"algorithm=empg is a modulation of GRPO, and modulation={given} takes its place: type "
             f"modulation=empg_aem for AEM on top of it, or algorithm=grpo modulation={given}"
@@ -125,11 +125,10 @@ def _combination_problems(cfg: DictConfig) -> list[str]:
     return problems
 
 
-def _chosen(group: str) -> str | None:
-    """The option of ``group`` that the command line or an experiment chose; a command has one."""
-    if not HydraConfig.initialized():
-        return None
-    option = HydraConfig.get().runtime.choices.get(group)
+def _chosen(cfg: DictConfig, group: str) -> str | None:
+    """The option of ``group`` that a command or an experiment chose; Hydra's part of a config."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else cfg.get("hydra")
+    option = None if hydra is None else hydra.runtime.choices.get(group)
     return None if option is None else str(option)
 
 

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-
-from aem_lightning.envs import EnvContractError
-from aem_lightning.rollout import EndpointError
+from hydra.errors import HydraException
 
 log = logging.getLogger(__name__)
 
-# What people can mend: bad values, missing files and packages, too little memory, an environment of
-# their own, endpoints that do not answer. Anything else keeps its traceback.
-MENDABLE = (
+# What people can mend: bad values, missing files and packages, too little memory. Anything else
+# keeps its traceback.
+MENDABLE: tuple[type[Exception], ...] = (
     ValueError,
     FileNotFoundError,
     ImportError,
     MemoryError,
     PermissionError,
-    EndpointError,
-    EnvContractError,
     HydraException,
 )
-API = "policy=api"
+# And an environment of their own, or an endpoint that does not answer. Their rooms, of which one
+# imports torch, are loaded wherever these are raised.
+OURS = (("aem_lightning.envs", "EnvContractError"), ("aem_lightning.rollout", "EndpointError"))
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
@@ -63,10 +56,12 @@ def _mendable(error: Exception) -> str | None:
             f"The disk is full: {error}. Free some room, or write to another disk: type "
             "paths.root_dir=/other/disk. ckpt_path=last continues from the last completed epoch."
         )
+    ours = [getattr(sys.modules[room], name) for room, name in OURS if room in sys.modules]
+    mendable = (*MENDABLE, *ours)
     cause: BaseException = error
-    while isinstance(cause, HydraException) and isinstance(cause.__cause__, MENDABLE):
+    while isinstance(cause, HydraException) and isinstance(cause.__cause__, mendable):
         cause = cause.__cause__  # hydra wraps what a constructor raised
-    return str(cause) if isinstance(cause, MENDABLE) else None
+    return str(cause) if isinstance(cause, mendable) else None
 
 
 def _is_full_disk(error: BaseException) -> bool:
@@ -101,100 +96,11 @@ def accept_plus(arguments: Sequence[str]) -> list[str]:
     return [a.removeprefix("+") if a.startswith("+profile=") else none.get(a, a) for a in arguments]
 
 
-def check_overrides(
-    config_dir: Path, config_name: str, arguments: Sequence[str], command: str | None = None
-) -> None:
-    """End with a hint where an override names a key or an option that does not exist.
-
-    ``command`` is what a person types before the overrides, where that is not
-    ``python <config_name>.py``.
-    """
-    if any(argument.startswith("-") for argument in arguments):
-        return  # --help, --multirun and the like are Hydra's own affair
-    with initialize_config_dir(str(config_dir), version_base="1.3"):
-        try:
-            composed = compose(config_name, overrides=list(arguments), return_hydra_config=True)
-            if config_name == "train" and (stray := _stray_key(composed, arguments)):
-                sys.exit(stray)
-        except MissingConfigException as error:
-            sys.exit(_unknown_option(error, arguments))
-        except ConfigCompositionException as error:
-            sys.exit(_unknown_key(error, config_name, arguments, command))
-        except HydraException as error:
-            sys.exit(f"{error}\nGiven: {' '.join(arguments)}")
-
-
-def _unknown_option(error: MissingConfigException, arguments: Sequence[str]) -> str:
-    """What to type instead of ``group=option``."""
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    given = next((a for a in arguments if a.endswith(f"{group}={option}")), f"{group}={option}")
-    if not error.options:
-        return f"{error}"
-    return f"{given}: there is no such option. Allowed: {', '.join(error.options)}."
-
-
-def _unknown_key(
-    error: ConfigCompositionException,
-    config_name: str,
-    arguments: Sequence[str],
-    command: str | None,
-) -> str:
-    """What to type instead of ``key=value``, where that is what is wrong."""
-    message = f"{error}" if error.__cause__ is None else f"{error}\n{error.__cause__}"
-    if API in arguments and config_name != "eval":
-        return (
-            f"{API}: such a model can be played, not trained. Type python eval.py {API} model=..."
-        )
-    known = _keys_of(config_name, [a for a in arguments if a == API])
-    others = _keys_of(config_name, [API]) if config_name == "eval" else []
-    for argument in arguments:
-        key = argument.lstrip("+~").split("=")[0]
-        if key in message and key not in known:
-            if key in others:
-                return (
-                    f"{argument}: an option of {API}. A checkpoint has its training run's own; "
-                    f"change those by 'overrides=[{argument}]'"
-                )
-            close = difflib.get_close_matches(key, known, n=3)
-            hint = f"Did you mean {' or '.join(close)}? " if close else ""
-            all_keys = f"All keys: {command or f'python {config_name}.py'} --cfg job"
-            return f"{argument}: the config has no such key. {hint}{all_keys}"
-    return message
-
-
-def _stray_key(composed: DictConfig, arguments: Sequence[str]) -> str | None:
-    """What to say of a key that nothing reads: in a file, Hydra takes any.
-
-    One that was added with a plus was meant, and so was one that another key refers to.
-    """
-    known = [str(key) for key in compose("train")]
-    added = [argument.lstrip("+").split("=")[0].split(".")[0] for argument in arguments]
-    written = OmegaConf.to_yaml(composed)
-    for key in map(str, composed):
-        is_read = key in known or re.search(rf"\${{{re.escape(key)}\b", written)
-        if not is_read and key != "hydra" and key not in added:
-            close = difflib.get_close_matches(key, known, n=3)
-            hint = f"Did you mean {' or '.join(close)}?" if close else "Remove it."
-            return f"{key}: a file of this config sets it, and nothing reads such a key. {hint}"
-    return None
-
-
-def _keys_of(config_name: str, groups: Sequence[str]) -> list[str]:
-    return _known_keys(OmegaConf.to_container(compose(config_name, overrides=list(groups))))
-
-
-def _known_keys(node: object, prefix: str = "") -> list[str]:
-    """The dotted keys of a plain container."""
-    if not isinstance(node, dict):
-        return []
-    keys: list[str] = []
-    for name, value in node.items():
-        keys += [f"{prefix}{name}", *_known_keys(value, f"{prefix}{name}.")]
-    return keys
-
-
 def quiet_libraries() -> None:
-    """Silence messages that a user of this project can do nothing about."""
+    """Silence messages that a user of this project can do nothing about.
+
+    To be called once the libraries are imported: some bring filters of their own.
+    """
     for message in (
         # Lightning counts loader workers for us; tasks are plain strings, loading takes no time.
         ".*does not have many workers.*",

@@ -12,6 +12,7 @@ from typing import Any
 
 from aem_lightning.envs.alfworld.engine import GOAL
 from aem_lightning.envs.alfworld.problem import TASK_TYPES
+from aem_lightning.envs.data import alfworld_folder
 from aem_lightning.types import Task
 
 logger = logging.getLogger(__name__)
@@ -75,13 +76,7 @@ def list_games(
         FileNotFoundError: The folder is missing.
     """
     wanted = _checked(split, task_types)
-    folder = Path(root) / "json_2.1.1" / split
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"No ALFWorld games: {folder} is not a folder. To fetch the official games, type "
-            f"ALFWORLD_DATA={root} alfworld-download; to play generated ones, add the override "
-            "datamodule=alfworld_generated"
-        )
+    folder = alfworld_folder(root, split)
     games, skipped = [], 0
     for path in sorted(folder.glob("*/*/game.tw-pddl")):
         game = _read(path, split)

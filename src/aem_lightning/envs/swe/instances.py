@@ -11,9 +11,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
+from aem_lightning.envs.data import swe_file
 from aem_lightning.types import Task
 
 Source = Literal["embedded", "json", "parquet", "hub"]
@@ -165,12 +165,7 @@ def _rows(source: str, path: str, split: str, cache_dir: str | None) -> Iterable
             path, split=split, cache_dir=cache_dir
         )
         return rows
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"No SWE instances: {file} is not a file. Give datamodule.splits.{split}=<file>, read "
-            "from the hub with datamodule=swe_hub, or play embedded ones: datamodule=swe_embedded"
-        )
+    file = swe_file(path, split)
     kind = "parquet" if source == "parquet" else "json"
     rows = datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=cache_dir)
     return rows

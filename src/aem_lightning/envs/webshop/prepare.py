@@ -27,6 +27,7 @@ import numpy as np
 from rich.progress import Progress
 
 from aem_lightning.envs.base import MissingExtraError
+from aem_lightning.envs.data import check_webshop_files, webshop_paths
 from aem_lightning.envs.webshop import goals
 from aem_lightning.envs.webshop.analyzer import Analyzer
 from aem_lightning.envs.webshop.catalogue import MANIFEST
@@ -74,10 +75,13 @@ class CatalogueFiles:
 
     def paths(self) -> dict[str, Path]:
         """The files that are read."""
-        names = {"products": self.products, "attributes": self.attributes}
-        if self.goals == "human":
-            names["human"] = self.human
-        return {kind: self.root / name for kind, name in names.items()}
+        return webshop_paths(
+            self.root,
+            goals=self.goals,
+            products=self.products,
+            attributes=self.attributes,
+            human=self.human,
+        )
 
     def parameters(self) -> dict[str, Any]:
         """Everything that the catalogue depends on; files by their name, size and time of change.
@@ -85,14 +89,7 @@ class CatalogueFiles:
         Raises:
             FileNotFoundError: A file is missing.
         """
-        missing = [str(path) for path in self.paths().values() if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"No WebShop data: {', '.join(missing)} missing. Fetch the files as the WebShop "
-                "repository says (setup.sh -d all; its file names with _1000 are the small ones) "
-                "and name their folder: WEBSHOP_DATA=/data/webshop, or datamodule.root=...; to "
-                "play a generated catalogue, add the override datamodule=webshop_generated"
-            )
+        check_webshop_files(self.paths().values())
         stats = {kind: path.stat() for kind, path in self.paths().items()}
         settings = {k: v for k, v in asdict(self).items() if k != "root"}
         files = {kind: [stat.st_size, stat.st_mtime_ns] for kind, stat in stats.items()}

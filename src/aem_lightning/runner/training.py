@@ -21,8 +21,8 @@ from aem_lightning.runner.build import (
 )
 from aem_lightning.runner.check import check
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
-from aem_lightning.runner.checks import check_config
-from aem_lightning.runner.evaluate import play_all
+from aem_lightning.runner.early import check_training
+from aem_lightning.runner.evaluation import play_all
 from aem_lightning.runner.summary import StageClock, write_summary
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ BEFORE = "success_before.json"
 
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run ``cfg``; returns what ``summary.json`` holds."""
-    check_config(cfg)
+    check_training(cfg)
     if cfg.stage == "train":
         check_parts(cfg)
     checkpoint = find_checkpoint(cfg, cfg.name)

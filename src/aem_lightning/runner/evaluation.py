@@ -23,7 +23,8 @@ from aem_lightning.runner.build import (
     build_trainer,
     plain,
 )
-from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
+from aem_lightning.runner.checkpoints import needed_checkpoint, read_checkpoint
+from aem_lightning.runner.early import check_evaluation
 from aem_lightning.runner.report import (
     game_hashes,
     results_of,
@@ -54,9 +55,7 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
         ValueError: The file is no checkpoint, ``ckpt_path`` is null, or an override names an
             unknown key.
     """
-    path = find_checkpoint(cfg, cfg.run)
-    if path is None:
-        raise ValueError("ckpt_path=null: type ckpt_path=/path/to/last.ckpt, or ckpt_path=last.")
+    path = needed_checkpoint(cfg, cfg.run)
     checkpoint = read_checkpoint(path)
     trained = _training_config(cfg, checkpoint["aem_lightning"]["config"])
     datamodule = build_datamodule(trained)
@@ -78,14 +77,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         What ``evaluation.json`` holds.
     """
-    policy = cfg.get("policy")
-    if policy == "api":
+    check_evaluation(cfg)
+    if cfg.get("policy") == "api":
         return evaluate_api(cfg)
-    if policy is not None:
-        raise ValueError(
-            "policy=...: an evaluation plays the policy of its checkpoint, or a model behind an "
-            "endpoint. Type ckpt_path=<file>, or policy=api base_url=... model=..."
-        )
     with restored(cfg) as agent:
         trainer = build_trainer(agent.config)
         results = play_all(trainer, agent.module, agent.datamodule)

@@ -1,0 +1,146 @@
+"""What an analysis starts from, and what to type where that is missing: found without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from aem_lightning.analysis.training import arm_overrides
+from aem_lightning.runner.checkpoints import needed_checkpoint
+from aem_lightning.runner.summary import SUMMARY
+
+TIMES = "step_time.json"
+
+
+@dataclass(frozen=True)
+class ProxySettings:
+    """The sizes of the analysis; see ``configs/analysis/proxy.yaml``.
+
+    Raises:
+        ValueError: Sizes that allow no statistic.
+    """
+
+    states: int = 64
+    samples: int = 64
+    split: str = "train"
+    tasks: int = 16
+    sharpness: float = 1.0
+    min_range: float = 0.1
+    draws: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"states": 2, "samples": 2, "tasks": 1, "draws": 100}
+        problems = [
+            f"{name}={getattr(self, name)!r}: a whole number of at least {low}"
+            for name, low in least.items()
+            if type(getattr(self, name)) is not int or getattr(self, name) < low
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def proxy_settings(cfg: DictConfig) -> ProxySettings:
+    """The sizes that ``cfg``, of ``configs/analysis/proxy.yaml``, asks for."""
+    return ProxySettings(**{field.name: cfg[field.name] for field in fields(ProxySettings)})
+
+
+def checkpoint_wishes(cfg: DictConfig) -> DictConfig:
+    """What an evaluation would be told to play the checkpoint ``cfg.ckpt``."""
+    shared = {name: cfg[name] for name in ("run", "seed", "overrides", "paths")}
+    wishes = {"ckpt_path": cfg.ckpt, "temperature": None, "splits": None, **shared}
+    return OmegaConf.create(wishes)
+
+
+def check_proxy(cfg: DictConfig) -> None:
+    """Raise where the proxy's sizes or its checkpoint cannot be.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: Sizes that allow no statistic, or no checkpoint is named.
+    """
+    if OmegaConf.is_missing(cfg, "ckpt"):
+        raise ValueError("ckpt is not given: type ckpt=/path/to/last.ckpt, or ckpt=last")
+    proxy_settings(cfg)
+    needed_checkpoint(checkpoint_wishes(cfg), cfg.run)
+
+
+def find_run(cfg: DictConfig) -> Path:
+    """The run folder of the cost table.
+
+    Raises:
+        FileNotFoundError: There is none, or its times are missing.
+    """
+    logs = Path(cfg.paths.log_dir)
+    if cfg.run is not None:
+        if not (Path(cfg.run) / TIMES).is_file():
+            raise FileNotFoundError(
+                f"run={cfg.run}: there is no {TIMES} in it. Give the folder of a run that has "
+                f"ended, e.g. run={logs}/quickstart/<time>"
+            )
+        return Path(cfg.run)
+    found = list(logs.glob(f"*/*/{TIMES}"))
+    if not found:
+        raise FileNotFoundError(
+            f"run=null: no run under {logs} has a {TIMES} yet. Type run=<folder of a run>"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def check_cost(cfg: DictConfig) -> None:
+    """Raise where there is no run to take the times of."""
+    find_run(cfg)
+
+
+def check_compare(cfg: DictConfig) -> None:
+    """Raise where a comparison's arms, seeds or runs cannot be."""
+    if cfg.runs is not None:
+        given_runs(cfg)
+    else:
+        overrides_by_arm(cfg)
+
+
+def overrides_by_arm(cfg: DictConfig) -> dict[str, list[str]]:
+    """What each of ``cfg.arms`` changes.
+
+    Raises:
+        ValueError: No arm, no seed, or an unknown arm.
+    """
+    if not cfg.arms or not cfg.seeds:
+        raise ValueError(
+            f"arms={list(cfg.arms)}, seeds={list(cfg.seeds)}: at least one of each is needed, e.g. "
+            "arms=[grpo,grpo_aem] seeds=[0,1,2]"
+        )
+    return {arm: arm_overrides(cfg, arm) for arm in cfg.arms}
+
+
+def given_runs(cfg: DictConfig) -> dict[str, dict[int, Path]]:
+    """The folders of ``cfg.runs`` by arm and seed.
+
+    Raises:
+        FileNotFoundError: One is no folder of a finished run.
+        ValueError: Two runs of an arm have one seed.
+    """
+    return {arm: _given(arm, folders) for arm, folders in cfg.runs.items()}
+
+
+def _given(arm: str, folders: Sequence[str]) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for folder in map(Path, folders):
+        if not (folder / SUMMARY).is_file():
+            raise FileNotFoundError(
+                f"runs.{arm}: {folder} has no {SUMMARY}; give folders of finished runs, e.g. "
+                f"'runs={{{arm}: [logs/quickstart/<time>]}}'"
+            )
+        seed = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["seed"]
+        if seed in found:
+            raise ValueError(
+                f"runs.{arm}: {found[seed]} and {folder} both have seed {seed}; runs are paired by "
+                "seed, so give one of them"
+            )
+        found[seed] = folder.absolute()
+    return found

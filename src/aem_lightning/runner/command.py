@@ -1,0 +1,94 @@
+"""A command as a person types it, and what it answers before torch is imported.
+
+That is help, mistakes in words and in values, and files that are not there.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from aem_lightning.runner import overrides
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One of the project's commands.
+
+    Attributes:
+        configs: The folder ``configs``.
+        name: Its config, e.g. ``train`` or ``analysis/proxy``.
+        typed: What is typed before the overrides, e.g. ``python train.py``.
+        about: What it is, for its help.
+        check: Raises `ValueError` or `FileNotFoundError` where a config cannot run.
+    """
+
+    configs: Path
+    name: str
+    typed: str
+    about: str
+    check: Callable[[DictConfig], None]
+
+    def answer(self, arguments: Sequence[str]) -> None:
+        """End with help where it is asked for, and with what to type where that was wrong.
+
+        What is left to Hydra: ``--cfg``, ``--info``, and the jobs of ``--multirun``.
+        """
+        parser = get_args_parser()
+        flags, unknown = parser.parse_known_args(list(arguments))
+        if unknown:
+            known = re.findall(r"--[a-z-]+", parser.format_usage())
+            sys.exit(overrides.wrong_flag(unknown[0], known, self.typed))
+        with initialize_config_dir(str(self.configs), version_base="1.3"):
+            if told := overrides.without_equals(flags.overrides):
+                sys.exit(told)
+            if any(a.startswith("-") for a in arguments) and not flags.help:
+                return
+            composed = self._compose(flags.overrides)
+            if flags.help:
+                from aem_lightning.runner.help_page import show_help
+
+                show_help(self, composed)
+                sys.exit(0)
+            self._check_early(composed)
+
+    def _compose(self, given: Sequence[str]) -> DictConfig:
+        try:
+            composed = compose(self.name, overrides=list(given), return_hydra_config=True)
+        except (HydraException, ValueError) as error:  # ValueError: a number in a group's place
+            sys.exit(overrides.explained(error, self.name, given, self.typed))
+        if self.name == "train" and (stray := overrides.stray_key(composed, self.configs, given)):
+            sys.exit(stray)
+        return composed
+
+    def _check_early(self, composed: DictConfig) -> None:
+        try:
+            self.check(composed)
+        except OmegaConfBaseException:
+            return  # a value that needs the run's own folder, which is not made yet
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(str(error))
+
+    def check_job(self, cfg: DictConfig) -> None:
+        """The same checks inside a job, and a word on overrides that are given twice.
+
+        Raises:
+            ValueError: As ``check`` does.
+            FileNotFoundError: As ``check`` does.
+        """
+        for key, values in overrides.given_twice(HydraConfig.get().overrides.task).items():
+            log.warning("%s is given more than once (%s): the last counts", key, ", ".join(values))
+        self.check(cfg)
