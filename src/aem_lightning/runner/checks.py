@@ -41,6 +41,8 @@ _CUSTOM = {
     "modulation": "MyModulation",
     "loss": "MyLoss",
 }
+# Whose settings an algorithm changes.
+_ESTIMATORS = {"dapo": ("GRPO",), "drgrpo": ("GRPO", "GiGPO")}
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -95,6 +97,11 @@ def _combination_problems(cfg: DictConfig) -> list[str]:
         for part in ("advantage", "modulation", "loss.covariance")
     )
     problems = []
+    if advantage not in _ESTIMATORS.get(cfg.algorithm, (advantage,)):
+        problems.append(
+            f"algorithm={cfg.algorithm} sets what GRPO's advantage has, and {advantage} has not: "
+            "type advantage=grpo, or another algorithm, e.g. algorithm=gigpo for GiGPO"
+        )
     if advantage == "PPO" and modulation in ("EMPG", "Stacked"):
         problems.append(
             "modulation=empg adds to the advantage of a response, and PPO has one a token: type "
