@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import curves, fit, toy_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 SIGNS = ("positive", "negative")
 # The paper's cost table, in its order.
@@ -83,6 +85,26 @@ def test_the_x_axis_counts_something_else_than_iterations(run_folder: Path) -> N
             assert set(steps) <= {0, 1, 2, 3}  # only where a response has the advantage 0
         elif name != "epoch":
             assert steps == ([1, 2, 3] if name == "aem/entropy_drift" else [0, 1, 2, 3]), name
+
+
+def test_hyperparameters_are_missing(run_folder: Path) -> None:
+    given = yaml.safe_load((run_folder / "tensorboard" / "hparams.yaml").read_text())
+    assert (given["optimizer"]["lr"], given["seed"], given["group_size"]) == (1e-3, 0, 4)
+    assert "paths" not in given
+    found = EventAccumulator(str(run_folder / "tensorboard"))
+    found.Reload()
+    table = {
+        tag: metadata.parse_experiment_plugin_data(content)
+        if tag.endswith("experiment")
+        else metadata.parse_session_start_info_plugin_data(content)
+        for tag, content in found.PluginTagToContent("hparams").items()
+        if not tag.endswith("session_end_info")
+    }
+    columns = table[metadata.EXPERIMENT_TAG]
+    assert [info.name.tag for info in columns.metric_infos] == ["val/success_rate"]
+    row = table[metadata.SESSION_START_INFO_TAG].hparams
+    assert row["optimizer/lr"].number_value == 1e-3
+    assert row["group_size"].number_value == 4
 
 
 def test_entropy_has_two_values(run_folder: Path) -> None:
