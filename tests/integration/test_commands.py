@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +89,15 @@ def test_the_headline_does_not_train_offline(
         "evaluation_after",
     ]
     assert Path(summary["paths"]["checkpoint"]).is_file()
-    assert summary["next"][0] == f"python eval.py ckpt_path={summary['paths']['checkpoint']}"
+    assert [shlex.split(line) for line in summary["next"]] == [
+        [
+            sys.executable,
+            "eval.py",
+            f"paths.root_dir={root}",
+            f"ckpt_path={summary['paths']['checkpoint']}",
+        ],
+        [sys.executable, "-m", "tensorboard.main", "--logdir", f"{root}/logs"],
+    ]
     assert Path(summary["paths"]["run"]) == folder.absolute()
 
 
@@ -127,6 +138,13 @@ def test_evaluation_leaves_games_out(
     assert len({(episode["split"], episode["task"]) for episode in report["episodes"]}) == 6
     after = summary_of(root)[1]["success_after"]
     assert report["success"] == after, "the same weights, games and seed"
+    (printed,) = re.findall("to see the episodes: (.*)", ended.said)
+    bare = {"PATH": os.defpath, "PYTHONPATH": COMMAND_ENVIRONMENT["PYTHONPATH"]}
+    shown = subprocess.run(
+        ["sh", "-c", printed], cwd=ROOT, env=bare, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "6 episodes" in shown.stdout
 
 
 def test_a_second_run_starts_warm_again(
@@ -198,5 +216,9 @@ def test_the_warm_start_of_a_model_folder_leaves_no_model(
     (path,) = tmp_path.glob("logs/alfworld_warm_start/*/summary.json")
     summary = json.loads(path.read_text())
     model = summary["paths"]["model"]
-    assert summary["next"] == [f"python train.py experiment=alfworld_aem policy.model={model}"]
+    (line,) = summary["next"]
+    words = shlex.split(line)
+    assert words[:3] == [sys.executable, str(ROOT / "train.py"), "experiment=alfworld_aem"]
+    assert words[-1] == f"policy.model={model}"
+    assert "max_new_tokens=12" in words
     assert AutoModelForCausalLM.from_pretrained(model).config.hidden_size == 32

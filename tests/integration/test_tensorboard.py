@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import curves, fit, toy_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 SIGNS = ("positive", "negative")
 # The paper's cost table, in its order.
@@ -97,6 +99,26 @@ def test_the_table_of_a_second_logger_lacks_points(run_folder: Path) -> None:
     assert written.keys() == expected.keys()
     for name, points in written.items():
         assert points == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_hyperparameters_are_missing(run_folder: Path) -> None:
+    given = yaml.safe_load((run_folder / "tensorboard" / "hparams.yaml").read_text())
+    assert (given["optimizer"]["lr"], given["seed"], given["group_size"]) == (1e-3, 0, 4)
+    assert "paths" not in given
+    found = EventAccumulator(str(run_folder / "tensorboard"))
+    found.Reload()
+    table = {
+        tag: metadata.parse_experiment_plugin_data(content)
+        if tag.endswith("experiment")
+        else metadata.parse_session_start_info_plugin_data(content)
+        for tag, content in found.PluginTagToContent("hparams").items()
+        if not tag.endswith("session_end_info")
+    }
+    columns = table[metadata.EXPERIMENT_TAG]
+    assert [info.name.tag for info in columns.metric_infos] == ["val/success_rate"]
+    row = table[metadata.SESSION_START_INFO_TAG].hparams
+    assert row["optimizer/lr"].number_value == 1e-3
+    assert row["group_size"].number_value == 4
 
 
 def test_entropy_has_two_values(run_folder: Path) -> None:

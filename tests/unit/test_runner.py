@@ -151,7 +151,7 @@ def test_wishes_change_the_stored_config_and_unknown_ones_are_refused(root):
     assert merged.datamodule.workers == 5
     assert merged.seed == 9
     assert merged.group_size == 4
-    assert merged.callbacks is None
+    assert list(merged.callbacks) == ["progress"]
     misspelt = evaluation(root, 'overrides=["datamodule.wokers=5"]')
     with pytest.raises(ValueError, match=r"datamodule\.wokers=5.*'wokers' is not.*--cfg job"):
         _training_config(misspelt, stored)

@@ -9,7 +9,9 @@ iteration makes several.
 from aem_lightning.callbacks.adapter_export import AdapterExport
 from aem_lightning.callbacks.aem import AEMMonitor
 from aem_lightning.callbacks.curriculum import HorizonGrowth, TaskWeights
+from aem_lightning.callbacks.hyperparameters import Hyperparameters
 from aem_lightning.callbacks.profile import Profile
+from aem_lightning.callbacks.progress import Meter, Progress
 from aem_lightning.callbacks.step_time import StepTime
 from aem_lightning.callbacks.transcripts import Transcripts
 
@@ -17,7 +19,10 @@ __all__ = [
     "AEMMonitor",
     "AdapterExport",
     "HorizonGrowth",
+    "Hyperparameters",
+    "Meter",
     "Profile",
+    "Progress",
     "StepTime",
     "TaskWeights",
     "Transcripts",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any, cast
@@ -52,8 +51,6 @@ from aem_lightning.rollout import (
     stable_seed,
 )
 from aem_lightning.types import Iteration, RolloutBatch, Task, Trajectory
-
-log = logging.getLogger(__name__)
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -122,6 +119,7 @@ class AgentModule(L.LightningModule):
         self.iteration = 0
         self.config: dict[str, Any] = {}
         self.tested: list[Trajectory] = []
+        self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
         self.validation_metrics = EpisodeMetrics(task_types)
         self._optimizer, self._scheduler = optimizer, scheduler
 
@@ -193,6 +191,7 @@ class AgentModule(L.LightningModule):
             max_context=settings.max_context,
             max_new_tokens=settings.max_new_tokens,
             concurrency=settings.concurrency,
+            episodes_over=self.episodes_over,
         )
 
     # ---------------------------------------------------------------------------------------- score
@@ -336,8 +335,6 @@ class AgentModule(L.LightningModule):
             logger.log_metrics(metrics, step=done.index)
         shown = {"success": metrics["train/success_rate"], "entropy": metrics["rollout/entropy"]}
         self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
-        if done.skipped is not None:
-            log.warning("iteration %d: no update, %s", done.index, done.skipped)
 
     def learning_rate(self) -> float:
         """The learning rate of this iteration; the schedule moves on after it."""

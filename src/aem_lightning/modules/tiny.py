@@ -44,7 +44,9 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     special = [PAD, UNKNOWN, END, *ROLES]
-    trainer = trainers.WordLevelTrainer(vocab_size=2**16, min_frequency=1, special_tokens=special)
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=2**16, min_frequency=1, special_tokens=special, show_progress=False
+    )
     tokenizer.train_from_iterator(sorted(set(texts)), trainer)
     tokenizer.add_tokens(list(TAGS))
     fast = PreTrainedTokenizerFast(

@@ -161,6 +161,7 @@ class Collector:
         max_context: Tokens of prompt and response together after which an episode is cut.
         max_new_tokens: Room that a response needs.
         concurrency: Episodes in play at once.
+        episodes_over: Is told how many episodes have just ended.
         environment_seconds: Wall time spent waiting for environments so far.
     """
 
@@ -172,6 +173,7 @@ class Collector:
     max_context: int
     max_new_tokens: int
     concurrency: int = 64
+    episodes_over: Callable[[int], object] | None = None
     environment_seconds: float = 0.0
     _starts: dict[int, tuple[Episode, EnvStep]] = field(
         default_factory=dict, init=False, repr=False
@@ -206,6 +208,8 @@ class Collector:
             self.responder.forget(over)
             self.pool.release(over)
             played |= {key: live.pop(key).trajectory for key in over}
+            if over and self.episodes_over is not None:
+                self.episodes_over(len(over))
             due = {key: live[key] for key in steps if key in live}
             self.responder.ask(due)
             asked = (asked | due.keys()) - {result.key for result in results}

@@ -9,9 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import track
-
+from aem_lightning.callbacks import Meter
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.envs import EnvPool
 from aem_lightning.rollout import (
@@ -194,12 +192,9 @@ def _threads(endpoint: Endpoint, concurrency: int) -> Iterator[ThreadPoolExecuto
         threads.shutdown(cancel_futures=True)
 
 
-def _shown(futures: Sequence[Future[T]]) -> Iterable[Future[T]]:
-    """The futures as they are done, with a progress bar where a person looks on."""
-    return track(
-        as_completed(futures),
-        "episodes",
-        total=len(futures),
-        transient=True,
-        disable=not Console().is_terminal,
-    )
+def _shown(futures: Sequence[Future[T]]) -> Iterator[Future[T]]:
+    """The futures as they are done, counted where a person sees it."""
+    with Meter("evaluation", len(futures)) as meter:
+        for future in as_completed(futures):
+            meter.add()
+            yield future

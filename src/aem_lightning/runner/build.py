@@ -174,7 +174,7 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
         "precision": cfg.trainer.precision,
         "logger": False,
         "enable_model_summary": False,
-        "enable_progress_bar": cfg.trainer.get("enable_progress_bar", True),
+        "enable_progress_bar": False,
     }
     return run_warm_start(
         base,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,12 @@ from aem_lightning.runner.report import (
     write_report,
     write_transcripts,
 )
+from aem_lightning.runner.summary import percent
 from aem_lightning.types import Trajectory
+
+log = logging.getLogger(__name__)
+
+PROGRESS = {"progress": {"_target_": "aem_lightning.callbacks.Progress"}}
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,11 @@ def play_all(
     module.tested = []
     trainer.test(module, datamodule=datamodule, verbose=False)
     module.tested = _from_all_ranks(module.tested)
-    return results_of(module.tested, datamodule.evaluation_splits)
+    results = results_of(module.tested, datamodule.evaluation_splits)
+    if trainer.is_global_zero:
+        success = " ".join(percent(results["success"]).split())
+        log.info("evaluation after iteration %d: success %s", module.iteration, success)
+    return results
 
 
 def _from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
@@ -122,7 +132,7 @@ def _from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 
 def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
-    """The training run's config with this evaluation's wishes and folder, and without callbacks."""
+    """The training run's config with this evaluation's wishes and folder; it shows progress."""
     base = OmegaConf.create({"packing": "auto", "action": "free", **stored})  # older runs lack them
     wishes: dict[str, Any] = {"seed": cfg.seed, "paths": plain(cfg.paths)}
     if cfg.temperature is not None:
@@ -139,7 +149,8 @@ def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
             "Every key must be one of the training run's config: python train.py --cfg job."
         ) from error
     OmegaConf.set_struct(merged, False)
-    merged.callbacks, merged.logger, merged.profile = None, None, False
+    merged.callbacks, merged.logger, merged.profile = PROGRESS, None, False
+    merged.trainer.enable_progress_bar = False
     merged.trainer.default_root_dir = cfg.paths.output_dir
     assert isinstance(merged, DictConfig)
     return merged

@@ -11,6 +11,7 @@ from typing import Any
 from aem_lightning.callbacks.transcripts import append_json_line, episode_record
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.metrics import success_summary
+from aem_lightning.runner.commands import command
 from aem_lightning.runner.summary import print_results
 from aem_lightning.types import Trajectory
 
@@ -42,7 +43,8 @@ def write_report(folder: Path, report: Mapping[str, Any], title: str) -> None:
     target.write_text(json.dumps(report, indent=2), encoding="utf-8")
     print_results(title, {"success": report["success"], **report["by_split"]})
     log.info("written: %s", target)
-    log.info("to see the episodes: python -m aem_lightning.viewer %s", report["transcripts"])
+    viewer = command("-m", "aem_lightning.viewer", str(report["transcripts"]))
+    log.info("to see the episodes: %s", viewer)
 
 
 def write_transcripts(path: Path, played: Iterable[Trajectory], iteration: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 SUMMARY = "summary.json"
 
@@ -68,6 +69,6 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
     console.print(table)
     for name, path in summary["paths"].items():
         console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
-    for command in summary["next"]:
-        console.print(f"next: [bold]{command}[/bold]", soft_wrap=True, highlight=False)
+    for line in summary["next"]:
+        console.print("next:", Text(line, "bold"), soft_wrap=True, highlight=False)
     return target

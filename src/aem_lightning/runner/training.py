@@ -21,6 +21,7 @@ from aem_lightning.runner.build import (
 )
 from aem_lightning.runner.check import check
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
+from aem_lightning.runner.commands import after_training, after_warm_start
 from aem_lightning.runner.early import check_training
 from aem_lightning.runner.evaluation import play_all
 from aem_lightning.runner.summary import StageClock, write_summary
@@ -86,10 +87,7 @@ def reinforce(
         "success_after": after,
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
-        "next": [
-            f"python eval.py ckpt_path={last}",
-            f"tensorboard --logdir {Path(cfg.paths.log_dir)}",
-        ],
+        "next": after_training(cfg, last),
     }
     if trainer.is_global_zero:
         write_summary(output, summary)
@@ -111,7 +109,7 @@ def warm_start_only(
         "warm_start": dict(done.report),
         "seconds": clock.seconds,
         "paths": {"run": cfg.paths.output_dir, "model": str(done.folder)},
-        "next": [f"python train.py experiment=alfworld_aem policy.model={done.folder}"],
+        "next": after_warm_start(done.folder),
     }
     write_summary(Path(cfg.paths.output_dir), summary)
     return summary

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
+from aem_lightning.callbacks import Meter
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import (
     Architecture,
@@ -120,8 +122,11 @@ def play_demonstrations(
         settings.slip,
         settings.seed,
     )
-    collector = Collector(datamodule.pool, encoder, responder, rewards, **limits)
-    played = collector.collect(episodes, seed=settings.seed)
+    with Meter("warm start, expert play", len(episodes)) as meter:
+        collector = Collector(
+            datamodule.pool, encoder, responder, rewards, **limits, episodes_over=meter.add
+        )
+        played = collector.collect(episodes, seed=settings.seed)
     won = [trajectory for trajectory in played if trajectory.won]
     if not won:
         raise ValueError(
@@ -160,17 +165,22 @@ def run_warm_start(
         batch_sampler=sampler,
         collate_fn=collate_demonstrations,
     )
-    module = WarmStartModule(
-        base, settings.lr, settings.epochs * len(sampler), settings.prompt_weight
-    )
-    fit = L.Trainer(
-        **trainer,
-        max_epochs=settings.epochs,
-        gradient_clip_val=settings.max_grad_norm,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-    )
-    fit.fit(module, loader)
+    batches = settings.epochs * len(sampler)
+    module = WarmStartModule(base, settings.lr, batches, settings.prompt_weight)
+    with Meter("warm start, imitation", batches, "batches") as meter:
+        fit = L.Trainer(
+            **trainer,
+            max_epochs=settings.epochs,
+            gradient_clip_val=settings.max_grad_norm,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            callbacks=LambdaCallback(
+                on_train_batch_end=lambda trainer, module, outputs, *_: meter.add(
+                    note=f"loss {outputs['loss']:.3f}"
+                )
+            ),
+        )
+        fit.fit(module, loader)
     seconds = time.perf_counter() - start
     report = {
         "settings": asdict(settings),
@@ -181,6 +191,7 @@ def run_warm_start(
         "seconds_play": seconds_play,
         "seconds": seconds,
     }
+    log.info("warm start: loss %.3f after %d batches, %s", report["loss"], batches, folder)
     _save(base, folder, report)
     return WarmStart(folder, False, seconds, report)
 

@@ -141,6 +141,8 @@ def generate_games(
     partial_root = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
     partial_root.chmod(0o755)
     try:
+        count = sum(sizes.values())
+        logger.info("Making %d games in %s: each is played to its end", count, games)
         started = time.monotonic()
         _fill(partial_root, recipe, workers)
         _publish(partial_root, root)
