@@ -147,13 +147,14 @@ def test_a_comment_goes_to_the_wrong_key(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text(
         "# Header,\n# of two lines.\ndefaults:\n  - base\n  - /policy: null # whose\n\n"
-        "a: 1 # beside,\n# goes on\n# Above b.\nb:\n  c: 2 # inside\nd: 'x#y'\n",
+        "a: 1 # beside,\n# goes on\n# Above b.\nb:\n  c: 2 # inside\nd: 'x#y'\n"
+        "e: 3 # beside\n\n# above f\nf: 4\n",
         encoding="utf-8",
     )
     found = read_comments(file)
     assert found.header == "Header, of two lines."
-    assert found.beside == {"policy": "whose", "a": "beside, goes on"}
-    assert found.above == {"b": "Above b."}
+    assert found.beside == {"policy": "whose", "a": "beside, goes on", "e": "beside"}
+    assert found.above == {"b": "Above b.", "f": "above f"}
     assert found.parents == ["base"]
 
 

@@ -65,8 +65,9 @@ def read_comments(path: Path) -> Comments:
                 found.above[last] = " ".join(block)
             if comment := BESIDE.search(entry["rest"]):
                 found.beside[last] = comment[1]
-        elif parent := re.match(r"\s+- (\w+)$", line):
-            found.parents.append(parent[1])
+        else:
+            last = ""
+            found.parents += re.findall(r"^\s+- (\w+)$", line)
         block = []
     return found
 
