@@ -66,10 +66,8 @@ def _wrong_arguments(key: str, node: DictConfig, signature: inspect.Signature) -
     allowed = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if all(p.kind is not p.VAR_KEYWORD for p in parameters):
         known = ", ".join(f"{key}.{name}" for name in allowed) or "none"
-        for name in given:
-            if (
-                not name.startswith("_") and name not in allowed
-            ):  # _target_ and the like are Hydra's
+        for name in given:  # _target_ and the like are Hydra's
+            if not name.startswith("_") and name not in allowed:
                 yield f"{key}.{name}={node[name]}: there is no such argument. Allowed: {known}"
     if not node.get("_partial_"):
         needed = [p.name for p in parameters if p.name in allowed and p.default is p.empty]
