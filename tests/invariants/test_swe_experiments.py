@@ -123,7 +123,6 @@ def test_a_tiny_policy_does_not_learn_from_bugs_in_a_sandbox(
             "callbacks=none",
             "logger=none",
             "trainer.enable_checkpointing=false",
-            "trainer.enable_progress_bar=false",
             "+trainer.limit_val_batches=0",
             f"paths.root_dir={tmp_path}",
             f"paths.output_dir={tmp_path}",
