@@ -51,7 +51,6 @@ SMALL = (
     "policy.warm_start.epochs=12",
     "policy.warm_start.lr=1e-2",
     "policy.warm_start.batch_tokens=512",
-    "trainer.enable_progress_bar=false",
     "trainer.accelerator=cpu",
 )
 SHORT = (

@@ -116,7 +116,6 @@ def test_a_tiny_policy_does_not_learn_from_bugs_in_a_sandbox(
             "group_size=4",
             "callbacks=null",
             "logger=null",
-            "trainer.enable_progress_bar=false",
             "+trainer.limit_val_batches=0",
             f"paths.root_dir={tmp_path}",
             f"paths.output_dir={tmp_path}",

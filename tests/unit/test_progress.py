@@ -56,11 +56,6 @@ def test_a_pipe_gets_control_characters_or_nothing(
     assert capsys.readouterr() == ("", "")
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the callback has said, and not Lightning beside it."""
-    return [record.getMessage() for record in caplog.records if record.name == progress.__name__]
-
-
 def test_a_run_says_nothing_for_half_an_hour(
     toy_model: str,
     tmp_path: Path,
@@ -103,7 +98,8 @@ def test_a_run_says_nothing_for_half_an_hour(
         f"iteration 2/2: {outcome}",
         rf"validation after iteration 2: success \d+\.\d % of 3, {seconds}",
     ]
-    for message, pattern in zip(said(caplog), expected, strict=True):
+    assert len(lines_of(caplog)) == len(expected)
+    for message, pattern in zip(lines_of(caplog), expected, strict=True):
         assert re.fullmatch(pattern, message), message
 
     caplog.clear()
@@ -111,7 +107,7 @@ def test_a_run_says_nothing_for_half_an_hour(
     hparams = tmp_path / "tensorboard" / "hparams.yaml"
     before = yaml.safe_load(hparams.read_text())
     fit(toy_config(tmp_path, toy_model, *small, "iterations=3"), ckpt_path=last)
-    assert [message.partition(":")[0] for message in said(caplog)] == [
+    assert [message.partition(":")[0] for message in lines_of(caplog)] == [
         "iteration 3/3",
         "validation after iteration 3",
     ]
@@ -125,6 +121,10 @@ def test_the_time_left_forgets_validations(monkeypatch: pytest.MonkeyPatch) -> N
     said = progress.Progress()
     said._iterations, said._validations = [30.0, 50.0], [100.0]
     assert said._left(Run(), iterations=14) == 14 * 40 + 6 * 100
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == progress.__name__]
 
 
 @pytest.mark.parametrize(

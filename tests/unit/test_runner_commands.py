@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from runs import composed
 
+from aem_lightning.runner.build import plain
 from aem_lightning.runner.commands import after_training, after_warm_start, command
 
 
@@ -49,11 +50,11 @@ def test_the_printed_evaluation_looks_for_the_data_elsewhere(
     line, curves = after_training(usual, Path("last.ckpt"))
     assert line == "python eval.py ckpt_path=last.ckpt"
     assert curves == "python -m tensorboard.main --logdir logs"
-    moved = composed(["experiment=quickstart", "debug=fast", "paths.root_dir=/a b"])
+    moved = composed(["paths.root_dir=/a b", "paths.data_dir=/a b/more"])
     (line, _) = after_training(moved, Path("/a b/last.ckpt"))
     assert shlex.split(line)[2:] == [
         "paths.root_dir=/a b",
-        "paths.data_dir=/a b/data/debug_fast",
+        "paths.data_dir=/a b/more",
         "ckpt_path=/a b/last.ckpt",
     ]
     found = composed(shlex.split(line)[2:], "eval")
@@ -63,14 +64,15 @@ def test_the_printed_evaluation_looks_for_the_data_elsewhere(
 
 
 @pytest.mark.parametrize("experiment", ["quickstart", "webshop_quickstart", "swe_quickstart"])
-def test_a_fast_run_makes_what_a_whole_run_makes_or_takes_it_for_its_own(experiment: str) -> None:
-    whole = composed([f"experiment={experiment}"])
-    fast = composed([f"experiment={experiment}", "debug=fast"])
-    assert fast.policy.warm_start.demonstrations < whole.policy.warm_start.demonstrations
-    assert fast.paths.data_dir != whole.paths.data_dir
-    assert str(fast.datamodule.root).startswith(f"{fast.paths.data_dir}/")
-    sizes = [cfg.datamodule.generate.get("sizes") for cfg in (fast, whole)]
-    if sizes[0] is not None:
-        assert all(sizes[0][split] < sizes[1][split] for split in sizes[1])
-    if "count" in whole.datamodule.generate:
-        assert fast.datamodule.generate.count < whole.datamodule.generate.count
+def test_a_whole_run_takes_what_a_fast_one_has_made(experiment: str) -> None:
+    places = (f"experiment={experiment}", "paths.output_dir=.")
+    whole, fast = composed([*places]), composed([*places, "debug=fast"])
+    settings = [cfg.policy.warm_start for cfg in (whole, fast)]
+    assert settings[1].demonstrations * settings[1].epochs < 100
+    assert settings[0] != settings[1], "or they would share a folder"
+    made = [(str(cfg.datamodule.root), plain(cfg.datamodule.generate)) for cfg in (whole, fast)]
+    assert (made[0][0] == made[1][0]) == (made[0][1] == made[1][1])
+    if experiment == "quickstart":
+        assert sum(made[1][1]["sizes"].values()) == 12
+    if experiment == "swe_quickstart":
+        assert made[1][1]["count"] == 12
