@@ -1,15 +1,26 @@
-"""Lightning modules and the policy they train."""
+"""Lightning modules and the policy they train; each is imported when it is first asked for.
 
-from aem_lightning.modules.agent import AgentModule
-from aem_lightning.modules.policy import Lora, Policy, check_dtype
-from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
-from aem_lightning.modules.tiny import Architecture, build_tiny_model, build_tokenizer
-from aem_lightning.modules.warm_start import (
-    DemonstrationSampler,
-    WarmStartModule,
-    collate_demonstrations,
-    demonstrations_dataset,
-)
+So a program without a trainer, as `examples/loop.py` is, takes the policy and no Lightning.
+"""
+
+import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aem_lightning.modules.agent import AgentModule
+    from aem_lightning.modules.policy import Lora, Policy, check_dtype
+    from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
+    from aem_lightning.modules.tiny import Architecture, build_tiny_model, build_tokenizer
+    from aem_lightning.modules.warm_start import (
+        DemonstrationSampler,
+        WarmStartModule,
+        collate_demonstrations,
+        demonstrations_dataset,
+    )
+
+# peft imports bitsandbytes, which then reports a kernel package that it would like on a CPU.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = [
     "AgentModule",
@@ -26,3 +37,25 @@ __all__ = [
     "collate_demonstrations",
     "demonstrations_dataset",
 ]
+
+_HOMES = {
+    "AgentModule": "agent",
+    "Architecture": "tiny",
+    "DemonstrationSampler": "warm_start",
+    "Lora": "policy",
+    "Policy": "policy",
+    "RolloutSettings": "settings",
+    "UpdateSettings": "settings",
+    "WarmStartModule": "warm_start",
+    "build_tiny_model": "tiny",
+    "build_tokenizer": "tiny",
+    "check_dtype": "policy",
+    "collate_demonstrations": "warm_start",
+    "demonstrations_dataset": "warm_start",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
