@@ -1,10 +1,15 @@
-"""The toy environment; apart from its DataModule, so that workers start light."""
+"""The toy environment: a coin lies in one of four boxes."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
+
+from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.envs import TextEnv
+from aem_lightning.types import Task
 
 BOXES = ("red", "blue", "green", "white")
 ACTIONS = tuple(f"open {box} box" for box in BOXES)
@@ -49,3 +54,44 @@ class SlowCoin(CoinEnv):
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         time.sleep(os.urandom(1)[0] / 255 * 0.02)
         return super().step(action)
+
+
+class CoinExpert:
+    """Opens the box that the hint names, after ``detours`` others."""
+
+    def __init__(self, detours: int) -> None:
+        self._detours = detours
+
+    def act(self, observation: str, admissible: Any) -> str:
+        if observation.startswith("A coin"):
+            self._coin = observation.split()[5]
+        if self._detours:
+            self._detours -= 1
+            return next(action for action in admissible if self._coin not in action)
+        return f"open {self._coin} box"
+
+
+class CoinDataModule(AgentDataModule):
+    """``sizes`` tasks in each split."""
+
+    def __init__(self, sizes: dict[str, int] | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.sizes = sizes or {"train": 8, "valid_seen": 4, "valid_unseen": 4}
+
+    def tasks(self, split: str) -> list[Task]:
+        return [
+            Task(f"{split}/{i}", BOXES[i % len(BOXES)], split) for i in range(self.sizes[split])
+        ]
+
+    def env_factory(self) -> Callable[[], TextEnv]:
+        return CoinEnv
+
+    def make_expert(self, task: Task, seed: int) -> CoinExpert:
+        return CoinExpert(seed % 2)
+
+    def vocabulary(self) -> list[str]:
+        return [
+            *ACTIONS,
+            "A coin glints near the box . You find the coin !",
+            "The box is empty . Nothing happens . find the coin",
+        ]

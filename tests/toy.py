@@ -1,61 +1,14 @@
-"""The toy environment as a DataModule: a coin lies in one of four boxes."""
+"""Callbacks that get in the way of a run."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from coin import ACTIONS, BOXES, CoinEnv
-
-from aem_lightning.datamodules import AgentDataModule
-from aem_lightning.envs import TextEnv
-from aem_lightning.types import Task
-
-
-class CoinExpert:
-    """Opens the box that the hint names, after ``detours`` others."""
-
-    def __init__(self, detours: int) -> None:
-        self._detours = detours
-
-    def act(self, observation: str, admissible: Any) -> str:
-        if observation.startswith("A coin"):
-            self._coin = observation.split()[5]
-        if self._detours:
-            self._detours -= 1
-            return next(action for action in admissible if self._coin not in action)
-        return f"open {self._coin} box"
-
-
-class CoinDataModule(AgentDataModule):
-    """``sizes`` tasks in each split."""
-
-    def __init__(self, sizes: dict[str, int] | None = None, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.sizes = sizes or {"train": 8, "valid_seen": 4, "valid_unseen": 4}
-
-    def tasks(self, split: str) -> list[Task]:
-        return [
-            Task(f"{split}/{i}", BOXES[i % len(BOXES)], split) for i in range(self.sizes[split])
-        ]
-
-    def env_factory(self) -> Callable[[], TextEnv]:
-        return CoinEnv
-
-    def make_expert(self, task: Task, seed: int) -> CoinExpert:
-        return CoinExpert(seed % 2)
-
-    def vocabulary(self) -> list[str]:
-        return [
-            *ACTIONS,
-            "A coin glints near the box . You find the coin !",
-            "The box is empty . Nothing happens . find the coin",
-        ]
 
 
 class Kill(L.Callback):

@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from coin import CoinDataModule
 from tiny_play import PLAIN, LocalPool, make_policy
-from toy import CoinDataModule
 
 from aem_lightning.algorithms import AEM, GRPO, ClippedLoss
 from aem_lightning.modules import AgentModule, Policy, RolloutSettings, UpdateSettings

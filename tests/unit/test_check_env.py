@@ -1,4 +1,7 @@
+import importlib
 import itertools
+import re
+import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -195,3 +198,41 @@ def test_few_resets_show_open_files_but_do_not_take_the_interpreters_noise_for_a
     env.close()
     assert ["open files" in leak for leak in leaks] == [True]
     assert not find_leaks(Remembering(), TASKS, seed=0, resets=8)
+
+
+HOME = """
+from broken_envs import Plain
+{top}
+
+class Env(Plain):
+    def reset(self, **how):
+        {late}
+        return super().reset(**how)
+"""
+
+
+@pytest.mark.parametrize(
+    ("top", "late", "line"),
+    [
+        ("import torch", "pass", r"home\.py:3: import torch\n"),
+        ("import second", "pass", r"second\.py:1: import torch\n"),
+        ("pass", "import torch", r"home\.py:7: import torch\n"),
+        ("import importlib.util", "importlib.util.find_spec('torch')", None),
+    ],
+    ids=["at the top", "by a second module of its own", "in reset", "only looked for"],
+)
+def test_the_line_that_loads_torch_into_every_worker_is_named_and_no_other(
+    top, late, line, tmp_path, monkeypatch, caplog
+):
+    for name in ("home", "second"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "torch.py").write_text(
+        ""
+    )  # of this process the real one, which costs a worker 10 s
+    (tmp_path / "second.py").write_text("import torch\n")
+    (tmp_path / "home.py").write_text(HOME.format(top=top, late=late))
+    monkeypatch.syspath_prepend(tmp_path)
+    check_env(importlib.import_module("home").Env, TASKS, resets=0)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (line is not None) + 1  # and that the worker was killed
+    assert line is None or re.search(line, warnings[-1])

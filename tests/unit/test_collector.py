@@ -2,9 +2,8 @@ from dataclasses import replace
 from functools import cache, partial
 
 import pytest
-from coin import ACTIONS, CoinEnv, SlowCoin
+from coin import ACTIONS, CoinEnv, CoinExpert, SlowCoin
 from tiny_play import PLAIN, TAGGED, LocalPool, Script, coin_task, make_policy, word_tokenizer
-from toy import CoinExpert
 
 from aem_lightning.envs import EnvPool
 from aem_lightning.rollout import (

@@ -2,8 +2,8 @@ import logging
 
 import pytest
 from alfworld_folders import games_root
+from coin import CoinDataModule
 from tiny_play import coin_task
-from toy import CoinDataModule
 
 from aem_lightning.datamodules import AlfworldDataModule
 from aem_lightning.datamodules.agent import TaskSampler

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import toy_text_env
-from toy_text_env import MissesPackage, ToyEnv
+from lightning import LightningDataModule
+from toy_text_env import MissesPackage, ToyEnv, loaded_by
 
 from aem_lightning.envs import EnvPool, EnvPoolError, ResetRequest
 
@@ -276,9 +277,54 @@ def test_pool_starts_with_its_first_reset_and_a_pickled_one_is_its_arguments():
     pool.close()
 
 
-def test_worker_imports_no_torch():
-    with EnvPool(ToyEnv, workers=1) as pool:
-        assert not pool.reset(_requests(1, 1))["0/0"].info["has_torch"]
+TRAINERS = {"datasets", "lightning", "torch", "transformers"}
+ONE_FILE = """
+from aem_lightning.datamodules import AlfworldDataModule, SeededDataModule, WebShopDataModule
+from aem_lightning.datamodules import SweDataModule
+from toy_text_env import ToyEnv
+class Env(ToyEnv): pass
+class Data(SeededDataModule): pass
+class Shop(WebShopDataModule): pass
+"""
+
+
+def test_a_datamodule_in_the_environments_file_loads_nothing_heavy_into_a_worker(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "one_file.py").write_text(ONE_FILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    import one_file
+
+    assert issubclass(one_file.Data, LightningDataModule)  # here, in the trainer's process
+    loaded = loaded_by(one_file.Env)
+    assert {"one_file", "aem_lightning.datamodules.webshop"} <= loaded
+    assert not loaded & TRAINERS
+
+
+def test_the_example_loads_into_a_worker_no_engine_of_ours_either(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "key_and_door")
+    import key_and_door
+
+    loaded = loaded_by(key_and_door.KeyEnv)
+    assert {"key_and_door", "aem_lightning.datamodules.agent"} <= loaded
+    engines = {f"aem_lightning.envs.{name}" for name in ("alfworld", "swe", "webshop")}
+    assert not loaded & (TRAINERS | engines)
+
+
+def test_a_start_that_is_left_waiting_for_a_processor_may_take_longer_than_timeout_s(monkeypatch):
+    monkeypatch.setattr("aem_lightning.envs.process.LEAST_START_S", 0.0)
+    late = partial(toy_text_env.start_late, seconds=4.0, share=0.1)
+    with EnvPool(late, workers=1, timeout_s=3.0) as pool:
+        assert pool.reset(_requests(1, 1))["0/0"].infra_error is None
+
+
+@pytest.mark.parametrize(("share", "told"), [(0, "no answer within 3 s"), (1, "after computing")])
+def test_a_start_that_hangs_or_computes_without_end_says_what_to_type(share, told, monkeypatch):
+    monkeypatch.setattr("aem_lightning.envs.process.LEAST_START_S", 0.0)
+    pool = EnvPool(partial(toy_text_env.start_late, seconds=60, share=share), timeout_s=3.0)
+    with pytest.raises(EnvPoolError, match=rf"{told}.*type datamodule\.timeout_s=6"):
+        pool.reset(_requests(1, 1))
+    assert pool.worker_pids() == ()
 
 
 def test_close_leaves_no_process_behind_and_a_later_reset_starts_anew():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from toy import CoinDataModule
+from coin import CoinDataModule
 
 from aem_lightning.datamodules import AlfworldDataModule, WebShopDataModule
 from aem_lightning.envs import EnvContractError, check_env

@@ -3,10 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from coin import ACTIONS
+from coin import ACTIONS, CoinExpert
 from local_coin import LocalCoin
 from tiny_play import PLAIN, SMALL, coin_task, make_policy
-from toy import CoinExpert
 
 from aem_lightning.modules import (
     DemonstrationSampler,

@@ -8,9 +8,12 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from aem_lightning.envs import EnvPool, ResetRequest
 
 
 class ToyEnv:
@@ -85,7 +88,6 @@ class ToyEnv:
             "is_action_valid": valid,
             "env_number": self.number,
             "pid": os.getpid(),
-            "has_torch": "torch" in sys.modules,
         }
 
 
@@ -93,8 +95,37 @@ def fail_to_make() -> ToyEnv:
     raise LookupError("the toy box is empty")
 
 
+def start_late(seconds: float, share: float) -> ToyEnv:
+    """Computes for a ``share`` of the ``seconds`` before it makes one, and waits for the rest."""
+    end = time.monotonic() + seconds
+    while (now := time.monotonic()) < end:
+        if share < 1:
+            time.sleep(0.2 * (1 - share) if share else seconds)
+        while time.monotonic() < now + 0.2 and share:
+            pass
+    return ToyEnv()
+
+
 class MissesPackage:
     """An environment whose constructor needs a package that is not there."""
 
     def __init__(self) -> None:
         import no_such_package  # noqa: F401
+
+
+class Loaded:
+    """Says what its process has imported, the module of the environment that it makes included."""
+
+    def __init__(self, make_env: Callable[[], Any]) -> None:
+        make_env()
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        return " ".join(sorted(sys.modules)), {}
+
+
+def loaded_by(make_env: Callable[[], Any]) -> set[str]:
+    """What a worker has imported once it has made an environment."""
+    with EnvPool(partial(Loaded, make_env), workers=1) as pool:
+        return set(pool.reset({"a": ResetRequest("any")})["a"].observation.split())

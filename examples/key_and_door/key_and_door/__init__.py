@@ -1,38 +1,40 @@
-"""A text game of five rooms: python train.py datamodule=key_and_door prompt=plain."""
+"""A text game of eight rooms, a lamp, a key and a door, all in one file."""
 
 from itertools import permutations
 
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.types import Task
 
-ROOMS = ("attic", "cellar", "garden", "kitchen", "tower")
-ACTIONS = (*(f"go to the {room}" for room in ROOMS), "take the key", "open the door")
-SPLITS = ("train", "valid_seen", "valid_unseen")
-RULES = "the key is in the {} , the door is in the {}"
+ROOMS = ("attic", "cellar", "garden", "kitchen", "library", "pantry", "stable", "tower")
+DEEDS = ("take the lamp", "take the key", "open the door")  # in this order
+ACTIONS = (*(f"go to the {room}" for room in ROOMS), *DEEDS)
+RULES = "the lamp is in the {} , the key is in the {} , the door is in the {}"
+HELD = ("nothing", "the lamp", "the lamp and the key", "the open door")
+SPLITS = ("train", "train", "train", "valid_seen", "valid_unseen")  # of every five games
 
 
 class KeyEnv:
-    """One episode at a time; the task id names the two rooms."""
+    """One episode at a time; the task id names the rooms of lamp, key and door."""
 
     def reset(self, *, seed=None, options=None):
-        self.task_id = options["task_id"]
-        self.key, self.door = self.task_id.split("-")
-        self.room, self.has_key = "hall", False
-        return f"{RULES.format(self.key, self.door)} . you are in the hall .", self.info(True)
+        self.task_id, self.room, self.done = options["task_id"], "hall", 0
+        self.places = self.task_id.split("-")
+        return f"{RULES.format(*self.places)} . {self.look()}", self.info(True)
 
     def step(self, action, /):
         if action in ACTIONS and action.startswith("go"):
             self.room = action.split()[-1]
-        self.has_key |= action == "take the key" and self.room == self.key
-        won = action == "open the door" and self.has_key and self.room == self.door
-        text = f"you are in the {self.room} {'with' if self.has_key else 'without'} the key ."
-        return text, float(won), won, False, self.info(action in ACTIONS, won)
+        self.done += (action, self.room) == (DEEDS[self.done], self.places[self.done])
+        won = self.done == len(DEEDS)
+        return self.look(), float(won), won, False, self.info(action in ACTIONS, won)
 
-    def close(self):
-        pass
+    def close(self): ...
+
+    def look(self):
+        return f"you are in the {self.room} with {HELD[self.done]} ."
 
     def info(self, valid, won=False):
-        known = {"task_id": self.task_id, "goal": RULES.format(self.key, self.door)}
+        known = {"task_id": self.task_id, "goal": RULES.format(*self.places)}
         return known | {"admissible_actions": ACTIONS, "is_action_valid": valid, "won": won}
 
 
@@ -40,21 +42,20 @@ class KeyExpert:
     """What the tiny policy learns from first; a policy that reads needs none."""
 
     def __init__(self, task):
-        self.key, self.door = task.id.split("-")
+        self.places = task.id.split("-")
 
     def act(self, observation, admissible):
-        room, deed = self.key, "take the key"
-        if "with the key" in observation:
-            room, deed = self.door, "open the door"
-        return deed if f"you are in the {room}" in observation else f"go to the {room}"
+        done = next(i for i, held in enumerate(HELD) if f"with {held} ." in observation)
+        there = f"in the {self.places[done]} with" in observation
+        return DEEDS[done] if there else f"go to the {self.places[done]}"
 
 
 class KeyDataModule(AgentDataModule):
     """Which tasks there are, and how one environment is made."""
 
     def tasks(self, split):
-        pairs = list(permutations(ROOMS, 2))[SPLITS.index(split) :: len(SPLITS)]
-        return [Task(id=f"{key}-{door}", type=key, split=split) for key, door in pairs]
+        games = ["-".join(rooms) for rooms in permutations(ROOMS, 3)]
+        return [Task(game, split=split) for i, game in enumerate(games) if SPLITS[i % 5] == split]
 
     def env_factory(self):
         return KeyEnv
@@ -63,4 +64,4 @@ class KeyDataModule(AgentDataModule):
         return KeyExpert(task)
 
     def vocabulary(self):
-        return [*ACTIONS, RULES, *ROOMS, "you are in the hall with without the key . ,"]
+        return [*ACTIONS, RULES, *ROOMS, *HELD, "you are in the hall with . ,"]

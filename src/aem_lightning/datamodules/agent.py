@@ -5,16 +5,23 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
-from torch.utils.data import DataLoader, Sampler
-
-from aem_lightning.envs import EnvPool, TextEnv
+from aem_lightning.envs import EnvPool, TextEnv, in_worker
 from aem_lightning.types import Task
 
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
-class TaskSampler(Sampler[int]):
+if TYPE_CHECKING or not in_worker():
+    from lightning import LightningDataModule
+else:
+
+    class LightningDataModule:
+        """Lightning's, where a worker only defines subclasses: it saves it torch and Lightning."""
+
+
+class TaskSampler:
     """The tasks of an epoch: a pure function of seed, epoch and rank.
 
     So a resumed run sees what it would have seen. Tasks come in passes over the whole split, each
@@ -68,8 +75,11 @@ class TaskSampler(Sampler[int]):
         return order[place]
 
 
-class AgentDataModule(L.LightningDataModule):
+class AgentDataModule(LightningDataModule):
     """Tasks and their environment; a new environment implements `tasks` and `env_factory`.
+
+    It may share a file with its environment: in a worker process, which imports that file, this
+    class stands alone and brings neither torch nor Lightning.
 
     Args:
         tasks_per_iteration: Tasks of one iteration, over all ranks.
@@ -79,7 +89,8 @@ class AgentDataModule(L.LightningDataModule):
         evaluation_batch: Tasks that one evaluation step plays.
         evaluation_splits: Splits that an evaluation plays, every task once.
         workers: Environment processes on each rank.
-        timeout_s: Seconds after which a worker that does not answer is replaced.
+        timeout_s: Seconds after which a worker that does not answer is replaced; and of a start,
+            those in which it does nothing, or that it computes.
         seed: Key of the task order.
     """
 
@@ -166,6 +177,8 @@ class AgentDataModule(L.LightningDataModule):
             rank,
             world_size,
         )
+        from torch.utils.data import DataLoader
+
         return DataLoader(tasks, batch_size=sampler.share, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Task]:
@@ -179,6 +192,8 @@ class AgentDataModule(L.LightningDataModule):
         return [self._evaluation_loader(self.tasks(split)) for split in self.evaluation_splits]
 
     def _evaluation_loader(self, tasks: list[Task]) -> DataLoader[Task]:
+        from torch.utils.data import DataLoader
+
         rank, world_size = self._rank_and_world_size()
         mine = tasks[rank::world_size]
         return DataLoader(mine, batch_size=self.evaluation_batch, collate_fn=list)  # type: ignore[arg-type]

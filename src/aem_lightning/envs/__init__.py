@@ -12,6 +12,7 @@ from aem_lightning.envs.base import (
 )
 from aem_lightning.envs.check import check_env
 from aem_lightning.envs.pool import EnvPool
+from aem_lightning.envs.process import in_worker
 from aem_lightning.types import ResetRequest
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "ResetRequest",
     "TextEnv",
     "check_env",
+    "in_worker",
 ]

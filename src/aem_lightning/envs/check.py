@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import random
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any, Protocol, cast
 
 from aem_lightning.envs.base import EnvContractError, TextEnv
+from aem_lightning.envs.imports import WatchedEnv
 from aem_lightning.envs.leaks import find_leaks
 from aem_lightning.envs.pool import EnvPool
 from aem_lightning.envs.trial import ActionWords, Reset, Trial, pick
 from aem_lightning.types import ResetRequest, Task
 
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 60.0  # where no DataModule says another
 WALKS = 4
 
 
@@ -54,7 +60,8 @@ def check_env(
     or answer differently. Many resets leave no file, thread or memory behind; a worker process that
     is killed is replaced and the episode goes on. ``close`` may be called twice.
 
-    The last two, over processes and many resets, follow where all before them is well.
+    The last two, over processes and many resets, follow where all before them is well. A line that
+    loads torch, Lightning or transformers into the worker is no breach: a warning names it.
 
     Args:
         environment: A DataModule, or a function that makes one environment, together with
@@ -82,7 +89,7 @@ def check_env(
         raise ValueError("check_env got no tasks; give at least one")
     envs = _make(make_env, breaches)
     if envs:
-        effort = _Effort(seed, turns, resets)
+        effort = _Effort(seed, turns, resets, getattr(environment, "timeout_s", TIMEOUT_S))
         breaches += _check_episodes(make_env, envs, tasks, effort, prompt)
     breaches += _check_close([*envs, *envs[:1]])
     if breaches:
@@ -96,6 +103,7 @@ class _Effort:
     seed: int
     turns: int
     resets: int
+    timeout_s: float
 
 
 def _check_episodes(
@@ -117,7 +125,7 @@ def _check_episodes(
     if not breaches and effort.resets:
         breaches += find_leaks(envs[0], tasks, seed=effort.seed, resets=effort.resets)
     if not breaches:
-        breaches += _check_crash(make_env, tasks[0], starts[tasks[0].id], effort.seed)
+        breaches += _check_crash(make_env, tasks[0], starts[tasks[0].id], effort)
     return breaches
 
 
@@ -219,12 +227,18 @@ def _walk(env: TextEnv, task_id: str, effort: _Effort, key: int) -> list[Any]:
     return seen
 
 
-def _check_crash(make_env: Callable[[], TextEnv], task: Task, start: Reset, seed: int) -> list[str]:
-    """Kill the worker that plays an episode: a new one has to bring it back."""
-    action = pick(random.Random(seed), start[1])
+def _check_crash(
+    make_env: Callable[[], TextEnv], task: Task, start: Reset, effort: _Effort
+) -> list[str]:
+    """Kill the worker that plays an episode: a new one has to bring it back.
+
+    A line of the environment that loads what a worker does without is warned of.
+    """
+    action = pick(random.Random(effort.seed), start[1])
     try:
-        with EnvPool(make_env, workers=1) as pool:
-            pool.reset({"check": ResetRequest(task.id, seed)})
+        watched = partial(WatchedEnv, pickle.dumps(make_env))
+        with EnvPool(watched, workers=1, timeout_s=effort.timeout_s) as pool:
+            pool.reset({"check": ResetRequest(task.id, effort.seed)})
             os.kill(pool.worker_pids()[0], signal.SIGKILL)
             step = pool.step({"check": action})["check"]
     except Exception as error:
@@ -232,6 +246,14 @@ def _check_crash(make_env: Callable[[], TextEnv], task: Task, start: Reset, seed
             f"task {task.id!r}: in a worker process raised {type(error).__name__}: {error}; "
             "expected: the same as here"
         ]
+    for line, packages in step.info.get("heavy_imports", {}).items():
+        logger.warning(
+            "%s\n  loads %s in every environment worker, which then takes seconds to start and "
+            "hundreds of MB. If the environment itself needs it, leave it; else move the import "
+            "into the functions that use it",
+            line,
+            ", ".join(packages),
+        )
     if step.infra_error is None:
         return []
     return [

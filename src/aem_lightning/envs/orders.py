@@ -42,6 +42,17 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True)
+class Starting:
+    """Sign of life of a worker that imports and makes its first environment.
+
+    Attributes:
+        computed_s: Processor seconds it has used.
+    """
+
+    computed_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Census:
     """The question for a worker's counters; answered by a dictionary of numbers, summed by name."""
 

@@ -61,7 +61,8 @@ class EnvPool:
         keep_groups: Episodes of one affinity live on one worker; without it each lives on the least
             loaded one.
         timeout_s: A worker that gives no sign of life for so long, while it has work, counts as
-            hung.
+            hung. One that starts may be idle for so long, or compute for so long, but for half a
+            minute at least.
 
     Attributes:
         restarts: Workers replaced so far.
@@ -231,7 +232,7 @@ class EnvPool:
         self._processes.extend(WorkerProcess(factory) for _ in range(self.workers))
         try:
             for process in self._processes:
-                process.wait_ready()
+                process.wait_ready(self.timeout_s)
         except BaseException:
             self.close()
             raise
@@ -356,7 +357,7 @@ class EnvPool:
         self.restarts += 1
         self._processes[worker].kill()
         self._processes[worker] = WorkerProcess(pickle.dumps(self.make_env))
-        self._processes[worker].wait_ready()
+        self._processes[worker].wait_ready(self.timeout_s)
 
     def _replay(self, episode: PooledEpisode, due: dict[str, str | None]) -> None:
         """Play ``episode`` from its start, with the action that is due for it, if any.

@@ -13,15 +13,22 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from aem_lightning.envs.base import EnvPoolError
-from aem_lightning.envs.orders import Beat, Broken, Census, Order, Outcome
+from aem_lightning.envs.orders import Beat, Broken, Census, Order, Outcome, Starting
 
-START_TIMEOUT_S = 120.0
+WORKER = "aem_lightning.envs.worker"
+LEAST_START_S = 30.0  # an interpreter's own on a busy machine, however little an answer may take
 STDERR_TAIL = 2_000
 STDERR_LIMIT = 1 << 20
 
 
 class WorkerLostError(Exception):
     """A worker died, or did not answer in time."""
+
+
+def in_worker() -> bool:
+    """Whether this process is an environment worker."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name == WORKER
 
 
 class WorkerProcess:
@@ -39,7 +46,7 @@ class WorkerProcess:
         self._stderr = tempfile.TemporaryFile("a+b", prefix="aem-worker-")  # noqa: SIM115 (lives on)
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "aem_lightning.envs.worker", str(theirs.fileno())],
+                [sys.executable, "-m", WORKER, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._stderr,
@@ -54,18 +61,26 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._popen.pid
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, timeout_s: float) -> None:
         """Wait until the first environment is made.
 
         Raises:
-            EnvPoolError: The interpreter ended, or took too long.
+            EnvPoolError: The interpreter ended, did nothing for ``timeout_s``, or computed for so
+                long: a busy machine may take its time.
             Exception: What making the environment raised.
         """
+        limit = max(timeout_s, LEAST_START_S)
         try:
-            message = self._receive(START_TIMEOUT_S)
+            while isinstance(message := self._receive(limit), Starting):
+                if message.computed_s > limit:
+                    raise WorkerLostError(f"not done after computing for {message.computed_s:g} s")
         except WorkerLostError as lost:
+            hint = f". To wait longer, type datamodule.timeout_s={2 * limit:g}"
+            hint = hint if self._popen.poll() is None else ""
             self.kill()
-            raise EnvPoolError(f"An environment worker could not be started: {lost}") from None
+            raise EnvPoolError(
+                f"An environment worker could not be started: {lost}{hint}"
+            ) from None
         if isinstance(message, Broken):
             self.kill()
             reraise(message)

@@ -4,7 +4,8 @@ Started as ``python -m aem_lightning.envs.worker FD``, where FD is its end of a 
 first message is the pickled environment factory; every later one is a list of `Order`, answered by
 one list of outcomes (and a `Beat` a second while that takes longer), or a `Census`. One thread
 plays all slots, one after the other: engines need not be thread safe. The worker ends when its pool
-closes the socket or dies.
+closes the socket or dies. Of the packages that the trainer needs it loads none: a DataModule in the
+environment's file finds `AgentDataModule` without Lightning here.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 from aem_lightning.envs.base import TextEnv
-from aem_lightning.envs.orders import Beat, Broken, Census, Order, Outcome
+from aem_lightning.envs.orders import Beat, Broken, Census, Order, Outcome, Starting
 from aem_lightning.types import EnvStep, ResetRequest
 
 BEAT_S = 1.0
+STIRS_S = 0.005  # processor time between two beats of which more is work, and less our own thread
 
 
 class _CannotMakeError(Exception):
@@ -100,7 +102,8 @@ def _pickled(error: Any) -> bytes | None:
 def serve(connection: Connection[Any, Any]) -> None:
     """Answer orders until the pool closes the socket."""
     try:
-        slots = EnvSlots(pickle.loads(connection.recv_bytes()))
+        with _starting(connection):
+            slots = EnvSlots(pickle.loads(connection.recv_bytes()))
     except EOFError:
         return
     except Exception as error:
@@ -125,6 +128,32 @@ def serve(connection: Connection[Any, Any]) -> None:
             connection.send(slots.counters())
             continue
         connection.send([slots.run(order, beat) for order in orders])
+
+
+@contextlib.contextmanager
+def _starting(connection: Connection[Any, Any]) -> Iterator[None]:
+    """Send `Starting` once a second where this process gets on with what the block does.
+
+    One that hangs uses no processor time; one that a busy machine leaves waiting uses a little.
+    """
+    done = threading.Event()
+
+    def tell() -> None:
+        told, waiting = 0.0, True
+        while waiting:
+            used = time.process_time()
+            if used - told > STIRS_S:
+                connection.send(Starting(used))
+                told = used
+            waiting = not done.wait(BEAT_S)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _end_with(parent: int) -> None:
