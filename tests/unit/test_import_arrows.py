@@ -17,16 +17,18 @@ PACKAGE = ROOT / "src" / "aem_lightning"
 # room: the rooms that it may import, itself always included
 ARROWS = {
     "types": set(),
+    "lazy": set(),
     "functional": {"types"},
     "envs": {"types"},
     "rollout": {"types", "functional"},
     "algorithms": {"types", "functional"},
-    "modules": {"types", "functional", "rollout", "algorithms", "metrics"},
-    "datamodules": {"types", "envs"},
+    "modules": {"types", "lazy", "functional", "rollout", "algorithms", "metrics"},
+    "datamodules": {"types", "lazy", "envs"},
     "callbacks": {"types"},
     "metrics": {"types"},
     "runner": {
         "types",
+        "lazy",
         "functional",
         "envs",
         "rollout",

@@ -4,8 +4,9 @@ So a program without a trainer, as `examples/loop.py` is, takes the policy and n
 """
 
 import logging
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from aem_lightning.lazy import lazily
 
 if TYPE_CHECKING:
     from aem_lightning.modules.agent import AgentModule
@@ -38,24 +39,21 @@ __all__ = [
     "demonstrations_dataset",
 ]
 
-_HOMES = {
-    "AgentModule": "agent",
-    "Architecture": "tiny",
-    "DemonstrationSampler": "warm_start",
-    "Lora": "policy",
-    "Policy": "policy",
-    "RolloutSettings": "settings",
-    "UpdateSettings": "settings",
-    "WarmStartModule": "warm_start",
-    "build_tiny_model": "tiny",
-    "build_tokenizer": "tiny",
-    "check_dtype": "policy",
-    "collate_demonstrations": "warm_start",
-    "demonstrations_dataset": "warm_start",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "AgentModule": "agent",
+        "Architecture": "tiny",
+        "DemonstrationSampler": "warm_start",
+        "Lora": "policy",
+        "Policy": "policy",
+        "RolloutSettings": "settings",
+        "UpdateSettings": "settings",
+        "WarmStartModule": "warm_start",
+        "build_tiny_model": "tiny",
+        "build_tokenizer": "tiny",
+        "check_dtype": "policy",
+        "collate_demonstrations": "warm_start",
+        "demonstrations_dataset": "warm_start",
+    },
+)
