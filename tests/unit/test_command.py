@@ -140,7 +140,8 @@ def test_help_leaves_out_a_comment_of_the_config(capsys, monkeypatch):
     )
     assert "How an episode is played." in lines
     keys = [str(key) for key in OmegaConf.load(CONFIGS / "train.yaml") if key != "defaults"]
-    assert [key for key in keys if not any(line.startswith(f"{key} ") for line in lines)] == []
+    told = [line.split(maxsplit=1)[0].rstrip(":") for line in lines if line]
+    assert [key for key in keys if key not in told] == []
 
 
 def test_a_comment_goes_to_the_wrong_key(tmp_path):
