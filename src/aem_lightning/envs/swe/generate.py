@@ -182,9 +182,7 @@ def try_candidate(sandbox: Sandbox, candidate: Candidate) -> Tried:
     row = _row(candidate, failing, passing, visible)
     instance = from_swebench(row)
     base = tar_of({path: text.encode() for path, text in files.items()})
-    tried = partial(
-        grade, sandbox, instance, base, wall_s=TRIAL.wall_s, spec=SessionSpec(limits=TRIAL)
-    )
+    tried = partial(grade, sandbox, instance, base, spec=SessionSpec(limits=TRIAL))
     if not tried(instance.patch).resolved:
         return Tried("fix_fails")
     if tried("").resolved:

@@ -8,8 +8,7 @@ from enum import IntEnum
 from typing import Protocol, runtime_checkable
 
 WORKDIR = "/testbed"
-TIMED_OUT = 124  # the exit codes of coreutils' timeout, and of a process that was killed
-KILLED = 137
+KILLED = 137  # the exit code of a process that was killed
 
 
 @dataclass(frozen=True)
