@@ -12,25 +12,6 @@ def random_groups(count=60, groups=6, seed=0):
     return entropy, torch.randint(groups, (count,), generator=generator)
 
 
-@pytest.mark.parametrize(
-    ("sharpness", "entropy", "expected"),
-    [
-        (1.0, [0.2, 0.5, 0.8], [1.519441, 0.921588, 0.558971]),
-        (1.0, [0.2, 0.2, 0.2, 1.0], [1.187691, 1.187691, 1.187691, 0.436927]),
-        (1.0, [0.30, 0.35, 0.39], [1.0, 1.0, 1.0]),
-        (2.0, [0.2, 0.5, 0.8], [1.995723, 0.734185, 0.270092]),
-    ],
-)
-def test_alpha_has_the_known_values(sharpness, entropy, expected):
-    values = torch.tensor(entropy, dtype=torch.float64)
-    alpha = aem_coefficients(
-        values, torch.zeros(len(entropy), dtype=torch.long), sharpness=sharpness
-    )
-    torch.testing.assert_close(
-        alpha, torch.tensor(expected, dtype=torch.float64), atol=5e-7, rtol=0
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("direction", ["paper", "reversed", "shuffled"])
 def test_sharpness_zero_is_exactly_one_everywhere(direction, dtype):

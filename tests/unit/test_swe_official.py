@@ -196,14 +196,6 @@ def test_a_change_of_the_tests_or_of_the_runners_settings_is_graded():
     assert not graded(edited + runner).resolved
 
 
-@pytest.mark.usefixtures("harness")
-@pytest.mark.parametrize("path", ["conftest.py", "sitecustomize.py"])
-def test_a_file_of_the_runner_earns_something(path):
-    found = graded(FIX + created(path, "x = 1\n"))
-    assert not found.resolved
-    assert found.tampered == (f"{path} is changed",)
-
-
 FORGED = f"print('{SUM} ... ok')\nprint('{ZERO} ... ok')\n"
 
 

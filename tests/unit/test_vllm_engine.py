@@ -19,7 +19,6 @@ from aem_lightning.rollout import (
     PromptEncoder,
     Request,
     RewardShaping,
-    RolloutEngine,
     Sampling,
     VllmEngine,
     VllmError,
@@ -128,10 +127,6 @@ def request(key, seed, new=6, temperature=1.0, prompt=(1, 2, 3)):
 
 def completions(server):
     return [body for path, body in server.seen if path == "/v1/completions"]
-
-
-def test_it_is_a_rollout_engine(engine):
-    assert isinstance(engine, RolloutEngine)
 
 
 def test_a_request_carries_ids_and_nothing_that_reshapes_the_distribution(server, engine, policy):

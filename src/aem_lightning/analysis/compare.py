@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from aem_lightning.analysis.curves import Curve, read_curves
 from aem_lightning.analysis.report import need_matplotlib, relative, write_report
 from aem_lightning.analysis.statistics import Estimate, mcnemar, sign_flip_test, t_interval
-from aem_lightning.analysis.tables import comparison_markdown, draw_comparison
+from aem_lightning.analysis.tables import ALL, comparison_markdown, draw_comparison
 from aem_lightning.analysis.training import arm_overrides, finished_run
 from aem_lightning.runner.evaluate import evaluate
 from aem_lightning.runner.summary import SUMMARY
@@ -31,7 +31,6 @@ MASSES = (
     "aem/mass_positive",
     "aem/mass_negative",
 )
-ALL = "all"
 
 
 @dataclass(frozen=True)

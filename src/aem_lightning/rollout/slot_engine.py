@@ -99,7 +99,7 @@ class SlotEngine:
         if self._model is not None:
             # Nothing in the cache is read again: no slot has ids.
             model.inherit(self._model)
-        if model.graphs is None and self._wants_graphs(model.device):
+        if model.graphs is None and self.cuda_graphs != "off" and model.device.type == "cuda":
             model.graphs = DecodeGraphs(self.slots, self.max_length - 1)
         self._model = model
         self._forget()
@@ -161,9 +161,6 @@ class SlotEngine:
         # The ids stay: the next owner may share a head with them.
         self._slots[row].key = None
         self._slots[row].job = None
-
-    def _wants_graphs(self, device: torch.device) -> bool:
-        return self.cuda_graphs != "off" and device.type == "cuda"
 
     def _forget(self) -> None:
         self._slots = [Slot() for _ in range(self.slots)]

@@ -158,9 +158,7 @@ class SweEnv:
         settings = settings or SweSettings()
         engine = _Engine({i.instance_id: i for i in instances}, settings)
         self._cached = settings.cached
-        self._env = (
-            TransitionCache(engine, shared_store(), seeded=False) if self._cached else engine
-        )
+        self._env = TransitionCache(engine, shared_store()) if self._cached else engine
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -320,7 +318,9 @@ class _Engine:
 
     def _observation(self) -> str:
         statement = self._instance.problem_statement
-        return spoken(_title(statement)) if self._settings.dialect == "words" else statement
+        if self._settings.dialect == "functions":
+            return statement
+        return spoken(statement.strip().partition("\n")[0])  # the title
 
     def _info(self, **more: Any) -> dict[str, Any]:
         words = self._settings.dialect == "words"
@@ -334,7 +334,3 @@ class _Engine:
             "score": 0.0,
         }
         return info | more
-
-
-def _title(statement: str) -> str:
-    return statement.strip().partition("\n")[0]

@@ -9,13 +9,12 @@ from aem_lightning.envs.swe.sandbox.base import (
     Level,
     Limits,
     Sandbox,
-    Session,
     SessionSpec,
 )
 from aem_lightning.envs.swe.sandbox.bubblewrap import BubblewrapSandbox
 from aem_lightning.envs.swe.sandbox.docker import DockerSandbox
 from aem_lightning.envs.swe.sandbox.local import LocalSandbox
-from aem_lightning.envs.swe.sandbox.session import tar_of
+from aem_lightning.envs.swe.sandbox.session import Session, tar_of
 
 __all__ = [
     "WORKDIR",

@@ -13,11 +13,10 @@ from aem_lightning.envs.swe.sandbox.base import (
     CommandResult,
     Isolation,
     Level,
-    Session,
     SessionSpec,
 )
 from aem_lightning.envs.swe.sandbox.bubblewrap import ENVIRONMENT
-from aem_lightning.envs.swe.sandbox.session import ServedSession, server_command
+from aem_lightning.envs.swe.sandbox.session import Session, server_command
 
 
 class LocalSandbox:
@@ -48,7 +47,7 @@ class LocalSandbox:
         return _LocalSession(spec)
 
 
-class _LocalSession(ServedSession):
+class _LocalSession(Session):
     """A served session, and the folder that goes with it."""
 
     def __init__(self, spec: SessionSpec) -> None:
