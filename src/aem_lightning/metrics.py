@@ -121,8 +121,8 @@ class EpisodeMetrics(Metric):
         return self.task_types.index(name)
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    r"""Wilson's score interval of a success rate.
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    r"""Wilson's score interval of a success rate, 95 %.
 
     .. math:: \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1 - \hat p)/n + z^2/4n^2}}{1 + z^2/n}
 
@@ -130,8 +130,7 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     1927.
 
     Raises:
-        ValueError: There are no trials, the successes are not within them, or the confidence is not
-        within (0, 1).
+        ValueError: There are no trials, or the successes are not within them.
 
     Example:
         >>> low, high = wilson_interval(8, 10)
@@ -143,11 +142,7 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
             f"wilson_interval: {successes} successes of {trials} trials; "
             "there must be 1 trial or more, and 0 to that many successes."
         )
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(
-            f"wilson_interval: confidence is {confidence}; it must lie between 0 and 1."
-        )
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.975)
     rate = successes / trials
     scale = 1 + z * z / trials
     centre = (rate + z * z / (2 * trials)) / scale
@@ -158,12 +153,11 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     return low, high
 
 
-def success_summary(trajectories: Iterable[Trajectory], confidence: float = 0.95) -> dict[str, Any]:
+def success_summary(trajectories: Iterable[Trajectory]) -> dict[str, Any]:
     """Success rate with its Wilson interval, overall and by task type, as plain data for JSON.
 
     Args:
         trajectories: The episodes. Those with an ``infra_error`` count in ``infra_errors`` alone.
-        confidence: Of the intervals.
 
     Returns:
         ``{rate, low, high, episodes, score, infra_errors, by_type: {type: {rate, low, high,
@@ -186,14 +180,14 @@ def success_summary(trajectories: Iterable[Trajectory], confidence: float = 0.95
     for trajectory in judged:
         by_type.setdefault(trajectory.task.type or OTHER, []).append(trajectory)
     return {
-        **_rate(judged, confidence),
+        **_rate(judged),
         "score": sum(trajectory.score for trajectory in judged) / len(judged),
         "infra_errors": broken,
-        "by_type": {name: _rate(by_type[name], confidence) for name in sorted(by_type)},
+        "by_type": {name: _rate(by_type[name]) for name in sorted(by_type)},
     }
 
 
-def _rate(trajectories: Sequence[Trajectory], confidence: float) -> dict[str, float | int]:
+def _rate(trajectories: Sequence[Trajectory]) -> dict[str, float | int]:
     wins, episodes = sum(bool(t.won) for t in trajectories), len(trajectories)
-    low, high = wilson_interval(wins, episodes, confidence)
+    low, high = wilson_interval(wins, episodes)
     return {"rate": wins / episodes, "low": low, "high": high, "episodes": episodes}

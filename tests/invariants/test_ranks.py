@@ -49,23 +49,6 @@ def test_two_ranks_train_otherwise_than_one_process(toy_model: str, tmp_path: Pa
         assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.slow
-def test_statistics_over_the_batch_stop_at_the_rank(toy_model: str, tmp_path: Path) -> None:
-    field = (
-        "algorithm=gspo",
-        "advantage=ppo",
-        "modulation.scope=batch",
-        "modulation.min_range=0",
-        "iterations=1",
-        "iterations_per_epoch=1",
-        "+trainer.limit_val_batches=0",
-    )
-    two_ranks = weights_of_ranks(toy_model, tmp_path / "two", *STEP[:2], *WHOLE, *field)
-    torch.testing.assert_close(*two_ranks, rtol=0, atol=0)
-    alone = weights(fit(toy_config(tmp_path / "one", toy_model, *STEP[:2], *WHOLE, *field)))
-    torch.testing.assert_close(two_ranks[0], alone, rtol=1e-3, atol=1e-5)
-
-
 def test_uneven_ranks_hang_or_drift_apart(toy_model: str, tmp_path: Path) -> None:
     """On one of them memory runs out in the middle of an update, too."""
     first, second = weights_of_ranks(toy_model, tmp_path, *SPLIT, *SHORT_OF_MEMORY)

@@ -81,13 +81,6 @@ def test_unseen_scenes_are_disjoint_and_no_start_state_is_in_two_splits():
     assert not problems["train"] & problems["valid_seen"]
 
 
-def test_planner_never_plans_one_start_state_twice():
-    recipe = generator._Recipe({"train": 300}, "easy", 0, ("look_at_obj_in_light",), 1)
-    planner = generator._Planner(load_kit(), recipe)
-    states = [planner.next_plan("train", index).start_state for index in range(300)]
-    assert len(set(states)) == 300
-
-
 def test_layout_depends_on_the_scene_alone_and_the_seed_places_objects():
     kit = load_kit()
     scene = build_scene("Kitchen", 3, 10)
@@ -143,18 +136,15 @@ def test_game_that_fails_on_the_engine_is_made_again_and_counted(tmp_path, monke
     assert len(paths) == 6
 
 
-def test_folder_with_games_of_others_is_left_alone(tmp_path):
+def test_folder_with_other_games_is_left_alone(small, tmp_path):
+    with pytest.raises(ValueError, match="other parameters"):
+        generate_games(small, **(SMALL | {"seed": 5}))
     game = tmp_path / "json_2.1.1" / "train" / "x" / "trial_y" / "game.tw-pddl"
     game.parent.mkdir(parents=True)
     game.write_text("{}")
     with pytest.raises(ValueError, match="did not make"):
         generate_games(tmp_path, **SMALL)
     assert game.read_text() == "{}"
-
-
-def test_folder_with_other_parameters_is_left_alone(small):
-    with pytest.raises(ValueError, match="other parameters"):
-        generate_games(small, **(SMALL | {"seed": 5}))
 
 
 @pytest.mark.parametrize(

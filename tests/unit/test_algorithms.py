@@ -26,11 +26,6 @@ def test_grpo_gives_every_response_the_advantage_of_its_trajectory():
     assert torch.equal(advantages, expected[[0, 0, 0, 1]])
 
 
-def test_grpo_settings_reach_the_estimator():
-    batch = make_batch([[0.1], [0.2]], [4.0, 0.0])
-    assert GRPO(normalize_std=False)(batch).tolist() == [2.0, -2.0]
-
-
 def test_a_broken_trajectory_is_out_of_the_group_statistics():
     batch = make_batch([[0.1], [0.2], [0.3]], [1.0, 0.0, 100.0], copies=3, broken=[2])
     advantages = GRPO(normalize_std=False)(batch)
@@ -54,16 +49,12 @@ def test_a_group_with_too_small_a_range_is_gated_and_counted():
     assert modulated.alpha[2] > 1 > modulated.alpha[3]
 
 
-def test_a_broken_trajectory_neither_opens_a_gate_nor_gets_a_coefficient():
-    batch = make_batch([[0.20], [9.0]], [1.0, 0.0], broken=[1])
+@pytest.mark.parametrize("broken", [[1], [0, 1]])
+def test_a_broken_trajectory_neither_opens_a_gate_nor_gets_a_coefficient(broken):
+    batch = make_batch([[0.20], [9.0]], [1.0, 0.0], broken=broken)
     modulated = AEM()(batch)
     assert modulated.gated == 1.0
     assert modulated.alpha.tolist() == [1.0, 1.0]
-
-
-def test_with_every_trajectory_broken_all_is_gated():
-    batch = make_batch([[0.2], [9.0]], [1.0, 0.0], broken=[0, 1])
-    assert AEM()(batch).gated == 1.0
 
 
 def test_no_modulation_is_exactly_one():
@@ -112,16 +103,6 @@ def tokens():
     return logprobs.requires_grad_(), old, reference, entropies.requires_grad_(), advantages
 
 
-def test_on_policy_the_gradient_is_the_plain_policy_gradient(tokens):
-    logprobs, _, _, entropies, advantages = tokens
-    terms = ClippedLoss(kl_coef=0.0)(logprobs, logprobs.detach(), None, entropies, advantages)
-    terms.loss.backward()
-    torch.testing.assert_close(logprobs.grad, -advantages)
-    assert entropies.grad is None
-    assert terms.stats["approx_kl"] == 0
-    assert terms.stats["clip_fraction"] == 0
-
-
 def test_the_kl_term_and_the_entropy_bonus_are_added_with_their_coefficients(tokens):
     logprobs, old, reference, entropies, advantages = tokens
     bare = ClippedLoss(kl_coef=0.0)(*tokens).loss
@@ -141,10 +122,3 @@ def test_the_stats_are_detached_sums(tokens):
     torch.testing.assert_close(stats["entropy"], entropies.detach().sum())
     ratio = (logprobs - old).detach()
     torch.testing.assert_close(stats["approx_kl"], (ratio.exp() - 1 - ratio).sum())
-
-
-def test_the_loss_of_a_batch_is_the_sum_over_its_parts(tokens):
-    loss = ClippedLoss(entropy_coef=0.1)
-    whole = loss(*tokens)
-    parts = [loss(*(value[a:b] for value in tokens)) for a, b in ((0, 5), (5, 12))]
-    torch.testing.assert_close(whole.loss, parts[0].loss + parts[1].loss)

@@ -8,12 +8,11 @@ import torch
 
 
 @pytest.fixture(scope="module")
-def benches(import_benchmark):
-    return import_benchmark("bench_update"), import_benchmark("common")
+def bench(import_benchmark):
+    return import_benchmark("bench_update")
 
 
-def test_the_benchmark_does_not_run(benches, tmp_path, capsys):
-    bench, _ = benches
+def test_the_benchmark_does_not_run(bench, tmp_path, capsys):
     target = tmp_path / "new" / "update.json"
     small = ["--tokens", "16", "32", "--vocabularies", "50", "100", "--hidden", "8"]
     bench.main([*small, "--turns", "2", "4", "--json", str(target)])
@@ -29,17 +28,7 @@ def test_the_benchmark_does_not_run(benches, tmp_path, capsys):
     assert all(name in shown for name in ("Log-prob", "Ragged", "history", "Growth"))
 
 
-def test_an_exponent_is_not_that_of_its_power_law(benches):
-    _, common = benches
-    sizes = [1, 2, 4, 8]
-    assert common.growth_exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
-    assert common.growth_exponent([1, 2], [5, 5]) == pytest.approx(0)
-    with pytest.raises(ValueError, match="two different sizes"):
-        common.growth_exponent([2, 2], [1, 2])
-
-
-def test_kinds_of_rows_hold_other_responses(benches):
-    bench, _ = benches
+def test_kinds_of_rows_hold_other_responses(bench):
     played = {kind: bench.episode(5, 1, kind) for kind in ("transcript", "history", "window")}
     assert {kind: len(t.rows) for kind, t in played.items()} == {
         "transcript": 1,
@@ -56,19 +45,10 @@ def test_kinds_of_rows_hold_other_responses(benches):
     assert len(played["window"].rows[-1]) < len(played["history"].rows[-1])
 
 
-def test_a_case_that_memory_does_not_hold_is_computed(benches, monkeypatch):
-    bench, _ = benches
+def test_a_case_that_memory_does_not_hold_is_computed(bench, monkeypatch):
     monkeypatch.setattr(bench, "free_memory", lambda device: 1000.0)
     options = argparse.Namespace(device="cpu", dtype="float32", hidden=8, chunk=8, threads=1)
     naive, ours = bench.head_case(("naive", "ours"), 16, 50, options)
     assert naive["seconds"] is None
     assert naive["skipped"] == "memory"
     assert ours["seconds"] > 0
-
-
-def test_what_is_measured_in_a_process_of_its_own_is_something_else(benches):
-    bench, _ = benches
-    options = argparse.Namespace(device="cpu", dtype="float32", hidden=8, chunk=8, threads=1)
-    entry, gradient = bench.alone(bench.measure_head, "ours", 16, 50, options)
-    assert entry["seconds"] > 0
-    assert torch.equal(gradient, bench.measure_head("ours", 16, 50, options)[1])

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from aem_lightning.callbacks import AEMMonitor
 from aem_lightning.callbacks.aem import aem_statistics
-from aem_lightning.callbacks.step_time import PAPER_SHARES, cost_table
+from aem_lightning.callbacks.step_time import cost_table
 from aem_lightning.types import Iteration
 
 
@@ -206,10 +206,6 @@ def test_environment_is_inside_rollout_and_not_counted_twice() -> None:
     shares = {row.stage: row.share for row in cost_table(SECONDS)}
     expected = {"rollout": 0.4, "environment": 0.3, "old_logprobs": 0.1, "update": 0.5}
     assert shares == pytest.approx(expected)
-
-
-def test_the_papers_shares_make_a_whole() -> None:
-    assert sum(PAPER_SHARES.values()) == pytest.approx(1.0)
 
 
 def test_the_cost_table_adds_up_the_run_and_stands_in_the_logger(run: Path) -> None:

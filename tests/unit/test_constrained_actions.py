@@ -29,7 +29,7 @@ from aem_lightning.rollout import (
     SlotEngine,
     make_groups,
 )
-from aem_lightning.rollout.constraint import PlainActions, TaggedActions, Trie
+from aem_lightning.rollout.constraint import PlainActions, TaggedActions
 from aem_lightning.rollout.sampling import allowed_tokens, draw
 from aem_lightning.rollout.vllm_engine import completion_request
 from aem_lightning.types import EnvStep
@@ -130,22 +130,6 @@ def test_an_allowed_token_of_no_probability_is_drawn_all_the_same(temperature):
     tokens, logprobs, _ = draw(logits, torch.tensor([temperature]), uniform, allowed)
     assert tokens.tolist() == [0]
     assert logprobs.item() == pytest.approx(-300)
-
-
-def test_rows_without_a_limit_need_no_mask():
-    assert allowed_tokens([None, None], torch.zeros(2, 5)) is None
-    assert allowed_tokens([None, [3]], torch.zeros(2, 5)).sum(dim=1).tolist() == [5, 1]
-
-
-def test_a_trie_allows_the_continuations_of_what_was_taken():
-    cursor = Trie([[7, 8, 0], [7, 9, 0], [7, 0]]).begin()
-    assert cursor.allowed() == [7]
-    cursor.take(7)
-    assert cursor.allowed() == [0, 8, 9]
-    cursor.take(9)
-    assert cursor.allowed() == [0]
-    with pytest.raises(KeyError):
-        cursor.take(8)
 
 
 def spell(encoder, constraint, beginning, seed):

@@ -56,15 +56,6 @@ def batch():
     return pack(PLAYED)
 
 
-def test_step_statistics_count_trajectories_instead_of_turns(batch):
-    found = GRPO(statistics="step", normalize_std=False)(batch)
-    first = (2 * 10.0 - 3 * 0.1) / 5
-    expected = [10 - first] * 2 + [-0.1 - first] * 3 + [-5.0, 5.0]
-    torch.testing.assert_close(found, torch.tensor(expected))
-    with pytest.raises(ValueError, match=r"statistics='turn'.*trajectory.*step"):
-        GRPO(statistics="turn")
-
-
 def test_leave_one_out_includes_the_one(batch):
     expected = torch.tensor([10.1, -10.1, -10.0, 10.0])[OF]
     torch.testing.assert_close(RLOO()(batch), expected)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import doctest
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from aem_lightning.envs.swe import grading
 from aem_lightning.envs.swe.grading import Grade, grade, is_resolved, parse_statuses
+from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.sandbox import (
     BubblewrapSandbox,
     CommandResult,
+    Limits,
     LocalSandbox,
     Sandbox,
-    Session,
     SessionSpec,
     tar_of,
 )
@@ -65,21 +67,25 @@ def change(path: str, before: str, after: str) -> str:
 FIX = change("calc/core.py", BUGGY, FIXED)
 
 
-@dataclass(frozen=True)
-class Instance:
-    repo: str = "made/calc"
-    test_patch: str = change("tests/test_calc.py", OLD_TESTS, TESTS)
-    fail_to_pass: tuple[str, ...] = ("tests/test_calc.py::test_adds",)
-    pass_to_pass: tuple[str, ...] = (
+INSTANCE = Instance(
+    "made__calc-1",
+    "made/calc",
+    "HEAD",
+    "add(2, 3) is wrong",
+    test_patch=change("tests/test_calc.py", OLD_TESTS, TESTS),
+    fail_to_pass=("tests/test_calc.py::test_adds",),
+    pass_to_pass=(
         "tests/test_calc.py::test_keeps[a - b]",
         "tests/test_calc.py::test_keeps[[x",  # published ids are cut like this
         "tests/test_calc.py::test_skipped",
-    )
+    ),
+)
+BASE_TREE = tar_of({path: text.encode() for path, text in BASE.items()})
 
 
-def graded(diff: str, instance: Instance = Instance(), **options: float) -> Grade:
-    base = tar_of({path: text.encode() for path, text in BASE.items()})
-    return grade(SANDBOX, instance, base, diff, **options)
+def graded(diff: str, wall_s: float = 300.0, **changed: Any) -> Grade:
+    spec = SessionSpec(limits=Limits().ended_by_the_clock(wall_s))
+    return grade(SANDBOX, replace(INSTANCE, **changed), BASE_TREE, diff, spec)
 
 
 def test_the_fix_fails() -> None:
@@ -108,7 +114,7 @@ def test_no_change_passes() -> None:
 
 
 def test_a_skipped_test_counts_as_passed_where_it_failed_before() -> None:
-    assert not graded(FIX, Instance(fail_to_pass=("tests/test_calc.py::test_skipped",))).resolved
+    assert not graded(FIX, fail_to_pass=("tests/test_calc.py::test_skipped",)).resolved
 
 
 def test_a_change_that_does_not_apply_is_an_error_of_the_machine() -> None:
@@ -119,7 +125,7 @@ def test_a_change_that_does_not_apply_is_an_error_of_the_machine() -> None:
 
 
 def test_a_broken_instance_is_the_agents_fault() -> None:
-    found = graded(FIX, Instance(test_patch=change("tests/test_calc.py", TESTS, OLD_TESTS)))
+    found = graded(FIX, test_patch=change("tests/test_calc.py", TESTS, OLD_TESTS))
     assert "test patch does not apply" in str(found.infra_error)
 
 
@@ -130,23 +136,9 @@ def test_an_endless_loop_hangs_the_grader() -> None:
 
 
 def test_a_dead_sandbox_is_the_agents_fault() -> None:
-    class Dead:
-        name = "dead"
-
-        def probe(self) -> object:
-            raise AssertionError
-
-        def open(self, spec: SessionSpec) -> Session:
-            return LocalDead()  # type: ignore[return-value]
-
-    class LocalDead:
-        def put_tar(self, data: bytes, path: str | None = None) -> CommandResult:
-            return CommandResult(137, "", infra_error="the sandbox ended")
-
-        def close(self) -> None:
-            pass
-
-    found = grade(Dead(), Instance(), b"x", FIX)  # type: ignore[arg-type]
+    dead = Mock()
+    dead.open().put_tar.return_value = CommandResult(137, "", infra_error="the sandbox ended")
+    found = grade(dead, INSTANCE, BASE_TREE, FIX, SessionSpec())
     assert found.infra_error == "the sandbox ended"
     assert not found.resolved
 
@@ -156,22 +148,8 @@ def test_a_sandbox_without_pytest_is_the_agents_fault(monkeypatch: pytest.Monkey
     monkeypatch.setattr(grading, "test_command", lambda ids: "python -m no_such_runner")
     assert graded(FIX).infra_error is None, "the runner is there: whatever broke, it is not that"
 
-    class Bare:
-        """A session whose interpreter finds no package."""
-
-        def __init__(self) -> None:
-            self._session = SANDBOX.open(SessionSpec(environment={"PYTHONHOME": "/nowhere"}))
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self._session, name)
-
-    class Opener:
-        name = "bare"
-
-        def open(self, spec: SessionSpec) -> Bare:
-            return Bare()
-
-    found = grade(Opener(), Instance(), tar_of({p: t.encode() for p, t in BASE.items()}), FIX)  # type: ignore[arg-type]
+    spec = SessionSpec(environment={"PYTHONHOME": "/nowhere"})  # the interpreter finds no package
+    found = grade(SANDBOX, INSTANCE, BASE_TREE, FIX, spec)
     assert "pip install 'aem-lightning[swe]'" in str(found.infra_error)
 
 
@@ -227,7 +205,7 @@ def test_code_that_reaches_for_the_runner_earns_something(name: str) -> None:
 
 def test_a_fix_of_the_runner_itself_is_tampering() -> None:
     diff = change("calc/core.py", BUGGY, f"import pytest\n{FIXED}")
-    assert graded(diff, Instance(repo="pytest-dev/pytest")).resolved
+    assert graded(diff, repo="pytest-dev/pytest").resolved
 
 
 # Prints a summary past pytest's capture, then leaves before pytest can print its own.
@@ -287,10 +265,10 @@ def test_a_file_that_git_left_out_spoils_a_fix() -> None:
 
 def test_a_change_of_the_test_patchs_files_breaks_the_instance() -> None:
     data = change("checks/data.txt", "", "right\n")
-    instance = Instance(test_patch=Instance.test_patch + data)
-    found = graded(FIX + change("checks/data.txt", "", "wrong\n"), instance)
+    patch = INSTANCE.test_patch + data
+    found = graded(FIX + change("checks/data.txt", "", "wrong\n"), test_patch=patch)
     assert found.resolved, found.report
-    blocked = graded(FIX + change("checks", "", "a file where a folder has to be\n"), instance)
+    blocked = graded(FIX + change("checks", "", "a file, not a folder\n"), test_patch=patch)
     assert blocked.infra_error is None, "masked episodes would be the agent's to choose"
     assert not blocked.resolved
 
@@ -347,10 +325,6 @@ def test_a_printed_summary_is_believed() -> None:
 
 
 # -------------------------------------------------------------------------------------- the rules
-
-
-def test_the_examples_of_the_docstrings_are_wrong() -> None:
-    assert doctest.testmod(grading).failed == 0
 
 
 def test_a_log_without_a_summary_has_statuses() -> None:

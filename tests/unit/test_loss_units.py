@@ -86,26 +86,6 @@ def test_units_count_masked_tokens_or_miss_responses():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_first_update_is_not_the_policy_gradient_of_the_batch(name):
-    policy, batch = make_policy(awake=True), pack(make_trajectories())
-    mask = batch.response_index >= 0
-    logprobs, _ = policy.score(batch.input_ids, mask)
-    kept = [r for r in range(batch.num_responses) if batch.response_mask[r]]
-    total = 0.0
-    for r in kept:
-        mine = logprobs[batch.response_index[mask] == r]
-        divisor = {"token": 15, "constant": 6 * len(kept)}.get(name, len(mine) * len(kept))
-        total = total - (1.0 + len(mine) / 7) * mine.sum() / divisor
-    policy.zero_grad()
-    total.backward()
-    expected = {n: p.grad.clone() for n, p in policy.trainable().items()}
-    batch.old_logprobs = torch.zeros_like(batch.old_logprobs)
-    batch.old_logprobs[mask] = logprobs.detach()
-    found = gradient(policy, [batch], 4, LOSSES[name])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("critic", [None, PPO()])
 def test_a_rank_without_rows_logs_other_names(name, critic):
     policy, batch = make_policy(awake=True), pack(make_trajectories())

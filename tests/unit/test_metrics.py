@@ -45,13 +45,7 @@ def values(metric: EpisodeMetrics) -> dict[str, float]:
     return {name: value.item() for name, value in metric.compute().items()}
 
 
-def test_rates_are_those_counted_by_hand_and_broken_episodes_leave_them_alone() -> None:
-    metric = EpisodeMetrics(["pick", "heat", "cool"])
-    metric.update(EPISODES)
-    assert values(metric) == pytest.approx(EXPECTED)
-
-
-def test_rates_do_not_depend_on_how_episodes_are_split_over_updates() -> None:
+def test_rates_are_those_counted_by_hand_however_episodes_are_split_over_updates() -> None:
     metric = EpisodeMetrics(["pick", "heat", "cool"])
     for part in (EPISODES[:1], [], EPISODES[1:]):
         metric.update(part)
@@ -71,14 +65,6 @@ def test_states_of_two_ranks_add_up_to_those_of_one() -> None:
     )
     metric.update(EPISODES[:2])
     assert values(metric) == pytest.approx(EXPECTED)
-
-
-def test_reset_forgets_the_last_validation() -> None:
-    metric = EpisodeMetrics(["pick"])
-    metric.update(EPISODES)
-    metric.reset()
-    metric.update(EPISODES[:1])
-    assert values(metric)["success_rate"] == 1.0
 
 
 def test_a_metric_without_episodes_gives_no_rate() -> None:
@@ -109,13 +95,8 @@ def test_wilson_interval_is_the_published_one(
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_wilson_interval_narrows_with_less_confidence() -> None:
-    wide, narrow = wilson_interval(5, 10, 0.99), wilson_interval(5, 10, 0.8)
-    assert wide[0] < narrow[0] < narrow[1] < wide[1]
-
-
-@pytest.mark.parametrize("given", [(0, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)])
-def test_wilson_interval_refuses_what_is_no_rate(given: tuple[int, int, float]) -> None:
+@pytest.mark.parametrize("given", [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_interval_refuses_what_is_no_rate(given: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="wilson_interval"):
         wilson_interval(*given)
 

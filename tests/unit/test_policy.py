@@ -2,13 +2,11 @@ import builtins
 
 import pytest
 import torch
-from alfworld_folders import games_root
 from peft import PeftModel
 from tiny_play import CHATML, PLAIN, SMALL, byte_tokenizer, make_policy, word_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
-from aem_lightning.datamodules import AlfworldDataModule
-from aem_lightning.modules import Architecture, Lora, Policy, build_tiny_model, build_tokenizer
+from aem_lightning.modules import Architecture, Lora, Policy, build_tiny_model
 from aem_lightning.modules.policy import load_tokenizer
 from aem_lightning.rollout import PromptEncoder
 from aem_lightning.runner.early import read_template
@@ -139,35 +137,6 @@ def test_words_survive_saving_and_loading(folder):
 def test_loading_gives_back_the_weights_that_were_saved(folder, rows):
     saved, loaded = make_policy(lora=False), Policy.from_pretrained(folder)
     assert torch.equal(saved.score(*rows)[0], loaded.score(*rows)[0])
-
-
-def test_every_text_of_a_game_is_in_the_words_of_the_tokenizer():
-    datamodule = AlfworldDataModule(str(games_root("easy")))
-    tokenizer = build_tokenizer(datamodule.vocabulary())
-    env, unknown = datamodule.env_factory()(), {}
-    try:
-        for task in datamodule.tasks("valid_seen")[:4]:
-            observation, info = env.reset(seed=0, options={"task_id": task.id})
-            expert = datamodule.make_expert(task, 0)
-            for _ in range(25):
-                for text in (observation, info["goal"], *info["admissible_actions"]):
-                    ids = tokenizer(text).input_ids
-                    if tokenizer.unk_token_id in ids:
-                        unknown[text] = tokenizer.decode(ids)
-                action = expert.act(observation, info["admissible_actions"])
-                observation, _, terminated, _, info = env.step(action)
-                if terminated:
-                    break
-    finally:
-        env.close()
-    assert not unknown
-
-
-def test_an_action_survives_encoding_and_decoding():
-    actions = ["go to drawer 12", "move alarmclock 1 to sidetable 2"]
-    tokenizer = build_tokenizer(actions)
-    for action in actions:
-        assert tokenizer.decode(tokenizer(action).input_ids) == action
 
 
 def test_a_tiny_model_depends_on_its_seed_alone():

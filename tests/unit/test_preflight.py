@@ -53,11 +53,7 @@ def test_a_python_out_of_range_is_named_with_what_to_type(preflight, version):
     assert f"Python {version[0]}.{version[1]} " in line
     assert "3.11 to 3.13" in line
     assert "make install PYTHON=" in line
-
-
-@pytest.mark.parametrize("version", [(3, 11, 0), (3, 12, 1), (3, 13, 9)])
-def test_a_python_in_range_is_accepted(preflight, version):
-    assert preflight.python_problem(version) is None
+    assert all(preflight.python_problem((3, minor, 1)) is None for minor in (11, 12, 13))
 
 
 def test_a_python_without_venv_names_the_system_package(monkeypatch, preflight):
@@ -86,11 +82,7 @@ def test_a_full_disk_says_how_much_is_free_and_where(monkeypatch, preflight, tmp
     assert "3.2 GB free" in line
     assert str(tmp_path) in line
     assert "VENV=" in line
-
-
-def test_a_renewed_install_needs_less_room_than_the_first(monkeypatch, preflight, tmp_path):
-    fake_disk(monkeypatch, preflight, 3.2)
-    (tmp_path / preflight.STAMP).touch()
+    (tmp_path / preflight.STAMP).touch()  # a renewed install needs less than the first
     assert preflight.disk_problem(str(tmp_path)) is None
 
 
@@ -161,9 +153,5 @@ def test_run_keeps_the_output_in_the_log_and_returns_the_status(preflight, tmp_p
     printed = capsys.readouterr()
     assert printed.err == f"install failed: ERROR: said so (log: {log})\n"
     assert printed.out == ""
-
-
-def test_run_is_silent_after_success(preflight, tmp_path, capsys):
-    log = tmp_path / "install.log"
     assert preflight.main(["run", "--log", str(log), "--", sys.executable, "-c", "print(1)"]) == 0
     assert capsys.readouterr() == ("", "")

@@ -21,9 +21,7 @@ from aem_lightning.envs.swe.sandbox import (
     Sandbox,
     Session,
     SessionSpec,
-    bubblewrap,
     docker,
-    make_sandbox,
     tar_of,
 )
 
@@ -164,35 +162,6 @@ def test_episodes_leave_something_behind(
             session.close()
         del session  # forgetting to close is no leak either
     assert left_behind(before, mark, tmp_path) == []
-
-
-# ------------------------------------------------------------------------------------- selection
-
-
-def test_no_isolation_is_taken_without_asking() -> None:
-    with pytest.raises(ValueError, match="allow_unsafe=true"):
-        make_sandbox("local")
-    assert make_sandbox("local", allow_unsafe=True).name == "local"
-    with pytest.raises(ValueError, match="allowed are auto, bubblewrap, docker, local"):
-        make_sandbox("chroot")
-
-
-def test_a_machine_without_isolation_says_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    bubblewrap._probe.cache_clear()
-    docker._probe.cache_clear()
-    try:
-        with pytest.raises(RuntimeError) as caught:
-            make_sandbox("auto")
-        assert "apt install bubblewrap" in str(caught.value)
-        assert "no docker command on PATH" in str(caught.value)
-        assert "allow_unsafe=true" in str(caught.value)
-        assert make_sandbox("auto", allow_unsafe=True).name == "local"
-    finally:
-        bubblewrap._probe.cache_clear()
-        docker._probe.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------- docker

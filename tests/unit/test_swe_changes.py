@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from aem_lightning.envs.swe import changes
 from aem_lightning.envs.swe.changes import DiffError, file_changes, text_of
 
 
@@ -109,7 +107,3 @@ def test_what_git_does_not_write_is_read(diff: str) -> None:
 
 def test_nothing_is_something() -> None:
     assert file_changes("") == file_changes("\n") == file_changes("fatal: no repository\n") == ()
-
-
-def test_the_example_is_wrong() -> None:
-    assert doctest.testmod(changes).failed == 0

@@ -26,6 +26,8 @@ from aem_lightning.envs.swe.sandbox import (
     Level,
     LocalSandbox,
     SessionSpec,
+    bubblewrap,
+    docker,
 )
 from aem_lightning.envs.swe.tools import write_call
 
@@ -236,14 +238,35 @@ def test_files_are_put_into_an_image_that_nobody_named():
         choose_sandbox(SweSettings(sandbox="docker"))
 
 
+def test_no_isolation_is_taken_without_asking():
+    with pytest.raises(ValueError, match="allow_unsafe=true"):
+        choose_sandbox(SweSettings(sandbox="local"))
+    assert choose_sandbox(SweSettings(sandbox="local", allow_unsafe=True)).name == "local"
+    with pytest.raises(ValueError, match="allowed are auto, bubblewrap, docker, local"):
+        choose_sandbox(SweSettings(sandbox="chroot"))
+
+
 def test_auto_takes_something_else_than_bubblewrap_or_without_it_what_is_unsafe(monkeypatch):
-    missing = Isolation(False, Level.NONE, "there is none")
-    monkeypatch.setattr(BubblewrapSandbox, "probe", lambda self: missing)
-    assert choose_sandbox(SweSettings(allow_unsafe=True)).name == "local"
-    with pytest.raises(RuntimeError, match="there is none"):
-        choose_sandbox(SweSettings())
-    monkeypatch.setattr(BubblewrapSandbox, "probe", lambda self: replace(missing, usable=True))
+    usable = Isolation(True, Level.NAMESPACES, "it works")
+    monkeypatch.setattr(BubblewrapSandbox, "probe", lambda self: usable)
     assert choose_sandbox(SweSettings()).name == "bubblewrap"
+
+
+def test_a_machine_without_isolation_says_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    bubblewrap._probe.cache_clear()
+    docker._probe.cache_clear()
+    try:
+        for image in (None, "some/image"):
+            with pytest.raises(RuntimeError) as caught:
+                choose_sandbox(SweSettings(image=image))
+            assert "apt install bubblewrap" in str(caught.value)
+            assert ("no docker command on PATH" in str(caught.value)) == (image is not None)
+            assert "allow_unsafe=true" in str(caught.value)
+            assert choose_sandbox(SweSettings(image=image, allow_unsafe=True)).name == "local"
+    finally:
+        bubblewrap._probe.cache_clear()
+        docker._probe.cache_clear()
 
 
 @pytest.mark.parametrize(("said", "resolved"), [("PASSED", True), ("FAILED", False)])

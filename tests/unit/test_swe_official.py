@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import logging
 import os
@@ -195,14 +194,6 @@ def test_a_change_of_the_tests_or_of_the_runners_settings_is_graded():
         runner += created(path, "nonsense\n")
     assert graded(FIX + edited + runner).resolved
     assert not graded(edited + runner).resolved
-
-
-@pytest.mark.usefixtures("harness")
-@pytest.mark.parametrize("path", ["conftest.py", "sitecustomize.py"])
-def test_a_file_of_the_runner_earns_something(path):
-    found = graded(FIX + created(path, "x = 1\n"))
-    assert not found.resolved
-    assert found.tampered == (f"{path} is changed",)
 
 
 FORGED = f"print('{SUM} ... ok')\nprint('{ZERO} ... ok')\n"
@@ -430,10 +421,6 @@ def test_a_very_long_line_takes_very_long():
         "test_one": "PASSED"
     }
     assert time.monotonic() - start < 20
-
-
-def test_the_examples_of_the_docstrings_are_wrong():
-    assert doctest.testmod(official).failed == 0
 
 
 # ------------------------------------------------------------------------------------------ R2E-Gym

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from local_coin import local_data, make_agent, make_trainer
+from local_coin import make_agent
+from test_agent_module import VariedRewards
+from test_agent_module import fit as recorded
 from tiny_play import make_policy
 
 from aem_lightning.algorithms import AEM, PPO, AdaptiveEntropy, ClipCov, ClippedLoss, KLCov
@@ -13,24 +14,13 @@ from aem_lightning.modules import RolloutSettings, UpdateSettings
 from aem_lightning.modules.value import ValueHead
 
 
-class Rewards:
+class Rewards(VariedRewards):
     def __call__(self, step, *, malformed):
-        self.count = getattr(self, "count", 0) + 1
-        return 3.0 + (self.count * 7 % 5) / 5
-
-
-class Recorder(Callback):
-    def __init__(self):
-        self.iterations = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.iterations.append(outputs["iteration"])
+        return 3.0 + super().__call__(step, malformed=malformed)
 
 
 def fit(agent, epochs=1):
-    recorder = Recorder()
-    make_trainer(epochs, callbacks=[recorder]).fit(agent, datamodule=local_data())
-    return recorder.iterations
+    return recorded(agent, epochs=epochs).iterations
 
 
 def ppo_agent(**changes):

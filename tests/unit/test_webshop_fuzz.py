@@ -1,7 +1,6 @@
 import random
 import string
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webshop_players import shop, shop_folder
@@ -56,14 +55,14 @@ def test_pages_keep_their_promises_whatever_is_said(said, number, rich):
         before = text
 
 
-def fuzz(count, seed):
-    """``count`` malformed actions: real ones with letters put in, taken out and mixed up."""
-    rng = random.Random(seed)
+def test_ten_thousand_malformed_actions_break_nothing():
+    """Real ones with letters put in, taken out and mixed up."""
+    rng = random.Random(0)
     env = WebShopEnv(shop_folder("hard"))
     goals = shop("hard").num_goals
     letters = string.printable + "[]<>›毛é\u0000\u2028🛒"
     over, info = True, {}
-    for _ in range(count):
+    for _ in range(10_000):
         if over:
             _, info = env.reset(options={"task_id": task_id(rng.randrange(goals))})
         base = list(rng.choice((*info["admissible_actions"], "search[tent]", "click[x]", "[[]]")))
@@ -74,13 +73,3 @@ def fuzz(count, seed):
             base *= rng.randrange(200)
         _, reward, over, _, info = env.step("".join(base))
         assert 0.0 <= reward <= 1.0
-    return env
-
-
-def test_ten_thousand_malformed_actions_break_nothing():
-    fuzz(10_000, seed=0)
-
-
-@pytest.mark.slow
-def test_a_hundred_thousand_malformed_actions_break_nothing():
-    fuzz(100_000, seed=1)

@@ -1,6 +1,4 @@
 import json
-import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -44,29 +42,6 @@ def test_every_query_ranks_its_hits_as_lucene_does(lucene, index):
         # Anserini rounds to four decimals and sets equal scores apart by a millionth each.
         scores = [score for _, score in found]
         np.testing.assert_allclose(scores, [score for _, score in case["hits"]], atol=1e-4)
-
-
-def test_scores_are_the_documented_formula(tmp_path):
-    texts = ["red red lamp", "blue lamp shade", "lamp " * 60, "rug"]
-    index = index_of(tmp_path, ["d", "c", "b", "a"], texts)
-    words = [Analyzer()(text) for text in texts]
-    mean = sum(map(len, words)) / len(words)
-    query = Counter(Analyzer()("lamp red lamp"))
-    expected = {}
-    for number, terms in enumerate(words):
-        length = LENGTHS[length_code(len(terms))]
-        for term, count in query.items():
-            df = sum(term in other for other in words)
-            idf = math.log(1 + (len(words) - df + 0.5) / (df + 0.5))
-            tf = terms.count(term)
-            if tf:
-                norm = 0.9 * (0.6 + 0.4 * length / mean)
-                expected[number] = expected.get(number, 0) + count * idf * tf / (tf + norm)
-    found = dict(index.search("lamp red lamp"))
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert [n for n, _ in index.search("lamp red lamp")] == sorted(
-        expected, key=lambda n: -expected[n]
-    )
 
 
 def test_equal_scores_are_ranked_by_id_and_cut_at_k(tmp_path):

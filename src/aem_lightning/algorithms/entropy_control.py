@@ -11,7 +11,6 @@ from torch import Tensor
 from aem_lightning.functional import (
     clip_cov_tokens,
     kl_cov_tokens,
-    next_entropy_coef,
     token_covariances,
 )
 
@@ -21,7 +20,8 @@ class AdaptiveEntropy:
     """An entropy coefficient that moves by ``step`` an iteration to hold ``target`` nats a token.
 
     The bonus is on while the measured entropy is at most the target. The coefficient is the only
-    state; it is part of the checkpoint. Source: arXiv 2505.22312, section 4.
+    state; it is part of the checkpoint. ``c' = clip(c + step, 0, maximum)`` while the entropy is
+    under the target, ``c - step`` while it is over. Source: arXiv 2505.22312, section 4.
     """
 
     target: float
@@ -44,9 +44,8 @@ class AdaptiveEntropy:
 
     def after(self, coef: float, entropy: float) -> float:
         """The coefficient for the next iteration."""
-        return next_entropy_coef(
-            coef, entropy, target=self.target, step=self.step, maximum=self.maximum
-        )
+        moved = coef + self.step if entropy < self.target else coef - self.step
+        return min(max(moved, 0.0), self.maximum)
 
 
 class CovarianceControl(Protocol):

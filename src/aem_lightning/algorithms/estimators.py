@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, get_args
 
-import torch
 from torch import Tensor
 
 from aem_lightning.algorithms.ranks import over_ranks
 from aem_lightning.functional import (
-    gigpo_advantages,
     gigpo_step_advantages,
     grpo_advantages,
     overlong_penalty,
-    reinforcepp_advantages,
     rloo_advantages,
     step_returns,
+    whiten,
 )
+from aem_lightning.functional.segments import segment_mean
 from aem_lightning.types import RolloutBatch
 
 Statistics = Literal["trajectory", "step"]
@@ -133,7 +132,7 @@ class ReinforcePP:
     def __call__(self, batch: RolloutBatch) -> Tensor:
         returns, mine = over_ranks(batch.returns)
         judged, _ = over_ranks(batch.judged)
-        return reinforcepp_advantages(returns, eps=self.eps, mask=judged)[mine][batch.trajectory]
+        return whiten(returns, eps=self.eps, mask=judged)[mine][batch.trajectory]
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class GiGPO:
 
     The step part compares discounted returns among the responses of a group to one observation;
     ``anchor_similarity`` of the run's settings says how alike is one. ``statistics`` is that of
-    GRPO's part. Source: arXiv 2505.10978.
+    GRPO's part. Source: arXiv 2505.10978, equation 8.
     """
 
     normalize_std: bool = True
@@ -168,7 +167,7 @@ class GiGPO:
             eps=self.eps,
             mask=batch.judged[batch.trajectory],
         )
-        return gigpo_advantages(episode, step, step_weight=self.step_weight)
+        return episode + self.step_weight * step
 
 
 def _check_statistics(given: str) -> None:
@@ -194,6 +193,4 @@ def response_means(advantages: Tensor, batch: RolloutBatch) -> Tensor:
     if advantages.ndim == 1:
         return advantages
     inside = batch.response_index >= 0
-    sums = torch.zeros(batch.num_responses, dtype=advantages.dtype, device=advantages.device)
-    sums.index_add_(0, batch.response_index[inside], advantages[inside])
-    return sums / batch.length.clamp(min=1)
+    return segment_mean(advantages[inside], batch.response_index[inside], batch.num_responses)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aem_lightning.algorithms.ranks import over_ranks
 from aem_lightning.functional import aem_coefficients, empg_bonus, empg_gain, response_entropy
+from aem_lightning.functional.segments import segment_ids, segment_range
 from aem_lightning.types import RolloutBatch
 
 
@@ -237,8 +238,5 @@ def _gated_share(entropy: Tensor, group: Tensor, min_range: float) -> float:
     """Share of the groups whose entropy range is under the gate."""
     if not len(group):
         return 1.0
-    _, index = group.unique(return_inverse=True)
-    count = int(index.max()) + 1
-    high = entropy.new_zeros(count).scatter_reduce(0, index, entropy, "amax", include_self=False)
-    low = entropy.new_zeros(count).scatter_reduce(0, index, entropy, "amin", include_self=False)
+    low, high = segment_range(entropy, *segment_ids(group))
     return float((high - low < min_range).float().mean())

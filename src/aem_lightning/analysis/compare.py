@@ -16,7 +16,7 @@ from aem_lightning.analysis.curves import Curve, read_curves
 from aem_lightning.analysis.inputs import given_runs, overrides_by_arm
 from aem_lightning.analysis.report import need_matplotlib, relative, write_report
 from aem_lightning.analysis.statistics import Estimate, mcnemar, sign_flip_test, t_interval
-from aem_lightning.analysis.tables import comparison_markdown, draw_comparison
+from aem_lightning.analysis.tables import ALL, comparison_markdown, draw_comparison
 from aem_lightning.analysis.training import finished_run
 from aem_lightning.runner.evaluation import evaluate
 from aem_lightning.runner.summary import SUMMARY
@@ -32,7 +32,6 @@ MASSES = (
     "aem/mass_positive",
     "aem/mass_negative",
 )
-ALL = "all"
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from aem_lightning.analysis.curves import Curve, mean_curve, smooth
+from aem_lightning.analysis.curves import mean_curve, smooth
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from aem_lightning.analysis.compare import Run
 
 # The order and the names of the paper's columns.
 COLUMNS = {
@@ -35,16 +37,6 @@ _EFFECTS = {
     "positive_share_base": ("share of positive advantages in Σ\\|A\\|, before (%)", 100),
     "positive_share_modulated": ("and after modulation (%)", 100),
 }
-
-
-class Curves(Protocol):
-    """The part of a run that is drawn."""
-
-    @property
-    def arm(self) -> str: ...
-
-    @property
-    def curves(self) -> Mapping[str, Curve]: ...
 
 
 def comparison_markdown(content: Mapping[str, Any]) -> str:
@@ -125,7 +117,7 @@ def _cell(found: Mapping[str, Any] | None, scale: float, sign: bool = False) -> 
     return f"{text} [{scale * found['low']:{shape}}, {scale * found['high']:{shape}}]"
 
 
-def draw_comparison(runs: Sequence[Curves], arms: Sequence[str]) -> Figure:
+def draw_comparison(runs: Sequence[Run], arms: Sequence[str]) -> Figure:
     """Success in training, in validation, and entropy; bands are 95 % intervals over seeds."""
     # Not at import: the tables above need no matplotlib.
     from aem_lightning.analysis.report import new_figure

@@ -27,12 +27,10 @@ class AdapterExport(Callback):
 
     Args:
         folder: The parent of ``adapter``; the trainer's ``default_root_dir`` when ``None``.
-        name: Name of the adapter's folder.
     """
 
-    def __init__(self, folder: str | Path | None = None, name: str = "adapter") -> None:
+    def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = folder
-        self._name = name
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is an adapter to save before anything is trained.
@@ -58,7 +56,7 @@ class AdapterExport(Callback):
 
     def path(self, trainer: Trainer) -> Path:
         """The folder that the adapter is exported to."""
-        return Path(self._folder or trainer.default_root_dir) / self._name
+        return Path(self._folder or trainer.default_root_dir) / "adapter"
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:

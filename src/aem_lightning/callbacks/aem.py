@@ -35,12 +35,7 @@ class AEMMonitor(Callback):
         self._previous: tuple[int, float] | None = None
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, *_: Any
     ) -> None:
         """Log the statistics of the iteration that ended."""
         iteration = iteration_of(outputs)

@@ -53,12 +53,7 @@ class HorizonGrowth(Callback):
         log_scalars(trainer, {"curriculum/max_turns": turns}, step=int(pl_module.iteration))  # type: ignore[arg-type]
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, *_: Any
     ) -> None:
         """Put the whole horizon back."""
         settings: Any = pl_module.rollout
@@ -110,12 +105,7 @@ class TaskWeights(Callback):
             batch[place] = task
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, *_: Any
     ) -> None:
         """Learn from the groups of all ranks."""
         iteration = iteration_of(outputs)

@@ -55,12 +55,7 @@ class Profile(Callback):
             self._profiler.start()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, *_: Any
     ) -> None:
         """Count the iteration; after the last one wanted, write."""
         iteration = iteration_of(outputs)

@@ -77,12 +77,7 @@ class StepTime(Callback):
         self._index = 0
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, *_: Any
     ) -> None:
         """Log and add up the seconds of the iteration that ended."""
         iteration = iteration_of(outputs)

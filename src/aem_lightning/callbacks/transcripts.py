@@ -74,12 +74,7 @@ class Transcripts(Callback):
         self._pending: list[Trajectory] = []
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, *_: Any
     ) -> None:
         """Show episodes of the iteration that ended, if it is one of every n."""
         iteration = iteration_of(outputs)
@@ -91,7 +86,7 @@ class Transcripts(Callback):
             self._show(trainer, "train", iteration.trajectories, self._episodes, scores)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget episodes of a validation that did not end."""
+        """Forget episodes of a validation, or a test, that did not end."""
         self._pending = []
 
     def on_validation_batch_end(
@@ -103,32 +98,20 @@ class Transcripts(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the episodes until the validation ends."""
-        self._keep(trainer, outputs)
+        """Keep the episodes until all are played."""
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            self._pending.extend(trajectories_of(outputs))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show episodes of the validation."""
-        self._show_pending(trainer, "validate")
+        """Show some of them."""
+        pending, self._pending = self._pending, []
+        if pending:
+            stage = "test" if trainer.testing else "validate"
+            self._show(trainer, stage, pending, self._validation_episodes, {})
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget episodes of a test that did not end."""
-        self._pending = []
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the episodes until the test ends."""
-        self._keep(trainer, outputs)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show episodes of the test."""
-        self._show_pending(trainer, "test")
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def state_dict(self) -> dict[str, Any]:
         """The iteration that a validation's episodes are filed under."""
@@ -137,15 +120,6 @@ class Transcripts(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the numbering of an earlier run."""
         self._iteration = state_dict["iteration"]
-
-    def _keep(self, trainer: Trainer, outputs: Any) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking:
-            self._pending.extend(trajectories_of(outputs))
-
-    def _show_pending(self, trainer: Trainer, stage: str) -> None:
-        pending, self._pending = self._pending, []
-        if pending:
-            self._show(trainer, stage, pending, self._validation_episodes, {})
 
     def _show(
         self,

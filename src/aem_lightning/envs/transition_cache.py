@@ -87,16 +87,14 @@ class TransitionCache:
     """A `TextEnv` that answers for a deterministic one, from memory where it can.
 
     Args:
-        env: The environment; its answers depend on the reset's options, the seed and the actions
-            alone.
+        env: The environment; its answers depend on the reset's options and the actions alone, so
+            copies with different seeds share their transitions.
         store: Where transitions are remembered.
-        seeded: The seed matters. Without it, copies with different seeds share their transitions.
     """
 
-    def __init__(self, env: TextEnv, store: TransitionStore, *, seeded: bool = True) -> None:
+    def __init__(self, env: TextEnv, store: TransitionStore) -> None:
         self._env = env
         self._store = store
-        self._seeded = seeded
         self._key: Hashable = None
         self._state: _State | None = None
         self._behind: list[str] = []  # actions that the environment has not seen yet
@@ -107,7 +105,7 @@ class TransitionCache:
     ) -> tuple[str, dict[str, Any]]:
         """Start ``options["task_id"]``, from memory where it is known."""
         given = dict(options or {})
-        self._key = (seed if self._seeded else None, tuple(sorted(given.items())))
+        self._key = tuple(sorted(given.items()))
         self._state = self._store.start(self._key)
         self._behind = []
         if self._state is None:

@@ -6,20 +6,13 @@ but torch is imported.
 """
 
 from aem_lightning.functional.advantages import (
-    gigpo_advantages,
     gigpo_step_advantages,
     grpo_advantages,
-    reinforcepp_advantages,
     rloo_advantages,
     whiten,
 )
 from aem_lightning.functional.covariance import clip_cov_tokens, kl_cov_tokens, token_covariances
-from aem_lightning.functional.entropy import (
-    entropy_drift,
-    next_entropy_coef,
-    response_entropy,
-    token_entropy,
-)
+from aem_lightning.functional.entropy import entropy_drift, response_entropy, token_entropy
 from aem_lightning.functional.importance import importance_weights
 from aem_lightning.functional.logprob import token_logprob_entropy
 from aem_lightning.functional.losses import (
@@ -49,15 +42,12 @@ __all__ = [
     "empg_gain",
     "entropy_drift",
     "gae",
-    "gigpo_advantages",
     "gigpo_step_advantages",
     "grpo_advantages",
     "importance_weights",
     "kl_cov_tokens",
     "kl_k3",
-    "next_entropy_coef",
     "overlong_penalty",
-    "reinforcepp_advantages",
     "response_entropy",
     "rloo_advantages",
     "sequence_ratio",

@@ -116,36 +116,12 @@ def gigpo_step_advantages(
     return grpo_advantages(step_returns, ids, normalize_std=normalize_std, eps=eps, mask=mask)
 
 
-def gigpo_advantages(episode: Tensor, step: Tensor, *, step_weight: float = 1.0) -> Tensor:
-    """Episode advantage plus the weighted step advantage: ``A = A_E + omega * A_S``.
-
-    GiGPO (arXiv 2505.10978), equation 8: what the whole episode was worth, and what this response
-    was worth among those to the same observation.
-
-    Args:
-        episode: A_E of the trajectory of each response, [R].
-        step: A_S of each response, [R]: ``gigpo_step_advantages``.
-        step_weight: omega; 0 is GRPO.
-
-    Returns:
-        [R].
-
-    Raises:
-        ValueError: Shapes that differ.
-
-    Example:
-        >>> gigpo_advantages(torch.tensor([1.0, 1.0]), torch.tensor([0.5, -0.5]), step_weight=2.0)
-        tensor([2., 0.])
-    """
-    check_rows(episode=episode, step=step)
-    return episode + step_weight * step
-
-
 def whiten(values: Tensor, *, eps: float = 1e-6, mask: Tensor | None = None) -> Tensor:
     """Values shifted and scaled to mean 0 and standard deviation 1 over all that count.
 
     ``(x - mean) / (std + eps)`` with the unbiased standard deviation: the batch normalisation of
-    advantages of PPO implementations and of REINFORCE++ (arXiv 2501.03262).
+    advantages of PPO implementations, and of returns the advantages of REINFORCE++ (arXiv
+    2501.03262), which compares a trajectory with every other one and needs no groups.
 
     Args:
         values: [N].
@@ -164,32 +140,6 @@ def whiten(values: Tensor, *, eps: float = 1e-6, mask: Tensor | None = None) -> 
     """
     one_batch = torch.zeros_like(values, dtype=torch.long)
     return grpo_advantages(values, one_batch, eps=eps, mask=mask)
-
-
-def reinforcepp_advantages(
-    returns: Tensor, *, eps: float = 1e-6, mask: Tensor | None = None
-) -> Tensor:
-    """Returns minus the mean of the batch, over the standard deviation of the batch.
-
-    ``A = (R - mean_batch) / (std_batch + eps)``: REINFORCE++ (arXiv 2501.03262), which compares a
-    trajectory with every other one and needs no groups.
-
-    Args:
-        returns: One return a trajectory, [N].
-        eps: Added to the standard deviation.
-        mask: Trajectories that count, [N] bool; the others enter no statistic and have advantage 0.
-
-    Returns:
-        [N].
-
-    Raises:
-        ValueError: Shapes that differ, or a return that is not finite.
-
-    Example:
-        >>> reinforcepp_advantages(torch.tensor([10.0, 0.0, 0.0, 10.0]))
-        tensor([ 0.8660, -0.8660, -0.8660,  0.8660])
-    """
-    return whiten(returns, eps=eps, mask=mask)
 
 
 def _counted(

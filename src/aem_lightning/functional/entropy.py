@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aem_lightning.functional.segments import segment_mean
+from aem_lightning.functional.segments import check_shapes, segment_mean
 
 
 def token_entropy(logits: Tensor) -> Tensor:
@@ -53,11 +53,7 @@ def response_entropy(entropies: Tensor, response_index: Tensor, num_responses: i
         >>> response_entropy(entropies, torch.tensor([[-1, 0, 0], [1, -1, -1]]), 3)
         tensor([0.3000, 0.5000, 0.0000])
     """
-    if entropies.shape != response_index.shape:
-        raise ValueError(
-            "entropies and response_index must have one shape, "
-            f"got {list(entropies.shape)} and {list(response_index.shape)}"
-        )
+    check_shapes(entropies=entropies, response_index=response_index)
     inside = response_index >= 0
     return segment_mean(entropies[inside], response_index[inside], num_responses)
 
@@ -83,29 +79,3 @@ def entropy_drift(advantage: Tensor, surprisal: Tensor, response_entropy: Tensor
         tensor([ 0.5000, -0.5000])
     """
     return advantage * (surprisal - response_entropy)
-
-
-def next_entropy_coef(
-    coef: float, entropy: float, *, target: float, step: float, maximum: float
-) -> float:
-    """The entropy coefficient of the next iteration, moved a step towards holding a target.
-
-    ``c' = clip(c + step, 0, maximum)`` while the entropy is under the target, ``c - step`` while it
-    is over: the adaptive entropy control of Skywork-OR1 (arXiv 2505.22312, section 4).
-
-    Args:
-        coef: The coefficient c that this iteration used.
-        entropy: Mean token entropy that it measured, nats.
-        target: The entropy to hold, nats.
-        step: How far the coefficient moves.
-        maximum: Its upper bound; the lower one is 0.
-
-    Returns:
-        The next coefficient.
-
-    Example:
-        >>> next_entropy_coef(0.01, 0.1, target=0.2, step=0.005, maximum=0.1)
-        0.015
-    """
-    moved = coef + step if entropy < target else coef - step
-    return min(max(moved, 0.0), maximum)

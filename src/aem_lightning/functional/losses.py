@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from aem_lightning.functional.segments import segment_mean
+from aem_lightning.functional.segments import check_shapes, segment_mean
 
 Aggregation = Literal["token", "sequence", "constant"]
 
@@ -41,7 +41,7 @@ def sequence_ratio(
         >>> sequence_ratio(logprobs, old, torch.tensor([[0, 0, -1]]), 1)
         tensor([1.6487])
     """
-    _check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, response_index=response_index)
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, response_index=response_index)
     inside = response_index >= 0
     log_ratio = (logprobs - old_logprobs)[inside]
     return segment_mean(log_ratio, response_index[inside], num_responses).exp()
@@ -94,7 +94,7 @@ def clipped_surrogate(
         )
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip={dual_clip}: give a bound > 1, or null for none")
-    _check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     advantages = advantages.detach()
     log_ratio = (logprobs - old_logprobs).clamp(max=_MAX_LOG_RATIO)
     ratio = log_ratio.exp()
@@ -130,7 +130,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         >>> kl_k3(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -2.0]))
         tensor([0.0000, 0.3679])
     """
-    _check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
     difference = (ref_logprobs - logprobs).clamp(max=_MAX_LOG_RATIO)
     # expm1 keeps the digits that exp(d) - 1 loses while policy and reference are close.
     return torch.expm1(difference) - difference
@@ -212,13 +212,6 @@ def clipped_value_loss(
     """
     if not clip > 0:
         raise ValueError(f"clip={clip}: give a distance > 0")
-    _check_shapes(values=values, old_values=old_values, returns=returns)
+    check_shapes(values=values, old_values=old_values, returns=returns)
     near = torch.clamp(values, old_values - clip, old_values + clip)
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
-
-
-def _check_shapes(**tensors: Tensor) -> None:
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if len({tuple(shape) for shape in shapes.values()}) > 1:
-        given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"one shape is needed, got {given}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aem_lightning.functional.segments import check_rows, segment_sum
+from aem_lightning.functional.segments import check_rows, check_shapes, segment_sum
 
 
 def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
@@ -55,11 +55,7 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
         >>> gae(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), gamma=1.0, lam=1.0)
         (tensor([0.5000, 0.5000]), tensor([1., 1.]))
     """
-    if rewards.shape != values.shape:
-        raise ValueError(
-            "rewards and values must have one shape, "
-            f"got {list(rewards.shape)} and {list(values.shape)}"
-        )
+    check_shapes(rewards=rewards, values=values)
     following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], dim=-1)
     advantages = discounted_returns(rewards + gamma * following - values, gamma * lam)
     return advantages, advantages + values
@@ -131,11 +127,7 @@ def token_gae(
         (tensor([[0.0000, 3.5000, 2.5000, 0.0000, 1.0000]]), tensor([[0.0000, 4.5000, 4.5000, 0.0000, 4.0000]]))
     """  # noqa: E501 (a doctest's output cannot be broken)
     check_rows(rewards=rewards, trajectory=trajectory)
-    if values.shape != response_index.shape:
-        raise ValueError(
-            "values and response_index must have one shape, "
-            f"got {list(values.shape)} and {list(response_index.shape)}"
-        )
+    check_shapes(values=values, response_index=response_index)
     inside = response_index >= 0
     responses, order = response_index[inside].sort(stable=True)  # [T], in the order of time
     if not len(responses):

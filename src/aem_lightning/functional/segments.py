@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -88,8 +90,29 @@ def check_rows(**columns: Tensor | None) -> None:
         Traceback (most recent call last):
         ValueError: one entry a row is needed, got returns [2], group [3]
     """
-    shapes = {name: list(column.shape) for name, column in columns.items() if column is not None}
-    first = next(iter(shapes.values()))
-    if len(first) != 1 or any(shape != first for shape in shapes.values()):
-        given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"one entry a row is needed, got {given}")
+    given = {name: column for name, column in columns.items() if column is not None}
+    if next(iter(given.values())).ndim != 1 or not _are_alike(given):
+        raise ValueError(f"one entry a row is needed, got {_shapes(given)}")
+
+
+def check_shapes(**tensors: Tensor) -> None:
+    """Raise unless all tensors have one shape: what differs would broadcast.
+
+    Raises:
+        ValueError: Naming each tensor with its shape.
+
+    Example:
+        >>> check_shapes(logprobs=torch.zeros(2, 1), advantages=torch.zeros(2))
+        Traceback (most recent call last):
+        ValueError: one shape is needed, got logprobs [2, 1], advantages [2]
+    """
+    if not _are_alike(tensors):
+        raise ValueError(f"one shape is needed, got {_shapes(tensors)}")
+
+
+def _are_alike(tensors: Mapping[str, Tensor]) -> bool:
+    return len({tensor.shape for tensor in tensors.values()}) == 1
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from aem_lightning.functional.segments import segment_ids, segment_range
 from aem_lightning.types import Iteration
 
 
@@ -35,11 +34,7 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
     played = done.played
     groups, dropped = ({t.group for t in part} for part in (played, done.dropped))
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-    _, index = batch.group.unique(return_inverse=True)
-    ones = torch.ones_like(batch.returns)
-    high = torch.scatter_reduce(ones, 0, index, batch.returns, "amax", include_self=False)
-    low = torch.scatter_reduce(ones, 0, index, batch.returns, "amin", include_self=False)
-    mixed = (high > low)[: int(index.max()) + 1]
+    low, high = segment_range(batch.returns, *segment_ids(batch.group))
     tokens = int(batch.length.sum())
     inadmissible = sum(turn.action is not None and not turn.is_valid for turn in turns)
     return {
@@ -52,7 +47,7 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
         "rollout/inadmissible_rate": inadmissible / len(turns),
         "rollout/truncated_rate": sum(t.truncated for t in trajectories) / len(trajectories),
         "rollout/infra_errors": float(sum(t.infra_error is not None for t in trajectories)),
-        "rollout/mixed_groups": float(mixed.sum()) / len(groups),
+        "rollout/mixed_groups": float((high > low).sum()) / len(groups),
         "rollout/groups_played": float(len(groups)),
         "rollout/groups_dropped": float(len(dropped)),
         "rollout/collection_rounds": 1.0 + max(t.round for t in played),

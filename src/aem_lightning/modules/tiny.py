@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -63,16 +63,11 @@ def build_tiny_model(
 
     The global random stream is left as it was.
     """
+    shape = asdict(architecture)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=architecture.hidden_size,
-        intermediate_size=architecture.intermediate_size,
-        num_hidden_layers=architecture.num_hidden_layers,
-        num_attention_heads=architecture.num_attention_heads,
-        num_key_value_heads=architecture.num_key_value_heads,
-        max_position_embeddings=architecture.max_position_embeddings,
-        initializer_range=architecture.initializer_range,
-        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": shape.pop("rope_theta")},
+        **shape,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

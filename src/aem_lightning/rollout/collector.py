@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Protocol, TypeVar
 
 from aem_lightning.rollout.constraint import Constraint
@@ -199,7 +200,7 @@ class Collector:
         while waiting or live or starting:
             # Environments work on what was sent at the end of a pass while responses are sampled
             # at the beginning of the next.
-            results = sorted(self.responder.answers(), key=_key) if asked else []
+            results = sorted(self.responder.answers(), key=attrgetter("key")) if asked else []
             for result in results:
                 self._record(live[result.key], result)
             steps = self._timed(self.pool.receive)
@@ -318,10 +319,6 @@ def check_same_start(episode: Episode, step: EnvStep, other: Episode, start: Env
                 "A group compares episodes from one start: reset(seed, options) must depend on "
                 "the seed and the task_id alone. check_env finds what else it depends on."
             )
-
-
-def _key(result: Result) -> str:
-    return result.key
 
 
 def _reset_requests(episodes: Mapping[str, Episode], seed: int) -> dict[str, ResetRequest]:

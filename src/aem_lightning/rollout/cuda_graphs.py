@@ -11,10 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from aem_lightning.rollout.slot_model import SlotModel
 
 logger = logging.getLogger(__name__)
 
@@ -22,17 +25,6 @@ WARM_UP_RUNS = 2
 SMALLEST = 8
 
 Step = Callable[[], Tensor]
-
-
-class DecodeModel(Protocol):
-    """What is captured: a step that reads its inputs from buffers."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def decode(self, tokens: Tensor, positions: Tensor, read: int) -> Tensor:
-        """Append a token [b] to each of the first b rows; next-token logits [b, V], float32."""
-        ...
 
 
 @dataclass(slots=True)
@@ -68,7 +60,7 @@ class DecodeGraphs:
 
     def step(
         self,
-        model: DecodeModel,
+        model: SlotModel,
         rows: Sequence[int],
         starts: Sequence[int],
         tokens: Sequence[int],
@@ -101,7 +93,7 @@ class DecodeGraphs:
         # A copy: the next replay writes to the same place.
         return logits[torch.tensor(rows, device=logits.device)]
 
-    def _captured(self, model: DecodeModel, count: int, read: int) -> _Graph | None:
+    def _captured(self, model: SlotModel, count: int, read: int) -> _Graph | None:
         tokens = torch.zeros(count, dtype=torch.long, device=model.device)
         positions = torch.full_like(tokens, self._bin)
 

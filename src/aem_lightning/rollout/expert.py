@@ -76,6 +76,4 @@ class ExpertResponder:
             logprobs=[0.0] * len(tokens),
             entropies=None,
             finish_reason="stop",
-            version=0,
-            reused=0,
         )

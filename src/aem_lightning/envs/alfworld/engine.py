@@ -33,20 +33,15 @@ class AlfworldEnv:
         cached: Speed the engine up and remember transitions (`cache`, `transition_cache`); what is
             shown stays the same. This patches the engine in this process: meant for worker
             processes.
-        max_steps: Steps after which an episode is truncated; None leaves that to the caller.
 
     Raises:
         MissingExtraError: alfworld or textworld is not installed.
         FileNotFoundError: There is no such data folder.
     """
 
-    def __init__(
-        self, root: str | Path, *, cached: bool = True, max_steps: int | None = None
-    ) -> None:
-        self._max_steps = max_steps
-        self._steps = 0
+    def __init__(self, root: str | Path, *, cached: bool = True) -> None:
         game: TextEnv = _GameEngine(Path(root), cached=cached)
-        self._game = TransitionCache(game, shared_store(), seeded=False) if cached else game
+        self._game = TransitionCache(game, shared_store()) if cached else game
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -57,7 +52,6 @@ class AlfworldEnv:
             ValueError: No task id was given.
             FileNotFoundError: The data folder has no such game.
         """
-        self._steps = 0
         if not options or "task_id" not in options:
             raise ValueError(
                 f"reset(options={options!r}): give options={{'task_id': id}}, the id of a game "
@@ -67,10 +61,7 @@ class AlfworldEnv:
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Play ``action``; one that is not admissible is answered "Nothing happens."."""
-        observation, reward, terminated, _, info = self._game.step(action)
-        self._steps += 1
-        is_cut = self._max_steps is not None and self._steps >= self._max_steps
-        return observation, reward, terminated, is_cut and not terminated, info
+        return self._game.step(action)
 
     def counters(self) -> dict[str, int]:
         """Hits and misses of the transitions that this process remembers, since last asked."""

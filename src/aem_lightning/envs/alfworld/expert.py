@@ -9,7 +9,6 @@ from typing import Any
 
 SEEN_ON = re.compile(r"On the ([a-z]+ \d+), you see (.+?)\.")
 SEEN_IN = re.compile(r"The ([a-z]+ \d+) is open\. In it, you see (.+?)\.")
-CLOSED = re.compile(r"The ([a-z]+ \d+) is closed\.")
 ARRIVED = re.compile(r"You arrive at ([a-z]+ \d+)\.")
 TAKEN = re.compile(r"You pick up the ([a-z]+ \d+) from the ([a-z]+ \d+)\.")
 MOVED = re.compile(r"You move the ([a-z]+ \d+) to the ([a-z]+ \d+)\.")
@@ -147,7 +146,7 @@ class SearchingExpert:
             return here
         if f"open {self._place}" in allowed:
             return f"open {self._place}"
-        return self._go(self._order[self._rng.randrange(len(self._order))])
+        return f"go to {self._order[self._rng.randrange(len(self._order))]}"
 
     def _search(self, allowed: frozenset[str]) -> str:
         """Look into the place at hand, else go to the next one of the order."""
@@ -157,7 +156,7 @@ class SearchingExpert:
         if not left:  # something was moved behind its back: start over
             self._searched.clear()
             left = self._order
-        return self._go(left[0]) if left else "look"
+        return f"go to {left[0]}" if left else "look"
 
     def _at(
         self, place: str | None, action: str, allowed: frozenset[str], *, inside: bool = True
@@ -168,7 +167,7 @@ class SearchingExpert:
         if place is None:
             return "look"
         if self._place != place:
-            return self._go(place)
+            return f"go to {place}"
         if inside and f"open {place}" in allowed:
             return f"open {place}"
         self._contents.pop(place, None)  # it is not as remembered
@@ -178,9 +177,6 @@ class SearchingExpert:
         """The first receptacle of a class, the one at hand before others."""
         places = [place for place in self._order if _kind(place) == kind]
         return self._place if self._place in places else next(iter(places), None)
-
-    def _go(self, place: str) -> str:
-        return f"go to {place}"
 
 
 def _kind(name: str) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from aem_lightning.envs.swe.grading import Grade, grade
 from aem_lightning.envs.swe.instances import Instance
@@ -16,13 +16,12 @@ from aem_lightning.envs.swe.r2e import HIDE_TESTS, grade_expected
 from aem_lightning.envs.swe.repositories import DATE, Repositories
 from aem_lightning.envs.swe.sandbox import (
     BubblewrapSandbox,
-    CommandResult,
     DockerSandbox,
     Limits,
+    LocalSandbox,
     Sandbox,
     Session,
     SessionSpec,
-    make_sandbox,
 )
 from aem_lightning.envs.swe.tools import Call, CallError, describe, parse_call, run_call
 from aem_lightning.envs.swe.words import WordsDialect, spoken
@@ -30,6 +29,7 @@ from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
 
 Dialect = Literal["functions", "words"]
 DIALECTS = ("functions", "words")
+SANDBOXES = ("auto", "bubblewrap", "docker", "local")
 Step = tuple[str, float, bool, bool, dict[str, Any]]
 
 _GIT = (
@@ -93,15 +93,21 @@ class SweSettings:
 
 
 def choose_sandbox(settings: SweSettings, *, has_images: bool = False) -> Sandbox:
-    """Where commands run: for ``auto``, containers for instances that are images, else bubblewrap.
+    """Where commands run: for ``auto``, what isolates best and works here.
 
-    The machine's own Python has pytest, which a plain image lacks.
+    Instances that are images run in containers; others only where an image is named, as a plain
+    one lacks the pytest of the machine's own Python.
 
     Raises:
-        ValueError: The instances are images, and something else than containers is asked for.
-        RuntimeError: It does not work here.
+        ValueError: There is none of that name, ``local`` without ``allow_unsafe``, or instances
+            that are images (or not) and a sandbox that has none (or needs one).
+        RuntimeError: It does not work here; the message says why.
     """
-    name = settings.sandbox
+    name, image = settings.sandbox, settings.image
+    if name not in SANDBOXES:
+        raise ValueError(
+            f"datamodule.environment.sandbox={name}: allowed are {', '.join(SANDBOXES)}"
+        )
     if has_images and name not in ("auto", "docker"):
         raise ValueError(
             f"datamodule.environment.sandbox={name}: these instances are container images; type "
@@ -109,17 +115,26 @@ def choose_sandbox(settings: SweSettings, *, has_images: bool = False) -> Sandbo
         )
     if has_images:
         return DockerSandbox(writable_root=True)  # the repository is part of the image
-    if name == "docker" and settings.image is None:
+    if name == "docker" and image is None:
         raise ValueError(
             "datamodule.environment.sandbox=docker: these instances are no images; type "
             "datamodule.environment.image=<one with git, python3 and pytest>"
         )
-    if name == "auto" and settings.image is None:
-        if settings.allow_unsafe and not BubblewrapSandbox().probe().usable:
-            name = "local"
-        else:
-            name = "bubblewrap"
-    return make_sandbox(name, allow_unsafe=settings.allow_unsafe)
+    if name == "local":
+        return LocalSandbox(settings.allow_unsafe)
+    known: list[Sandbox] = [BubblewrapSandbox(), *([DockerSandbox()] if image else [])]
+    asked = [sandbox for sandbox in known if name in ("auto", sandbox.name)]
+    found = [(sandbox, sandbox.probe()) for sandbox in asked]
+    usable = [(isolation.level, sandbox) for sandbox, isolation in found if isolation.usable]
+    if usable:
+        return max(usable, key=lambda pair: pair[0])[1]
+    if name == "auto" and settings.allow_unsafe:
+        return LocalSandbox(allow_unsafe=True)
+    reasons = "; ".join(f"{sandbox.name}: {isolation.reason}" for sandbox, isolation in found)
+    raise RuntimeError(
+        f"sandbox={name}: nothing here isolates commands ({reasons}). Where their harm would not "
+        "matter, type datamodule.environment.sandbox=local datamodule.environment.allow_unsafe=true"
+    )
 
 
 class SweEnv:
@@ -143,9 +158,7 @@ class SweEnv:
         settings = settings or SweSettings()
         engine = _Engine({i.instance_id: i for i in instances}, settings)
         self._cached = settings.cached
-        self._env = (
-            TransitionCache(engine, shared_store(), seeded=False) if self._cached else engine
-        )
+        self._env = TransitionCache(engine, shared_store()) if self._cached else engine
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -183,46 +196,6 @@ def shared_store() -> TransitionStore:
 _COUNTS: Counter[str] = Counter()
 
 
-class _Dialect(Protocol):
-    """How actions are read and results shown."""
-
-    @property
-    def admissible(self) -> tuple[str, ...]: ...
-
-    def parse(self, action: str) -> Call: ...
-
-    def show(self, call: Call, result: CommandResult) -> str: ...
-
-
-class _Functions:
-    """Calls in XML; what may be called cannot be listed."""
-
-    admissible: tuple[str, ...] = ()
-
-    def parse(self, action: str) -> Call:
-        return parse_call(action)
-
-    def show(self, call: Call, result: CommandResult) -> str:
-        return describe(call, result)
-
-
-class _Words:
-    """The words dialect, whose state is that of one episode."""
-
-    def __init__(self, symbols: str) -> None:
-        self._words = WordsDialect(tuple(symbols.split()))
-
-    @property
-    def admissible(self) -> tuple[str, ...]:
-        return self._words.admissible
-
-    def parse(self, action: str) -> Call:
-        return self._words.parse(action)
-
-    def show(self, call: Call, result: CommandResult) -> str:
-        return self._words.read(call, result.output)
-
-
 class _Engine:
     """One session after the other."""
 
@@ -248,7 +221,7 @@ class _Engine:
         self._instance = self._instances[task_id]
         self._files = self._repositories.base(self._instance)
         self._turns, self._start = 0, time.monotonic()
-        self._dialect: _Dialect = _Functions()
+        self._words: WordsDialect | None = None
         self._broken = self._open()
         return self._observation(), self._info()
 
@@ -266,7 +239,7 @@ class _Engine:
             self._base = done.output.strip()[-40:]
         if done.code == 0 and self._settings.dialect == "words":
             done = run_call(self._session, Call("symbols"))
-            self._dialect = _Words(done.output)
+            self._words = WordsDialect(tuple(done.output.split()))
         if done.code == 0:
             return None
         return done.infra_error or f"the repository cannot be set up: {done.output.strip()[-500:]}"
@@ -281,7 +254,7 @@ class _Engine:
             return "The time of this episode is up.", 0.0, False, True, self._info()
         self._turns += 1
         try:
-            call = self._dialect.parse(action)
+            call = self._words.parse(action) if self._words else parse_call(action)
         except CallError as error:
             return self._go_on(str(error), is_valid=False)
         if call.tool == "finish":
@@ -289,7 +262,9 @@ class _Engine:
         result = run_call(self._session, call)
         if result.infra_error:
             return self._break(result.infra_error)
-        return self._go_on(self._dialect.show(call, result), is_valid=True)
+        if self._words:
+            return self._go_on(self._words.read(call, result.output), is_valid=True)
+        return self._go_on(describe(call, result), is_valid=True)
 
     def close(self) -> None:
         session, self._session = self._session, None
@@ -323,17 +298,14 @@ class _Engine:
             return Grade(infra_error=changed.infra_error)
         if changed.code or changed.truncated:
             return Grade(report="the change is too large, or git cannot print it")
-        wall_s = self._settings.grade_s
-        limits = self._settings.limits.ended_by_the_clock(wall_s)
+        limits = self._settings.limits.ended_by_the_clock(self._settings.grade_s)
         limits = replace(limits, output_bytes=OUTPUT_BYTES)
         spec = self._spec(limits)
         if self._instance.expected:
             return grade_expected(self._sandbox, self._instance, changed.output, spec)
         if is_official(self._instance):
             return grade_official(self._sandbox, self._instance, changed.output, spec)
-        return grade(
-            self._sandbox, self._instance, self._files, changed.output, wall_s=wall_s, spec=spec
-        )
+        return grade(self._sandbox, self._instance, self._files, changed.output, spec)
 
     def _spec(self, limits: Limits) -> SessionSpec:
         settings = self._settings
@@ -346,20 +318,19 @@ class _Engine:
 
     def _observation(self) -> str:
         statement = self._instance.problem_statement
-        return spoken(_title(statement)) if self._settings.dialect == "words" else statement
+        if self._settings.dialect == "functions":
+            return statement
+        return spoken(statement.strip().partition("\n")[0])  # the title
 
     def _info(self, **more: Any) -> dict[str, Any]:
         words = self._settings.dialect == "words"
         info: dict[str, Any] = {
             "task_id": self._instance.instance_id,
             "goal": self._observation() if words else self._instance.problem_statement,
-            "admissible_actions": self._dialect.admissible,
+            # Calls in XML cannot be listed.
+            "admissible_actions": self._words.admissible if self._words else (),
             "is_action_valid": True,
             "won": False,
             "score": 0.0,
         }
         return info | more
-
-
-def _title(statement: str) -> str:
-    return statement.strip().partition("\n")[0]

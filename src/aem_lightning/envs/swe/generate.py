@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -144,7 +144,10 @@ def _try_until(
     outcomes: Counter[str] = Counter()
     found: list[Tried] = []
     with ThreadPoolExecutor(workers) as pool:
-        for part in _parts(candidates(seed), 2 * workers):
+        waiting = candidates(seed)
+        while waiting:
+            # A few at a time, so that few are tried in vain.
+            part, waiting = waiting[: 2 * workers], waiting[2 * workers :]
             for tried in pool.map(partial(try_candidate, sandbox), part):
                 if len(found) < count:
                     outcomes[tried.outcome] += 1
@@ -155,12 +158,6 @@ def _try_until(
         f"count={count}: the libraries give only {len(found)} instances of seed={seed} "
         f"({dict(outcomes)}); type a count of at most that"
     )
-
-
-def _parts(all_of_them: Sequence[Candidate], size: int) -> Iterator[list[Candidate]]:
-    """Parts of at most ``size``, so that few candidates are tried in vain."""
-    for first in range(0, len(all_of_them), size):
-        yield list(all_of_them[first : first + size])
 
 
 def try_candidate(sandbox: Sandbox, candidate: Candidate) -> Tried:
@@ -182,9 +179,7 @@ def try_candidate(sandbox: Sandbox, candidate: Candidate) -> Tried:
     row = _row(candidate, failing, passing, visible)
     instance = from_swebench(row)
     base = tar_of({path: text.encode() for path, text in files.items()})
-    tried = partial(
-        grade, sandbox, instance, base, wall_s=TRIAL.wall_s, spec=SessionSpec(limits=TRIAL)
-    )
+    tried = partial(grade, sandbox, instance, base, spec=SessionSpec(limits=TRIAL))
     if not tried(instance.patch).resolved:
         return Tried("fix_fails")
     if tried("").resolved:

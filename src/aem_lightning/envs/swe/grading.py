@@ -7,10 +7,10 @@ import shlex
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from aem_lightning.envs.swe.changes import DiffError, FileChange, file_changes, text_of
-from aem_lightning.envs.swe.sandbox import CommandResult, Limits, Sandbox, Session, SessionSpec
+from aem_lightning.envs.swe.instances import Instance
+from aem_lightning.envs.swe.sandbox import CommandResult, Sandbox, Session, SessionSpec
 
 REPORT_CHARACTERS = 4_000
 # A test, or what helps one; an agent may write there, but it is not graded. Some projects ship a
@@ -35,22 +35,6 @@ _LINE = re.compile(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) (.+)$", re.MULTILINE)
 _SKIPPED_LINE = re.compile(r"^(\S+::.+?) SKIPPED\b.*$", re.MULTILINE)
 
 
-class Graded(Protocol):
-    """The part of an instance that is hidden from the agent."""
-
-    @property
-    def repo(self) -> str: ...
-
-    @property
-    def test_patch(self) -> str: ...
-
-    @property
-    def fail_to_pass(self) -> Sequence[str]: ...
-
-    @property
-    def pass_to_pass(self) -> Sequence[str]: ...
-
-
 @dataclass(frozen=True)
 class Grade:
     """What came out.
@@ -70,15 +54,7 @@ class Grade:
     report: str = ""
 
 
-def grade(
-    sandbox: Sandbox,
-    instance: Graded,
-    base: bytes,
-    diff: str,
-    *,
-    wall_s: float = 300.0,
-    spec: SessionSpec | None = None,
-) -> Grade:
+def grade(sandbox: Sandbox, instance: Instance, base: bytes, diff: str, spec: SessionSpec) -> Grade:
     """Apply its test patch to the base tree of an instance, then a change, and run the tests.
 
     The session is a new one, so nothing but ``diff`` comes from the agent's. Changes to tests, and
@@ -89,31 +65,30 @@ def grade(
 
     Args:
         sandbox: Where.
-        instance: Its hidden part.
+        instance: What the change is for.
         base: Archive of the base tree; empty where ``spec.image`` has it.
         diff: The agent's change, as ``git diff`` prints it.
-        wall_s: Seconds for the tests.
-        spec: Of the session, where the default is not enough.
+        spec: Of the session; its limit of time is the tests'.
     """
     refused = refusal(instance, tampering(diff))
     if refused is not None:
         return refused
-    session = sandbox.open(spec or SessionSpec(limits=Limits().ended_by_the_clock(wall_s)))
+    session = sandbox.open(spec)
     try:
         graded = without_tests(diff, instance.test_patch)
-        return _graded(session, instance, base, graded, wall_s)
+        return _graded(session, instance, base, graded, spec.limits.wall_s)
     finally:
         session.close()
 
 
-def refusal(instance: Graded, tampered: tuple[str, ...]) -> Grade | None:
+def refusal(instance: Instance, tampered: tuple[str, ...]) -> Grade | None:
     """The grade of a change that tampers: its tests are not run. A fix of a runner may look so."""
     if not tampered or instance.repo in RUNNERS:
         return None
     return Grade(tampered=tampered, report="not run: " + "; ".join(tampered))
 
 
-def _graded(session: Session, instance: Graded, base: bytes, diff: str, wall_s: float) -> Grade:
+def _graded(session: Session, instance: Instance, base: bytes, diff: str, wall_s: float) -> Grade:
     if base:
         unpacked = session.put_tar(base)
         if unpacked.code:
@@ -127,7 +102,7 @@ def _graded(session: Session, instance: Graded, base: bytes, diff: str, wall_s: 
     if ended is not None:
         return ended
     expected = [*instance.fail_to_pass, *instance.pass_to_pass]
-    result = session.run(test_command(expected), wall_s=wall_s)
+    result = session.run(test_command(expected))
     if result.infra_error:
         return broken(result, "")
     if result.timed_out:
@@ -170,7 +145,7 @@ def too_slow(result: CommandResult, wall_s: float) -> Grade:
     return Grade(report=f"the tests took over {wall_s:g} s\n{result.output[-REPORT_CHARACTERS:]}")
 
 
-def decided(result: CommandResult, statuses: Mapping[str, str], instance: Graded) -> Grade:
+def decided(result: CommandResult, statuses: Mapping[str, str], instance: Instance) -> Grade:
     """The grade of a run with these statuses; one that failed, and names no failure, is forged."""
     forged = result.code != 0 and FAILURES.isdisjoint(statuses.values())
     resolved = not forged and is_resolved(statuses, instance.fail_to_pass, instance.pass_to_pass)

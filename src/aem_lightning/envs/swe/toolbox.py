@@ -279,10 +279,7 @@ def main() -> int:
     request = json.load(sys.stdin)
     try:
         text = TOOLS[request.pop("tool")](**request)
-    except ToolError as error:
-        sys.stdout.write(f"ERROR: {error}\n")
-        return 1
-    except TypeError as error:
+    except (ToolError, TypeError) as error:
         sys.stdout.write(f"ERROR: {error}\n")
         return 1
     sys.stdout.write(text + "\n")

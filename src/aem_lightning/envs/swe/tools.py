@@ -77,7 +77,11 @@ def parse_call(action: str) -> Call:
             "No call was found. Write <function=NAME>, <parameter=KEY>VALUE</parameter> for each "
             f"argument, and </function>; NAME is one of {', '.join(TOOLS)}."
         )
-    arguments = {key: _unwrapped(value) for key, value in PARAMETER.findall(found[2])}
+    # Values without the line breaks that set them apart from their tags.
+    arguments = {
+        key: value.removeprefix("\n").removesuffix("\n")
+        for key, value in PARAMETER.findall(found[2])
+    }
     name = RENAMED.get(found[1], found[1])
     if name in SHORT:
         name, arguments["command"] = SHORT[name]
@@ -133,7 +137,10 @@ def write_call(name: str, **arguments: str) -> str:
         >>> write_call("finish", command="submit")
         '<function=finish>\n<parameter=command>submit</parameter>\n</function>'
     """
-    lines = [f"<parameter={key}>{_wrapped(value)}</parameter>" for key, value in arguments.items()]
+    lines = []
+    for key, value in arguments.items():
+        edge = "\n" if "\n" in value else ""
+        lines.append(f"<parameter={key}>{edge}{value}{edge}</parameter>")
     return "\n".join([f"<function={name}>", *lines, "</function>"])
 
 
@@ -158,12 +165,3 @@ def _checked(
         what = [f"no parameter {name}" for name in unknown] + [f"needs {name}" for name in missing]
         raise CallError(f"{tool} has {'; '.join(what)}; it takes {', '.join(allowed)}.")
     return Call(tool, dict(arguments))
-
-
-def _unwrapped(value: str) -> str:
-    """A value without the line breaks that set it apart from its tags."""
-    return value.removeprefix("\n").removesuffix("\n")
-
-
-def _wrapped(value: str) -> str:
-    return f"\n{value}\n" if "\n" in value else value

@@ -15,6 +15,7 @@ STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then "
     "there these they this to was will with".split()
 )
+MAX_WORDS = 500_000  # remembered; then an analyzer starts over
 _LETTER = r"[^\W\d_]"
 # Full stops, colons and apostrophes join letters; full stops, commas and the like join digits.
 _WORD = re.compile(
@@ -28,15 +29,10 @@ _POSSESSIVE = ("'s", "\u2019s", "'S", "\u2019S")
 
 
 class Analyzer:
-    """Text to terms; words that it has seen are looked up.
+    """Text to terms; words that it has seen are looked up, up to `MAX_WORDS`."""
 
-    Args:
-        max_words: Words remembered; then it starts over.
-    """
-
-    def __init__(self, max_words: int = 500_000) -> None:
+    def __init__(self) -> None:
         self._terms: dict[str, str] = {}
-        self._max_words = max_words
 
     def __call__(self, text: str) -> list[str]:
         """The terms of ``text``, in their order, repetitions included."""
@@ -47,7 +43,7 @@ class Analyzer:
         for word in _WORD.findall(text):
             term = known.get(word)
             if term is None:
-                if len(known) >= self._max_words:
+                if len(known) >= MAX_WORDS:
                     known.clear()
                 term = known[word] = _term(word)
             if term:

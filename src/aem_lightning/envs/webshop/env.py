@@ -67,7 +67,6 @@ class WebShopEnv:
             argument are taken off, as word-level tokenizers write them.
         suggest_search: List a search for the instruction, without its price cap, in place of the
             hint: for ``action=constrained``, which can only choose among what is listed.
-        max_steps: Steps after which an episode is truncated; None leaves that to the caller.
 
     Raises:
         ValueError: An argument is out of range.
@@ -85,7 +84,6 @@ class WebShopEnv:
         results_per_page: int = 10,
         exact_actions: bool = True,
         suggest_search: bool = False,
-        max_steps: int | None = None,
     ) -> None:
         if observation not in pages.MODES:
             raise ValueError(f"observation={observation!r}; allowed: {', '.join(pages.MODES)}")
@@ -94,10 +92,9 @@ class WebShopEnv:
         self._catalogue: Catalogue = open_catalogue(str(folder))
         self._mode, self._separator = observation, separator
         self._show_instruction, self._show_attributes = show_instruction, show_attributes
-        self._per_page, self._exact, self._max_steps = results_per_page, exact_actions, max_steps
+        self._per_page, self._exact = results_per_page, exact_actions
         self._suggest = suggest_search
         self._session: _Session | None = None
-        self._steps = 0
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -109,7 +106,6 @@ class WebShopEnv:
         """
         number = self._number((options or {}).get("task_id"))
         goal = self._catalogue.goal(number)
-        self._steps = 0
         self._session = session = _Session(number, goal, Page(()))
         self._open(session, "search")
         return self._observation(session), self._info(session, is_valid=True)
@@ -122,11 +118,9 @@ class WebShopEnv:
         was_over = session.place == "done"
         is_valid = not was_over and self._act(session, action)
         is_over = session.place == "done"
-        self._steps += 1
-        is_cut = self._max_steps is not None and self._steps >= self._max_steps
         reward = session.score if is_over and not was_over else 0.0
         info = self._info(session, is_valid=is_valid)
-        return self._observation(session), reward, is_over, is_cut and not is_over, info
+        return self._observation(session), reward, is_over, False, info
 
     def close(self) -> None:
         """Forget the session; the catalogue stays open for others."""
@@ -238,12 +232,9 @@ class WebShopEnv:
     def _observation(self, session: _Session) -> str:
         return session.page.render(self._mode, self._separator)
 
-    def _hint(self, goal: Goal) -> str:
-        """What the search page lists as a search."""
-        return f"search[{goal.wish}]" if self._suggest else SEARCH_HINT
-
     def _info(self, session: _Session, *, is_valid: bool) -> dict[str, Any]:
-        hint = (self._hint(session.goal),) if session.place == "search" else ()
+        listed = f"search[{session.goal.wish}]" if self._suggest else SEARCH_HINT
+        hint = (listed,) if session.place == "search" else ()
         return {
             "task_id": task_id(session.number),
             "goal": session.goal.instruction,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from aem_lightning.envs.swe.sandbox.session import Session
 
 WORKDIR = "/testbed"
-TIMED_OUT = 124  # the exit codes of coreutils' timeout, and of a process that was killed
-KILLED = 137
+KILLED = 137  # the exit code of a process that was killed
 
 
 @dataclass(frozen=True)
@@ -96,33 +98,6 @@ class SessionSpec:
     limits: Limits = field(default_factory=Limits)
     image: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-
-
-class Session(Protocol):
-    """One sandbox at work; a command leaves files behind, but no process."""
-
-    def run(
-        self,
-        command: str,
-        *,
-        wall_s: float | None = None,
-        cwd: str | None = None,
-        stdin: bytes | None = None,
-    ) -> CommandResult:
-        """Run ``command`` with bash; ``wall_s`` replaces the session's limit."""
-        ...
-
-    def put_tar(self, data: bytes, path: str | None = None) -> CommandResult:
-        """Unpack an archive below ``path``, by default the working folder."""
-        ...
-
-    def alive(self) -> bool:
-        """Whether another command can be run."""
-        ...
-
-    def close(self) -> None:
-        """End every process of the session and free what it holds; a second call does nothing."""
-        ...
 
 
 @runtime_checkable

@@ -9,9 +9,9 @@ import sys
 import sysconfig
 from functools import cache
 
-from aem_lightning.envs.swe.sandbox.base import Isolation, Level, Session, SessionSpec
+from aem_lightning.envs.swe.sandbox.base import Isolation, Level, SessionSpec
 from aem_lightning.envs.swe.sandbox.seccomp import readable, seccomp_program
-from aem_lightning.envs.swe.sandbox.session import ServedSession, server_command
+from aem_lightning.envs.swe.sandbox.session import Session, server_command
 
 HOME = "/home/agent"
 NOBODY = "65534"  # who runs it for root: the limit on processes does not hold for user 0
@@ -58,7 +58,7 @@ class BubblewrapSandbox:
         filters = [readable(program)] if (program := seccomp_program()) else []
         for descriptor in filters:
             arguments[1:1] = ["--seccomp", str(descriptor)]
-        return ServedSession(
+        return Session(
             _as_nobody(arguments), spec, environment={"PATH": os.defpath}, descriptors=filters
         )
 

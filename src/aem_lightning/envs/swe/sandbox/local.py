@@ -7,16 +7,16 @@ import sys
 import sysconfig
 import tempfile
 from dataclasses import replace
+from typing import Any
 
 from aem_lightning.envs.swe.sandbox.base import (
     CommandResult,
     Isolation,
     Level,
-    Session,
     SessionSpec,
 )
 from aem_lightning.envs.swe.sandbox.bubblewrap import ENVIRONMENT
-from aem_lightning.envs.swe.sandbox.session import ServedSession, server_command
+from aem_lightning.envs.swe.sandbox.session import Session, server_command
 
 
 class LocalSandbox:
@@ -47,49 +47,30 @@ class LocalSandbox:
         return _LocalSession(spec)
 
 
-class _LocalSession:
+class _LocalSession(Session):
     """A served session, and the folder that goes with it."""
 
     def __init__(self, spec: SessionSpec) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="aem-swe-", ignore_cleanup_errors=True)
-        self._folder = self._temporary.name
-        self._workdir = spec.workdir
+        self._stands_for = spec.workdir
+        folder = self._temporary.name
         environment = {
             **ENVIRONMENT,
-            "HOME": self._folder,
+            "HOME": folder,
             "PATH": f"{os.path.dirname(sys.executable)}:{os.defpath}",
             "PYTHONPATH": sysconfig.get_paths()["purelib"],
             **spec.environment,
         }
         command = server_command(sys.executable)
-        served = replace(spec, workdir=self._folder)
-        self._session = ServedSession(command, served, environment=environment)
+        super().__init__(command, replace(spec, workdir=folder), environment=environment)
 
-    def run(
-        self,
-        command: str,
-        *,
-        wall_s: float | None = None,
-        cwd: str | None = None,
-        stdin: bytes | None = None,
-    ) -> CommandResult:
-        return self._session.run(command, wall_s=wall_s, cwd=self._place(cwd), stdin=stdin)
-
-    def put_tar(self, data: bytes, path: str | None = None) -> CommandResult:
-        return self._session.put_tar(data, self._place(path))
-
-    def alive(self) -> bool:
-        return self._session.alive()
+    def run(self, command: str, *, cwd: str | None = None, **more: Any) -> CommandResult:
+        """As anywhere; paths below the working folder are where that is on this machine."""
+        if cwd is not None and cwd.startswith(self._stands_for):
+            cwd = self._temporary.name + cwd[len(self._stands_for) :]
+        return super().run(command, cwd=cwd, **more)
 
     def close(self) -> None:
-        self._session.close()
+        """End every process of the session and remove its folder."""
+        super().close()
         self._temporary.cleanup()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _place(self, path: str | None) -> str | None:
-        """Paths below the working folder, where that is on this machine."""
-        if path is None or not path.startswith(self._workdir):
-            return path
-        return self._folder + path[len(self._workdir) :]

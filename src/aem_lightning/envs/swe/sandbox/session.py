@@ -38,8 +38,8 @@ def tar_of(contents: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-class ServedSession:
-    """A session whose commands a server inside the sandbox runs.
+class Session:
+    """One sandbox at work: a server inside runs its commands, which leave files but no process.
 
     Args:
         argv: What starts the server; requests go to its standard input.
@@ -89,7 +89,7 @@ class ServedSession:
         cwd: str | None = None,
         stdin: bytes | None = None,
     ) -> CommandResult:
-        """Run ``command`` with bash; see `Session`."""
+        """Run ``command`` with bash; ``wall_s`` replaces the session's limit."""
         limits = self._spec.limits
         wall_s = limits.wall_s if wall_s is None else wall_s
         request = {
@@ -126,7 +126,7 @@ class ServedSession:
             return self._gone(f"the sandbox answered with {sorted(reply)}", start)
 
     def put_tar(self, data: bytes, path: str | None = None) -> CommandResult:
-        """Unpack an archive; see `Session`."""
+        """Unpack an archive below ``path``, by default the working folder."""
         return self.run("tar -xf - --no-same-owner", cwd=path, stdin=data)
 
     def alive(self) -> bool:
@@ -134,7 +134,7 @@ class ServedSession:
         return self._process is not None and self._process.poll() is None
 
     def close(self) -> None:
-        """End every process of the session."""
+        """End every process of the session; a second call does nothing."""
         process, self._process = self._process, None
         if process is None:
             return
