@@ -97,6 +97,20 @@ def test_after_packing_padded_batches_and_masks_are_read_otherwise(piece, tmp_pa
     assert Policy.from_pretrained(str(tmp_path)).causal_lm.config._attn_implementation == "sdpa"
 
 
+def test_no_dense_mask_is_made_for_a_packed_row(piece, monkeypatch):
+    seen = []
+
+    def spy(module, query, key, value, mask, **options):
+        seen.append((mask.shape, options["segments"].lengths))
+        return packed_attention(module, query, key, value, mask, **options)
+
+    monkeypatch.setattr(attention, "packed_attention", spy)
+    piece.score(make_policy(), 1.0, packed=True)
+    monkeypatch.undo()
+    attention.AttentionInterface.register(attention.PACKED, packed_attention)
+    assert seen == [((1, 1, 1, 5), LENGTHS)] * 2
+
+
 def dense(query, key, value, lengths, scaling):
     """Attention under the block-diagonal causal mask."""
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))

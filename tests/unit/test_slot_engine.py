@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from aem_lightning.rollout.engine import Request, Sampling
+from aem_lightning.rollout.engine import Request, RolloutEngine, Sampling
 from aem_lightning.rollout.sampling import draw, request_uniforms
 from aem_lightning.rollout.slot_engine import SlotEngine
+from aem_lightning.rollout.slot_model import waves
 
 VOCABULARY = 97
 STOP = (5, 6, 7)
@@ -163,6 +164,10 @@ def test_llama_attention_kinds_and_tied_heads_are_scored_right(options):
     )
 
 
+def test_it_is_a_rollout_engine(policy):
+    assert isinstance(make_engine(policy), RolloutEngine)
+
+
 def test_a_forked_prompt_continues_exactly_like_its_own_prefill(policy):
     prompt = tokens(50, 1)
     engine = make_engine(policy)
@@ -183,11 +188,11 @@ def test_a_late_copy_borrows_what_another_slot_holds_of_its_prompt(policy):
     early = run(engine, request("0", prompt, seed=0))["0"]
     grown = [*prompt, *early.tokens, *other]
     requests = [request("0", grown, seed=1), request("1", prompt, seed=1), request("2", other)]
-    computed = engine.stats["prefilled"]
     late = run(engine, *requests, request("3", [*prompt[:40], *other], seed=2))
     assert engine.stats["forked"] == 49 + 40
-    # Of "0" the last token drawn and what came after it, of "1" one token, of the others the rest.
-    assert engine.stats["prefilled"] - computed == 1 + 20 + 1 + 20 + 20
+    assert late["1"].reused == 49
+    assert late["3"].reused == 40
+    assert late["2"].reused == 0
     for key, ids in (("0", grown), ("1", prompt), ("2", other), ("3", [*prompt[:40], *other])):
         assert_scores_match(policy, ids, late[key], 1.0)
     alone = run(make_engine(policy), request("1", prompt, seed=1))["1"]
@@ -228,7 +233,8 @@ def test_sync_forgets_keys_and_values_of_the_old_weights():
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     engine.sync(policy, 2)
     second = run(engine, request("a", [*prompt, *first.tokens]))["a"]
-    assert engine.stats["reused"] == 0
+    assert (first.version, second.version) == (1, 2)
+    assert second.reused == 0
     assert_scores_match(policy, [*prompt, *first.tokens], second, 1.0)
 
 
@@ -264,14 +270,20 @@ def test_a_response_ends_at_a_stop_token_or_at_its_length(policy):
     assert len(cut.logprobs) == len(cut.entropies) == len(cut.tokens)
 
 
+def test_poll_returns_as_soon_as_one_has_finished(policy):
+    engine = make_engine(policy)
+    engine.submit([request("long", tokens(9, 0), 9), request("short", tokens(12, 1), 3)])
+    assert [result.key for result in engine.poll()] == ["short"]
+    assert [result.key for result in engine.poll()] == ["long"]
+    assert engine.poll() == []
+
+
 def test_poll_runs_until_enough_have_finished(policy):
     engine = make_engine(policy)
     engine.submit(request(str(count), tokens(9 + count, 0), count) for count in (9, 3, 5, 7))
     assert [result.key for result in engine.poll(at_least=2)] == ["3", "5"]
     assert engine.stats["decode_steps"] == 5
-    assert [result.key for result in engine.poll()] == ["7"]
-    assert [result.key for result in engine.poll(at_least=8)] == ["9"]
-    assert engine.poll() == []
+    assert [result.key for result in engine.poll(at_least=8)] == ["9", "7"]
 
 
 def test_the_last_token_of_a_row_that_fills_its_slot_is_scored_right(policy):
@@ -320,6 +332,9 @@ def test_submitting_and_polling_before_sync_are_refused():
 def test_sampling_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampling(**options)
+
+
+def test_engine_options_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"engine\.slots=0"):
         SlotEngine(slots=0)
 
@@ -353,7 +368,7 @@ def test_an_evicted_episode_is_computed_again_and_scored_right(policy, caplog):
     following = [*first, *answer.tokens, *tokens(5, 2)]
     again = run(engine, request("a", following))["a"]
     assert engine.stats["evicted"] == 2
-    assert engine.stats["reused"] == 0
+    assert again.reused == 0
     assert_scores_match(policy, following, again, 1.0)
     assert "engine.slots=1" in caplog.text
 
@@ -388,10 +403,23 @@ def test_a_rollout_inside_autocast_does_not_take_the_gradient_from_a_later_train
         assert torch.equal(gradient, gradients[1][name])
 
 
-def test_a_model_that_would_be_computed_wrongly_is_refused():
-    sliding = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    with pytest.raises(ValueError, match="sliding_attention"):
-        make_engine(SimpleNamespace(causal_lm=sliding))
+def test_inside_autocast_keys_and_values_are_kept_in_its_type_with_the_same_results():
+    policy = SimpleNamespace(causal_lm=make_model())
+    asked = request("a", tokens(9, 0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        engine = make_engine(policy)
+        result = run(engine, asked)
+        cache = engine._model.cache
+        # What rotary embeddings leave in float32 is what attention would round at every step.
+        assert {block.dtype for block in cache._keys.values()} == {torch.bfloat16}
+        assert {block.dtype for block in cache._values.values()} == {torch.bfloat16}
+        wide = make_engine(policy)
+        for store in (wide._model.cache._keys, wide._model.cache._values):
+            store.update({i: torch.zeros(8, 2, 256, 8) for i in range(2)})
+        assert run(wide, asked) == result
+
+
+def test_a_model_whose_layers_share_keys_differently_is_refused():
     model = make_model()
     model.config.__dict__["num_key_value_heads"] = [1, 2]
     with pytest.raises(ValueError, match=r"as many key-value heads in every layer, got \[1, 2\]"):
@@ -406,6 +434,12 @@ def test_logits_that_are_not_finite_stop_the_run():
     engine.submit([request("ep", tokens(5, 0))])
     with pytest.raises(ValueError, match="ep: the policy's logits are not finite"):
         engine.poll()
+
+
+def test_a_sliding_window_model_is_refused():
+    model = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with pytest.raises(ValueError, match="sliding_attention"):
+        make_engine(SimpleNamespace(causal_lm=model))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -427,9 +461,38 @@ def test_draws_follow_the_distribution(temperature):
     assert entropies.isfinite().all()
 
 
+def test_the_engine_samples_the_models_distribution(policy):
+    prompt, count = tokens(6, 3), 1500
+    with evaluated(policy) as model:
+        probs = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    engine = make_engine(policy, slots=50)
+    results = run(engine, *(request(f"{i}", prompt, 1, seed=i) for i in range(count)))
+    observed = torch.bincount(
+        torch.tensor([result.tokens[0] for result in results.values()]), minlength=VOCABULARY
+    )
+    big = probs * count >= 5
+    cells = torch.cat([observed[big].float(), observed[~big].sum()[None].float()])
+    expected = torch.cat([probs[big], probs[~big].sum()[None]]) * count
+    freedom = len(cells) - 1
+    chi_square = ((cells - expected).square() / expected.clamp(min=1e-9)).sum().item()
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2**-53])
 def test_the_ends_of_the_unit_interval_hit_possible_tokens(uniform):
     logits = torch.tensor([[-torch.inf, 1.0, 2.0, -200.0, -torch.inf]])
     drawn, logprobs, _ = draw(logits, torch.ones(1), torch.tensor([uniform], dtype=torch.float64))
     assert drawn.item() in (1, 2)
     assert logprobs.isfinite().all()
+
+
+def test_ragged_prompts_are_split_into_waves_with_bounded_padding():
+    rng = random.Random(0)
+    lengths = {row: rng.choice([10, 40, 900, 1000]) for row in range(60)}
+    batches = waves(lengths)
+    assert sorted(chain.from_iterable(batches)) == list(range(60))
+    for wave in batches:
+        padded = len(wave) * max(lengths[row] for row in wave)
+        assert wave == sorted(wave)
+        assert padded - sum(lengths[row] for row in wave) <= max(256, padded / 4)
+        assert padded <= 8192

@@ -19,6 +19,7 @@ from aem_lightning.rollout import (
     PromptEncoder,
     Request,
     RewardShaping,
+    RolloutEngine,
     Sampling,
     VllmEngine,
     VllmError,
@@ -87,7 +88,8 @@ class Handler(BaseHTTPRequestHandler):
         }
         if self.server.with_ids:
             choice["token_ids"] = ids
-        return 200, json.dumps({"choices": [choice]})
+        usage = {"prompt_tokens_details": {"cached_tokens": 3}}
+        return 200, json.dumps({"choices": [choice], "usage": usage})
 
     def log_message(self, *args):
         """Silent."""
@@ -129,6 +131,10 @@ def completions(server):
     return [body for path, body in server.seen if path == "/v1/completions"]
 
 
+def test_it_is_a_rollout_engine(engine):
+    assert isinstance(engine, RolloutEngine)
+
+
 def test_a_request_carries_ids_and_nothing_that_reshapes_the_distribution(server, engine, policy):
     engine.sync(policy, 3)
     engine.submit([request("a", 2, temperature=0.7, prompt=(5, 6))])
@@ -144,7 +150,7 @@ def test_a_request_carries_ids_and_nothing_that_reshapes_the_distribution(server
     assert result.tokens == [10, 11, STOP]
     assert result.logprobs == [0.0, -0.25, -0.5]
     assert result.entropies is None
-    assert result.finish_reason == "stop"
+    assert (result.finish_reason, result.version, result.reused) == ("stop", 3, 3)
     engine.submit([request("a", 5)])
     assert engine.poll()[0].finish_reason == "length"
 
@@ -253,3 +259,10 @@ def test_a_policy_without_adapters_and_a_strange_url_are_refused(engine):
         engine.sync(SimpleNamespace(causal_lm=None), 0)
     with pytest.raises(ValueError, match="http://host:port"):
         VllmEngine("localhost:8000")
+
+
+def test_a_connection_that_the_server_dropped_is_opened_again(server, engine, policy):
+    engine.sync(policy, 0)
+    engine._local.connection.sock.shutdown(socket.SHUT_RDWR)
+    engine.sync(policy, 1)
+    assert engine.version == 1

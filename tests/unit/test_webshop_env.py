@@ -301,3 +301,17 @@ def test_workers_map_the_catalogue_in_place_of_loading_it():
                 mapped = maps.read()
             assert "products.json.bin" in mapped
             assert "index/documents.npy" in mapped
+
+
+def test_a_value_of_two_options_belongs_to_the_last(shopper):
+    shopper("search[lamp]", "click[b000000002]", "click[red]", "click[buy now]")
+    assert '{"shade": "red"}' in shopper.text
+
+
+def test_a_button_goes_before_an_option_of_the_same_name(shopper):
+    shopper("search[lamp]", "click[b000000002]", "click[features]")
+    assert shopper.parts[4:] == ["bright", "tall"]
+
+
+def test_the_argument_of_a_click_is_read_in_lower_case(shopper):
+    assert shopper("search[lamp]", "click[B000000002]").parts == ITEM

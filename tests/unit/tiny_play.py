@@ -162,7 +162,7 @@ class Script:
             tokens += self.encoder.stop_ids
         count = len(tokens)
         reason = "length" if self.cut else "stop"
-        return Result(key, tokens, [-0.5] * count, [0.25] * count, reason)
+        return Result(key, tokens, [-0.5] * count, [0.25] * count, reason, 1, 0)
 
     def forget(self, keys: Iterable[str]) -> None:
         self.over += keys

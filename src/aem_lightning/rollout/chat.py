@@ -96,7 +96,7 @@ class ChatResponder:
         self.completion_tokens += reply.completion_tokens
         unknown = [math.nan] * reply.completion_tokens
         tokens = self.encoder.encode(reply.text)
-        return [Result(key, tokens, unknown, None, reply.finish_reason)]
+        return [Result(key, tokens, unknown, None, reply.finish_reason, version=0, reused=0)]
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop the conversations of finished episodes."""

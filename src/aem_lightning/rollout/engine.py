@@ -85,6 +85,8 @@ class Result:
         entropies: Entropy of each next-token distribution over the full vocabulary at the sampling
             temperature, in nats; ``None`` from engines that cannot see it.
         finish_reason: ``stop`` after an end token, ``length`` at ``max_new_tokens``.
+        version: The policy version given to ``sync``.
+        reused: Prompt tokens whose keys and values were not computed again.
     """
 
     key: str
@@ -92,6 +94,8 @@ class Result:
     logprobs: list[float]
     entropies: list[float] | None
     finish_reason: FinishReason
+    version: int
+    reused: int
 
 
 class SyncablePolicy(Protocol):

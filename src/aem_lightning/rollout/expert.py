@@ -76,4 +76,6 @@ class ExpertResponder:
             logprobs=[0.0] * len(tokens),
             entropies=None,
             finish_reason="stop",
+            version=0,
+            reused=0,
         )

@@ -69,6 +69,7 @@ class SlotEngine:
         self.max_length = max_length
         self.bucket = bucket
         self.cuda_graphs = cuda_graphs
+        self.version = -1
         self.stats = dict.fromkeys(
             ("prefilled", "reused", "forked", "tokens", "decode_steps", "evicted"), 0
         )
@@ -99,9 +100,10 @@ class SlotEngine:
         if self._model is not None:
             # Nothing in the cache is read again: no slot has ids.
             model.inherit(self._model)
-        if model.graphs is None and self.cuda_graphs != "off" and model.device.type == "cuda":
+        if model.graphs is None and self._wants_graphs(model.device):
             model.graphs = DecodeGraphs(self.slots, self.max_length - 1)
         self._model = model
+        self.version = version
         self._forget()
 
     def submit(self, requests: Iterable[Request]) -> None:
@@ -161,6 +163,9 @@ class SlotEngine:
         # The ids stay: the next owner may share a head with them.
         self._slots[row].key = None
         self._slots[row].job = None
+
+    def _wants_graphs(self, device: torch.device) -> bool:
+        return self.cuda_graphs != "off" and device.type == "cuda"
 
     def _forget(self) -> None:
         self._slots = [Slot() for _ in range(self.slots)]
@@ -276,9 +281,10 @@ class SlotEngine:
             prompt = list(job.request.prompt)
             borrowed = self._borrow(row, prompt) if slot.is_new else 0
             # One token is always computed: the next token's logits come out of it.
-            held = min(common_prefix(slot.ids, prompt), len(prompt) - 1)
-            slot.ids, rest[row] = prompt[:held], prompt[held:]
-            self.stats["reused"] += held - borrowed
+            job.reused = min(common_prefix(slot.ids, prompt), len(prompt) - 1)
+            slot.ids = prompt[: job.reused]
+            rest[row] = prompt[job.reused :]
+            self.stats["reused"] += job.reused - borrowed
             self.stats["prefilled"] += len(rest[row])
         logits: dict[int, Tensor] = {}
         for wave in waves({row: len(tokens) for row, tokens in rest.items()}):
@@ -307,6 +313,7 @@ class SlotEngine:
         self._policy().cache.copy([source], [target], len(prompt))
         self._slots[target].ids = prompt
         self._slots[target].is_new = False
+        self._job(target).reused = len(prompt)
         self.stats["forked"] += len(prompt)
 
     def _step(self) -> list[tuple[int, Result]]:
@@ -353,6 +360,8 @@ class SlotEngine:
             logprobs=job.logprobs,
             entropies=job.entropies,
             finish_reason=reason,
+            version=self.version,
+            reused=job.reused,
         )
 
     def _forward(self, rows: Sequence[int], chunks: Sequence[list[int]]) -> Tensor:

@@ -16,6 +16,7 @@ class Job:
     request: Request
     order: int
     uniforms: list[float]
+    reused: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)

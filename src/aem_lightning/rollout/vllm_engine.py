@@ -15,21 +15,19 @@ for constrained actions (``structured_outputs``), 0.10.2 and later for all else
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import queue
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import ProxyHandler, build_opener
-from urllib.request import Request as HttpRequest
 
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
 
@@ -75,15 +73,16 @@ class VllmEngine:
                 f"engine.concurrency={concurrency}, engine.timeout_s={timeout_s}: "
                 "at least 1 request at once, and more than 0 seconds"
             )
-        self.url, self.model, self.timeout_s = f"http://{parts.netloc}", model, timeout_s
+        self.url, self.model, self.timeout_s = url, model, timeout_s
         self.max_lora_rank = max_lora_rank
-        self._port = parts.port or 80
-        self._http = build_opener(ProxyHandler({}))  # no proxy of the environment
+        self.version = -1
+        self._host, self._port = parts.hostname, parts.port or 80
         default = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         self._adapter_dir = adapter_dir or default
         self._run = f"aem-{uuid.uuid4().hex[:8]}"  # runs may share a server
         self._loaded: tuple[str, Path] | None = None
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="vllm")
+        self._local = threading.local()
         self._finished: queue.SimpleQueue[tuple[str, int, Result | Exception]] = queue.SimpleQueue()
         self._under_way: dict[str, int] = {}
         self._orders = 0
@@ -117,7 +116,7 @@ class VllmEngine:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self._unload()
-        self._loaded = (name, folder)
+        self._loaded, self.version = (name, folder), version
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Send requests; at most one unfinished request a key.
@@ -142,7 +141,7 @@ class VllmEngine:
         for request in requests:
             self._orders += 1
             self._under_way[request.key] = self._orders
-            self._threads.submit(self._draw, request, self._orders, self._loaded[0])
+            self._threads.submit(self._draw, request, self._orders, self._loaded[0], self.version)
 
     def poll(self, wait_all: bool = False, at_least: int = 1) -> list[Result]:
         """Wait until ``at_least`` requests (all with ``wait_all``) have finished; return them.
@@ -190,29 +189,42 @@ class VllmEngine:
         self._post("/v1/unload_lora_adapter", {"lora_name": name})
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _draw(self, request: Request, order: int, model: str) -> None:
+    def _draw(self, request: Request, order: int, model: str, version: int) -> None:
         """Ask for one response and queue it, or what went wrong; runs in a thread."""
         answer: Result | Exception
         try:
             body = completion_request(request, model)
-            answer = completion_result(request, self._post("/v1/completions", body))
+            answer = completion_result(request, self._post("/v1/completions", body), version)
         except Exception as error:  # raised where the caller is, by poll
             answer = error
         self._finished.put((request.key, order, answer))
 
     def _post(self, path: str, body: Mapping[str, Any]) -> str:
-        """The text of the server's answer."""
-        headers = {"Content-Type": "application/json"}
-        request = HttpRequest(self.url + path, json.dumps(body).encode(), headers)
-        try:
-            with self._http.open(request, timeout=self.timeout_s) as answer:
-                text: str = answer.read().decode(errors="replace")
+        """The text of the server's answer; one connection a thread, opened again where it broke."""
+        data = json.dumps(body)
+        for attempt in range(2):
+            connection = getattr(self._local, "connection", None)
+            is_fresh = connection is None
+            if connection is None:
+                connection = http.client.HTTPConnection(
+                    self._host, self._port, timeout=self.timeout_s
+                )
+                self._local.connection = connection
+            try:
+                connection.request("POST", path, data, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                text = answer.read().decode(errors="replace")
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                self._local.connection = None
+                # An idle connection may have been closed by the server: try once with a new one.
+                if is_fresh or attempt or isinstance(error, TimeoutError):
+                    raise VllmError(self._unreachable(path, error)) from error
+                continue
+            if answer.status != 200:
+                raise VllmError(self._refused(path, answer.status, text))
             return text
-        except HTTPError as error:
-            text = error.read().decode(errors="replace")
-            raise VllmError(self._refused(path, error.code, text)) from error
-        except (OSError, HTTPException) as error:
-            raise VllmError(self._unreachable(path, error)) from error
+        raise AssertionError("both attempts return or raise")
 
     def _unreachable(self, path: str, error: Exception) -> str:
         return (
@@ -262,7 +274,7 @@ def completion_request(request: Request, model: str) -> dict[str, Any]:
     }
 
 
-def completion_result(request: Request, text: str) -> Result:
+def completion_result(request: Request, text: str, version: int) -> Result:
     """The answer of ``/v1/completions`` as a result.
 
     Raises:
@@ -287,4 +299,12 @@ def completion_result(request: Request, text: str) -> Result:
         logprobs=[float(value) for value in logprobs],
         entropies=None,
         finish_reason="stop" if tokens[-1] in request.sampling.stop_ids else "length",
+        version=version,
+        reused=_cached_tokens(answer),
     )
+
+
+def _cached_tokens(answer: Mapping[str, Any]) -> int:
+    """Prompt tokens that the server found in its prefix cache, where it says so."""
+    details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
+    return int(details.get("cached_tokens") or 0)
