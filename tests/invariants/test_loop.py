@@ -64,7 +64,7 @@ def fitted(loop: ModuleType, modulation: Modulation) -> tuple[dict[str, Tensor],
     done: list[Iteration] = []
     agent = AgentModule(
         loop.make_policy(SEED),
-        SlotEngine(slots=loop.CONCURRENCY, max_length=loop.MAX_CONTEXT, bucket=loop.MAX_CONTEXT),
+        SlotEngine(loop.CONCURRENCY, loop.MAX_CONTEXT, loop.ENGINE.bucket),
         loop.ENCODER,
         loop.REWARDS,
         GRPO(),

@@ -1,4 +1,4 @@
-"""The agent: its training step collects, scores, estimates, modulates and updates."""
+"""The agent: its training step collects, estimates, scores, modulates, updates and reports."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class AgentModule(L.LightningModule):
         self._optimizer, self._scheduler = optimizer, scheduler
 
     def training_step(self, batch: list[Task], batch_idx: int) -> dict[str, Iteration]:
-        """One iteration: play a group for each task of ``batch``, then update the policy on it."""
+        """One iteration: play a group for each task, then update; examples/loop.py is its page."""
         watch = Stopwatch(self.device)
         with watch("rollout"):
             played = self.collect(batch, watch)
@@ -137,10 +137,10 @@ class AgentModule(L.LightningModule):
         rollouts, entropy_source = self.score(rollouts, plan, watch)
         with watch("modulation"):
             modulated = self.modulation(rollouts)  # alpha [R]
-            weights = modulated.apply(advantages, rollouts)  # as advantages
+            scaled = modulated.apply(advantages, rollouts)  # as advantages
         with watch("update"):
             self.adapt_entropy(rollouts)
-            metrics = self.update(rollouts, weights, plan) if plan.skipped is None else {}
+            metrics = self.update(rollouts, scaled, plan) if plan.skipped is None else {}
         done = Iteration(
             index=self.iteration,
             trajectories=trajectories,
