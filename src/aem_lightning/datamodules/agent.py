@@ -89,8 +89,8 @@ class AgentDataModule(LightningDataModule):
         evaluation_batch: Tasks that one evaluation step plays.
         evaluation_splits: Splits that an evaluation plays, every task once.
         workers: Environment processes on each rank.
-        timeout_s: Seconds after which a worker that does not answer is replaced; and of a start,
-            those in which it does nothing, or that it computes.
+        timeout_s: Seconds after which a worker that does not answer is replaced. A start may be
+            idle or compute for so long, however long a busy machine leaves it waiting.
         seed: Key of the task order.
     """
 

@@ -75,9 +75,9 @@ class WorkerProcess:
                 if message.computed_s > limit:
                     raise WorkerLostError(f"not done after computing for {message.computed_s:g} s")
         except WorkerLostError as lost:
-            hint = f". To wait longer, type datamodule.timeout_s={2 * limit:g}"
-            hint = hint if self._popen.poll() is None else ""
+            alive = self._popen.poll() is None
             self.kill()
+            hint = f". To wait longer, type datamodule.timeout_s={2 * limit:g}" if alive else ""
             raise EnvPoolError(
                 f"An environment worker could not be started: {lost}{hint}"
             ) from None
