@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,12 @@ def first_run(root: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def typed(line: str) -> list[str]:
+    """The words of a printed command, the interpreter by its whole path."""
+    python, *words = shlex.split(line)
+    return [str(Path(shutil.which(python) or "").absolute()), *words]
+
+
 def summary_of(root: Path) -> tuple[Path, dict[str, Any]]:
     """The newest run, and its summary."""
     newest = max(root.glob("logs/alfworld_aem/*/summary.json"))
@@ -89,7 +96,7 @@ def test_the_headline_does_not_train_offline(
         "evaluation_after",
     ]
     assert Path(summary["paths"]["checkpoint"]).is_file()
-    assert [shlex.split(line) for line in summary["next"]] == [
+    assert [typed(line) for line in summary["next"]] == [
         [
             sys.executable,
             "eval.py",
@@ -217,7 +224,7 @@ def test_the_warm_start_of_a_model_folder_leaves_no_model(
     summary = json.loads(path.read_text())
     model = summary["paths"]["model"]
     (line,) = summary["next"]
-    words = shlex.split(line)
+    words = typed(line)
     assert words[:3] == [sys.executable, str(ROOT / "train.py"), "experiment=alfworld_aem"]
     assert words[-1] == f"policy.model={model}"
     assert "max_new_tokens=12" in words

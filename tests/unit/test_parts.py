@@ -80,8 +80,7 @@ MISTAKES = (
         "+logger.tensorboard.x=1",  # no mistake: it takes any argument
     ),
     (
-        "advantage=dapo",
-        "+advantage.overlong.x=1",
+        "advantage.overlong={_target_: aem_lightning.algorithms.Overlong, max_length: 6, x: 1}",
         "+modulation.x=1",
         *custom("loss", "Loss"),
     ),

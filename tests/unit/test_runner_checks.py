@@ -94,6 +94,11 @@ def test_a_wrong_value_is_named_with_what_is_allowed(quickstart, name, value, ad
         ("algorithm=ppo modulation=empg", "PPO has one a token: type .*aem", "modulation=aem"),
         ("algorithm=ppo modulation=empg_aem", "PPO has one a token", "modulation=none"),
         ("algorithm=dapo advantage=gigpo", "GiGPO has not: type advantage=grpo", "advantage=grpo"),
+        (
+            "algorithm=dapo loss=custom loss._target_=my.Loss",
+            "the clipped loss has, and Loss is another loss: type algorithm=grpo",
+            "algorithm=grpo",
+        ),
         ("algorithm=drgrpo advantage=rloo", "RLOO has not", "advantage=gigpo"),
         ("algorithm=gspo loss=clip_cov", "one ratio for all tokens", "loss=clipped"),
         ("algorithm=dapo group_size=1", "that is every group: type group_size=8", "group_size=8"),

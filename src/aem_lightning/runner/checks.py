@@ -42,6 +42,7 @@ _CUSTOM = {
     "loss": "MyLoss",
 }
 # Whose settings an algorithm changes.
+_OF_CLIPPED_LOSS = ("dapo", "drgrpo", "grpopp", "gspo")
 _ESTIMATORS = {"dapo": ("GRPO",), "drgrpo": ("GRPO", "GiGPO")}
 
 
@@ -92,15 +93,20 @@ def refuse(problems: Sequence[str]) -> None:
 
 def _combination_problems(cfg: DictConfig) -> list[str]:
     """Parts that are right by themselves, and make no sense together."""
-    advantage, modulation, covariance = (
+    advantage, modulation, loss, covariance = (
         str(OmegaConf.select(cfg, f"{part}._target_")).rpartition(".")[2]
-        for part in ("advantage", "modulation", "loss.covariance")
+        for part in ("advantage", "modulation", "loss", "loss.covariance")
     )
     problems = []
     if advantage not in _ESTIMATORS.get(cfg.algorithm, (advantage,)):
         problems.append(
             f"algorithm={cfg.algorithm} sets what GRPO's advantage has, and {advantage} has not: "
             "type advantage=grpo, or another algorithm, e.g. algorithm=gigpo for GiGPO"
+        )
+    if cfg.algorithm in _OF_CLIPPED_LOSS and loss != "ClippedLoss":
+        problems.append(
+            f"algorithm={cfg.algorithm} sets what the clipped loss has, and {loss} is another "
+            "loss: type algorithm=grpo, or another one that leaves the loss as it is"
         )
     if advantage == "PPO" and modulation in ("EMPG", "Stacked"):
         problems.append(
