@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -71,14 +71,6 @@ class NoModulation:
         return Modulated(torch.ones_like(batch.entropy), 1.0)
 
 
-_CHOICES = {
-    "direction": ("paper", "reversed", "shuffled"),
-    "scope": ("task", "trajectory", "batch", "anchor_state"),
-    "tokens": ("all", "action"),
-    "mean": ("response", "token"),
-}
-
-
 @dataclass(frozen=True)
 class AEM:
     """Adaptive Entropy Modulation: alpha = exp(-sharpness * H~) over its group mean.
@@ -118,8 +110,9 @@ class AEM:
             raise ValueError(
                 f"modulation.sharpness={self.sharpness} is not a finite number; the paper's is 1."
             )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
+        for name, kind in get_type_hints(type(self)).items():
+            allowed = get_args(kind) if get_origin(kind) is Literal else None
+            if allowed and getattr(self, name) not in allowed:
                 raise ValueError(
                     f"modulation.{name}={getattr(self, name)!r} is unknown; allowed: "
                     f"{', '.join(allowed)}."
