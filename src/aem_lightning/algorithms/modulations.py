@@ -36,18 +36,16 @@ class Modulated:
         Raises:
             ValueError: A modulation that is more than a factor meets advantages of tokens.
         """
-        kept = batch.response_mask
-        if advantages.ndim == 1:
-            changed = self.alpha * advantages if self.change is None else self.change(advantages)
-            return torch.where(kept, changed, torch.zeros_like(changed))
-        if self.change is not None:
+        of_tokens = advantages.ndim == 2
+        if of_tokens and self.change is not None:
             raise ValueError(
                 "This modulation adds to the advantage of a response, and PPO has one a token: "
                 "type modulation=aem or modulation=none"
             )
-        index = batch.response_index.clamp(min=0)
-        changed = self.alpha[index] * advantages
-        return torch.where(kept[index], changed, torch.zeros_like(changed))
+        index = batch.response_index.clamp(min=0) if of_tokens else slice(None)
+        factor = self.alpha[index]
+        changed = factor * advantages if self.change is None else self.change(advantages)
+        return torch.where(batch.response_mask[index], changed, torch.zeros_like(changed))
 
 
 class Modulation(Protocol):
@@ -140,13 +138,13 @@ class AEM:
 
     def groups(self, batch: RolloutBatch) -> Tensor:
         """The group of each response under this scope, [R]."""
-        if self.scope == "task":
-            return batch.response_group
-        if self.scope == "trajectory":
-            return batch.trajectory
-        if self.scope == "anchor_state":
-            return batch.anchor
-        return torch.zeros_like(batch.trajectory)
+        groups = {
+            "task": batch.response_group,
+            "trajectory": batch.trajectory,
+            "anchor_state": batch.anchor,
+            "batch": torch.zeros_like(batch.trajectory),
+        }
+        return groups[self.scope]
 
     def entropy(self, batch: RolloutBatch) -> Tensor:
         """H-bar of each response over the tokens that count, [R]."""

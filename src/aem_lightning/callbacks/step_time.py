@@ -103,10 +103,6 @@ class StepTime(Callback):
         """Write the table of what was done before the run broke or was stopped."""
         self._write(trainer)
 
-    def table(self) -> list[CostRow]:
-        """The cost table over all iterations so far; empty before the first."""
-        return cost_table(self._totals)
-
     def state_dict(self) -> dict[str, Any]:
         """The running totals."""
         return {
@@ -122,7 +118,7 @@ class StepTime(Callback):
         self._index = state_dict["index"]
 
     def _write(self, trainer: Trainer) -> None:
-        rows = self.table()
+        rows = cost_table(self._totals)
         if not rows or not trainer.is_global_zero:
             return
         markdown = table_markdown(rows)
