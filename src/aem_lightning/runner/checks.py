@@ -64,7 +64,12 @@ def check_config(cfg: DictConfig) -> None:
         for name, (wanted, fits) in _NUMBERS.items()
         if not _is_number(value := OmegaConf.select(cfg, name, default=1)) or not fits(value)
     ]
-    problems += _precision_problems(cfg)
+    precision = OmegaConf.select(cfg, "trainer.precision")
+    if str(precision) in ("16", "16-mixed"):
+        problems.append(
+            f"trainer.precision={precision} needs a scaled loss, and this loop scales none: type "
+            "trainer.precision=bf16-mixed, or trainer.precision=32-true"
+        )
     problems += _combination_problems(cfg)
     if not problems and cfg.iterations % cfg.iterations_per_epoch:
         per_epoch = cfg.iterations_per_epoch
@@ -141,16 +146,6 @@ def _chosen(cfg: DictConfig, group: str) -> str | None:
     hydra = HydraConfig.get() if HydraConfig.initialized() else cfg.get("hydra")
     option = None if hydra is None else hydra.runtime.choices.get(group)
     return None if option is None else str(option)
-
-
-def _precision_problems(cfg: DictConfig) -> list[str]:
-    precision = OmegaConf.select(cfg, "trainer.precision")
-    if str(precision) not in ("16", "16-mixed"):
-        return []
-    return [
-        f"trainer.precision={precision} needs a scaled loss, and this loop scales none: type "
-        "trainer.precision=bf16-mixed, or trainer.precision=32-true"
-    ]
 
 
 def check_api_config(cfg: DictConfig) -> None:

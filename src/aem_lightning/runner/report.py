@@ -24,10 +24,7 @@ def results_of(played: Sequence[Trajectory], splits: Iterable[str]) -> dict[str,
     return {
         "success": success_summary(played),
         "by_split": {split: success_summary(part) for split, part in parts.items() if part},
-        "episodes": [
-            _outcome(trajectory)
-            for trajectory in sorted(played, key=lambda t: (t.task.split, t.task.id))
-        ],
+        "episodes": list(map(_outcome, sorted(played, key=lambda t: (t.task.split, t.task.id)))),
     }
 
 
