@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,22 +47,6 @@ class AdaptiveEntropy:
         return min(max(moved, 0.0), self.maximum)
 
 
-class CovarianceControl(Protocol):
-    """Chooses tokens once a rollout batch, and treats their loss in its own way."""
-
-    def select(
-        self, logprobs: Tensor, advantages: Tensor, mask: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """The chosen ones of T tokens, [T] bool; all arguments [T] too."""
-        ...
-
-    def treat(
-        self, surrogate: Tensor, logprobs: Tensor, old_logprobs: Tensor, chosen: Tensor
-    ) -> Tensor:
-        """The surrogate of T tokens after what happens to the ``chosen`` ones, [T]."""
-        ...
-
-
 @dataclass(frozen=True)
 class ClipCov:
     """Clip-Cov: a few random tokens of high covariance leave the policy gradient.
@@ -79,6 +62,7 @@ class ClipCov:
     def select(
         self, logprobs: Tensor, advantages: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
+        """The chosen ones of T tokens, [T] bool; all arguments [T] too."""
         covariances = token_covariances(logprobs, advantages, mask=mask)
         return clip_cov_tokens(
             covariances, ratio=self.ratio, low=self.low, high=self.high, generator=generator
@@ -87,6 +71,7 @@ class ClipCov:
     def treat(
         self, surrogate: Tensor, logprobs: Tensor, old_logprobs: Tensor, chosen: Tensor
     ) -> Tensor:
+        """The surrogate of T tokens after what happens to the ``chosen`` ones, [T]."""
         return torch.where(chosen, torch.zeros_like(surrogate), surrogate)
 
 
@@ -111,3 +96,7 @@ class KLCov:
     ) -> Tensor:
         distance = self.coef * (logprobs - old_logprobs).abs()
         return surrogate + torch.where(chosen, distance, torch.zeros_like(distance))
+
+
+CovarianceControl = ClipCov | KLCov
+"""Chooses tokens once a rollout batch, and treats their loss in its own way."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -36,18 +36,16 @@ class Modulated:
         Raises:
             ValueError: A modulation that is more than a factor meets advantages of tokens.
         """
-        kept = batch.response_mask
-        if advantages.ndim == 1:
-            changed = self.alpha * advantages if self.change is None else self.change(advantages)
-            return torch.where(kept, changed, torch.zeros_like(changed))
-        if self.change is not None:
+        of_tokens = advantages.ndim == 2
+        if of_tokens and self.change is not None:
             raise ValueError(
                 "This modulation adds to the advantage of a response, and PPO has one a token: "
                 "type modulation=aem or modulation=none"
             )
-        index = batch.response_index.clamp(min=0)
-        changed = self.alpha[index] * advantages
-        return torch.where(kept[index], changed, torch.zeros_like(changed))
+        index = batch.response_index.clamp(min=0) if of_tokens else slice(None)
+        factor = self.alpha[index]
+        changed = factor * advantages if self.change is None else self.change(advantages)
+        return torch.where(batch.response_mask[index], changed, torch.zeros_like(changed))
 
 
 class Modulation(Protocol):
@@ -69,14 +67,6 @@ class NoModulation:
 
     def __call__(self, batch: RolloutBatch) -> Modulated:
         return Modulated(torch.ones_like(batch.entropy), 1.0)
-
-
-_CHOICES = {
-    "direction": ("paper", "reversed", "shuffled"),
-    "scope": ("task", "trajectory", "batch", "anchor_state"),
-    "tokens": ("all", "action"),
-    "mean": ("response", "token"),
-}
 
 
 @dataclass(frozen=True)
@@ -118,8 +108,9 @@ class AEM:
             raise ValueError(
                 f"modulation.sharpness={self.sharpness} is not a finite number; the paper's is 1."
             )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
+        for name, kind in get_type_hints(type(self)).items():
+            allowed = get_args(kind) if get_origin(kind) is Literal else None
+            if allowed and getattr(self, name) not in allowed:
                 raise ValueError(
                     f"modulation.{name}={getattr(self, name)!r} is unknown; allowed: "
                     f"{', '.join(allowed)}."
@@ -147,13 +138,13 @@ class AEM:
 
     def groups(self, batch: RolloutBatch) -> Tensor:
         """The group of each response under this scope, [R]."""
-        if self.scope == "task":
-            return batch.response_group
-        if self.scope == "trajectory":
-            return batch.trajectory
-        if self.scope == "anchor_state":
-            return batch.anchor
-        return torch.zeros_like(batch.trajectory)
+        groups = {
+            "task": batch.response_group,
+            "trajectory": batch.trajectory,
+            "anchor_state": batch.anchor,
+            "batch": torch.zeros_like(batch.trajectory),
+        }
+        return groups[self.scope]
 
     def entropy(self, batch: RolloutBatch) -> Tensor:
         """H-bar of each response over the tokens that count, [R]."""

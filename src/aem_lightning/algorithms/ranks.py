@@ -23,15 +23,11 @@ def over_ranks(column: Tensor) -> tuple[Tensor, slice]:
     lengths = [int(length) for length in sizes]
     padded = column.new_zeros(max(lengths))
     padded[: len(column)] = column
-    parts = [torch.zeros_like(padded) for _ in lengths]
-    # Booleans travel as bytes: not every backend gathers them.
     if column.dtype == torch.bool:
-        parts = [part.byte() for part in parts]
-        dist.all_gather(parts, padded.byte())
-        parts = [part.bool() for part in parts]
-    else:
-        dist.all_gather(parts, padded)
+        padded = padded.byte()  # not every backend gathers booleans
+    parts = [torch.zeros_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
     rank = dist.get_rank()
     start = sum(lengths[:rank])
     rows = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
-    return rows, slice(start, start + lengths[rank])
+    return rows.to(column.dtype), slice(start, start + lengths[rank])

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from aem_lightning.analysis.inputs import check_compare, check_cost, check_proxy
+from aem_lightning.analysis.inputs import check_compare, check_proxy, find_run
 from aem_lightning.analysis.training import find_configs
 from aem_lightning.runner.cli import clear_errors, quiet_libraries
 from aem_lightning.runner.command import Command
@@ -32,7 +32,7 @@ class Analysis:
     """
 
     function: str
-    check: Callable[[DictConfig], None] = lambda cfg: None
+    check: Callable[[DictConfig], object] = lambda cfg: None
 
     def __call__(self, cfg: DictConfig) -> None:
         """Run it."""
@@ -46,7 +46,7 @@ ANALYSES = {
     "masks": Analysis("masks"),
     "compare": Analysis("compare", check_compare),
     "ablations": Analysis("compare", check_compare),
-    "cost": Analysis("cost", check_cost),
+    "cost": Analysis("cost", find_run),
 }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def base_of(arm: str, arms: Sequence[str]) -> str:
 
 def arm_statistics(runs: Sequence[Run]) -> dict[str, Any]:
     """Means over seeds with Student's interval: final success by type, and the four summaries."""
-    types = sorted({kind for run in runs for kind in run.success}, key=lambda k: (k != ALL, k))
+    types = _all_first({kind for run in runs for kind in run.success})
     return {
         "success": {
             kind: asdict(_of_rates([run.success[kind] for run in runs if kind in run.success]))
@@ -133,34 +134,35 @@ def pair_statistics(runs: Sequence[Run], base: str, arm: str, *, draws: int) -> 
     second = {run.seed: run for run in runs if run.arm == arm}
     seeds = sorted(first.keys() & second.keys())
     pairs = [(first[seed], second[seed]) for seed in seeds]
-    kinds = sorted(
-        {k for a, b in pairs for k in a.success.keys() & b.success.keys()},
-        key=lambda k: (k != ALL, k),
-    )
+
+    def difference(value: Callable[[Run], float | None]) -> dict[str, Any]:
+        both = [(value(one), value(other)) for one, other in pairs]
+        found = [y - x for x, y in both if x is not None and y is not None]
+        p = sign_flip_test(found, draws=draws) if found else None
+        return {**asdict(t_interval(found)), "p_sign_flip": p, "by_seed": found}
+
+    kinds = {k for one, other in pairs for k in one.success.keys() & other.success.keys()}
     return {
         "base": base,
         "arm": arm,
         "seeds": seeds,
         "success": {
-            kind: _difference(
-                [_pair(a.success.get(kind), b.success.get(kind)) for a, b in pairs], draws
-            )
-            for kind in kinds
+            kind: difference(lambda run, kind=kind: run.success.get(kind))  # type: ignore[misc]
+            for kind in _all_first(kinds)
         },
-        **{
-            name: _difference(
-                [_pair(_measure(a, name), _measure(b, name)) for a, b in pairs], draws
-            )
-            for name in MEASURES
-        },
+        **{name: difference(partial(_measure, name=name)) for name in MEASURES},
         "mcnemar": _pooled_games(pairs),
     }
 
 
+def _all_first(kinds: Iterable[str]) -> list[str]:
+    return sorted(kinds, key=lambda kind: (kind != ALL, kind))
+
+
 # Summaries of a run's curves: which curve, and which part of it.
 MEASURES = {
-    "train_success": ("train/success_rate", slice(None)),
-    "val_success": ("val/success_rate", slice(None)),
+    "train_success": ("train/success_rate", "all"),
+    "val_success": ("val/success_rate", "all"),
     "entropy_early": ("aem/entropy", "first third"),
     "entropy_late": ("aem/entropy", "last third"),
 }
@@ -171,11 +173,8 @@ def _measure(run: Run, name: str) -> float | None:
     tag, part = MEASURES[name]
     _, values = run.curves.get(tag, ([], []))
     third = max(1, len(values) // 3)
-    if part == "first third":
-        values = values[:third]
-    elif part == "last third":
-        values = values[-third:]
-    return _mean(values)
+    parts = {"all": values, "first third": values[:third], "last third": values[-third:]}
+    return _mean(parts[part])
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -188,16 +187,6 @@ def _of_rates(rates: Sequence[float]) -> Estimate:
     if found.low is None or found.high is None:
         return found
     return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
-
-
-def _pair(base: float | None, arm: float | None) -> float | None:
-    return None if base is None or arm is None else arm - base
-
-
-def _difference(differences: Sequence[float | None], draws: int) -> dict[str, Any]:
-    found = [value for value in differences if value is not None]
-    p = sign_flip_test(found, draws=draws) if found else None
-    return {**asdict(t_interval(found)), "p_sign_flip": p, "by_seed": found}
 
 
 def _pooled_games(pairs: Sequence[tuple[Run, Run]]) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -91,11 +90,6 @@ def find_run(cfg: DictConfig) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
-def check_cost(cfg: DictConfig) -> None:
-    """Raise where there is no run to take the times of."""
-    find_run(cfg)
-
-
 def check_compare(cfg: DictConfig) -> None:
     """Raise where a comparison's arms, seeds or runs cannot be."""
     if cfg.runs is not None:
@@ -125,22 +119,20 @@ def given_runs(cfg: DictConfig) -> dict[str, dict[int, Path]]:
         FileNotFoundError: One is no folder of a finished run.
         ValueError: Two runs of an arm have one seed.
     """
-    return {arm: _given(arm, folders) for arm, folders in cfg.runs.items()}
-
-
-def _given(arm: str, folders: Sequence[str]) -> dict[int, Path]:
-    found: dict[int, Path] = {}
-    for folder in map(Path, folders):
-        if not (folder / SUMMARY).is_file():
-            raise FileNotFoundError(
-                f"runs.{arm}: {folder} has no {SUMMARY}; give folders of finished runs, e.g. "
-                f"'runs={{{arm}: [logs/quickstart/<time>]}}'"
-            )
-        seed = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["seed"]
-        if seed in found:
-            raise ValueError(
-                f"runs.{arm}: {found[seed]} and {folder} both have seed {seed}; runs are paired by "
-                "seed, so give one of them"
-            )
-        found[seed] = folder.absolute()
+    found: dict[str, dict[int, Path]] = {}
+    for arm, folders in cfg.runs.items():
+        seeds = found.setdefault(arm, {})
+        for folder in map(Path, folders):
+            if not (folder / SUMMARY).is_file():
+                raise FileNotFoundError(
+                    f"runs.{arm}: {folder} has no {SUMMARY}; give folders of finished runs, e.g. "
+                    f"'runs={{{arm}: [logs/quickstart/<time>]}}'"
+                )
+            seed = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["seed"]
+            if seed in seeds:
+                raise ValueError(
+                    f"runs.{arm}: {seeds[seed]} and {folder} both have seed {seed}; runs are "
+                    "paired by seed, so give one of them"
+                )
+            seeds[seed] = folder.absolute()
     return found

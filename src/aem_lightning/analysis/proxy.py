@@ -116,16 +116,9 @@ def sampled_statistics(sampled: Sampled, settings: ProxySettings) -> dict[str, A
     unnormalised = -_within(sampled, sampled.compensator)
     length = _within(sampled, sampled.length)
     open_states = sampled.mean_of_state((alpha != 1).double()) > 0  # [K]
-    by_state = _by_state(alpha - 1, target, sampled)
-    of_each = pearson(by_state[open_states])
-    seed, draws = settings.seed, settings.draws
+    of_each = pearson(_by_state(alpha - 1, target, sampled)[open_states])
     return {
-        "pearson": _correlation(by_state[open_states], settings),
-        "sign_agreement": asdict(
-            bootstrap(
-                _agreement(alpha - 1, target, sampled)[open_states], share, draws=draws, seed=seed
-            )
-        ),
+        **_agreement(alpha - 1, target, sampled.state, open_states, settings),
         "states_agreeing": int((of_each > 0).sum()),
         "states_ungated": int(open_states.sum()),
         "compensator": _correlation(_by_state(unnormalised, target, sampled), settings),
@@ -145,12 +138,10 @@ def played_statistics(
     alpha, target = played_points(met, sampled)
     kept = alpha != 1
     count = int(kept.sum())
-    each = torch.arange(count)
     x, y = (alpha - 1)[kept], target[kept]
-    agree = torch.stack([(x * y > 0).double(), torch.ones(count, dtype=torch.float64)], dim=1)
+    every = torch.ones(count, dtype=torch.bool)
     return {
-        "pearson": _correlation(co_moments(x, y, each, count), settings),
-        "sign_agreement": asdict(bootstrap(agree, share, draws=settings.draws, seed=settings.seed)),
+        **_agreement(x, y, torch.arange(count), every, settings),
         "states_agreeing": int((x * y > 0).sum()),
         "states_ungated": count,
     }
@@ -178,10 +169,15 @@ def _by_state(x: Tensor, y: Tensor, sampled: Sampled) -> Tensor:
     return co_moments(x, y, sampled.state, sampled.states)
 
 
-def _agreement(x: Tensor, y: Tensor, sampled: Sampled) -> Tensor:
-    """Responses of each state whose signs agree, and their number, [K, 2]."""
-    rows = torch.stack([(x * y > 0).double(), torch.ones_like(x, dtype=torch.float64)], dim=1)
-    return rows.new_zeros(sampled.states, 2).index_add(0, sampled.state, rows)
+def _agreement(
+    x: Tensor, y: Tensor, state: Tensor, kept: Tensor, settings: ProxySettings
+) -> dict[str, Any]:
+    """Correlation of points [P] and share of equal signs, over the ``kept`` ones of K states."""
+    points = torch.stack([(x * y > 0).double(), torch.ones_like(x, dtype=torch.float64)], dim=1)
+    signs = points.new_zeros(len(kept), 2).index_add(0, state, points)[kept]
+    agree = bootstrap(signs, share, draws=settings.draws, seed=settings.seed)
+    moments = co_moments(x, y, state, len(kept))[kept]
+    return {"pearson": _correlation(moments, settings), "sign_agreement": asdict(agree)}
 
 
 def _correlation(moments: Tensor, settings: ProxySettings) -> dict[str, Any]:

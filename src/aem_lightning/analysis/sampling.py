@@ -123,7 +123,12 @@ def draw_responses(
     at_once = module.rollout.concurrency
     for part in (wanted[i : i + at_once] for i in range(0, len(wanted), at_once)):
         requests = {
-            f"{k}/{i}": Request(f"{k}/{i}", prompts[k], sampling, _seed(settings, k, i))
+            f"{k}/{i}": Request(
+                f"{k}/{i}",
+                prompts[k],
+                sampling,
+                stable_seed("proxy", settings.seed, "sample", k, i),
+            )
             for k, i in part
         }
         engine.submit(requests.values())
@@ -134,10 +139,6 @@ def draw_responses(
         for key in requests:
             engine.close(key)
     return drawn
-
-
-def _seed(settings: ProxySettings, state: int, sample: int) -> int:
-    return stable_seed("proxy", settings.seed, "sample", state, sample)
 
 
 def _sampling(module: AgentModule) -> Sampling:

@@ -44,23 +44,16 @@ class AdapterExport(Callback):
         if trainer.is_global_zero:
             recover(self.path(trainer))
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Export beside the checkpoint that is being saved."""
-        self._export(trainer, pl_module)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Export beside the checkpoint that is being saved, or the last weights."""
+        if trainer.is_global_zero:
+            export_adapter(_policy(pl_module), self.path(trainer))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export the last weights."""
-        self._export(trainer, pl_module)
+    on_train_end = on_save_checkpoint
 
     def path(self, trainer: Trainer) -> Path:
         """The folder that the adapter is exported to."""
         return Path(self._folder or trainer.default_root_dir) / "adapter"
-
-    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            export_adapter(_policy(pl_module), self.path(trainer))
 
 
 def export_adapter(policy: SavesAdapter, path: Path) -> None:

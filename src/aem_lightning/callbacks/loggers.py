@@ -23,26 +23,20 @@ def log_scalars(trainer: Trainer, metrics: Mapping[str, float], step: int) -> No
 
 def log_histogram(trainer: Trainer, name: str, values: Tensor, step: int) -> None:
     """Write a histogram of the finite ``values``; nothing where none is finite."""
-    if not trainer.is_global_zero:
-        return
     finite = values.detach().float().cpu()
     finite = finite[finite.isfinite()]
-    if finite.numel() == 0:
-        return
-    for write in _writers(trainer, "add_histogram"):
+    for write in _writers(trainer, "add_histogram") if len(finite) else ():
         write(name, finite, step)
 
 
 def log_text(trainer: Trainer, name: str, markdown: str, step: int) -> None:
     """Write a text in markdown."""
-    if not trainer.is_global_zero:
-        return
     for write in _writers(trainer, "add_text"):
         write(name, markdown, step)
 
 
 def _writers(trainer: Trainer, method: str) -> Iterator[Callable[..., Any]]:
-    for logger in trainer.loggers:
+    for logger in trainer.loggers if trainer.is_global_zero else ():
         write = getattr(getattr(logger, "experiment", None), method, None)
         if callable(write):
             yield write

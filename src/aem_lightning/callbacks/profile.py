@@ -66,19 +66,10 @@ class Profile(Callback):
         for stage, seconds in iteration.seconds.items():
             self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
         if self._left == 0:
-            self._write(trainer)
+            self.on_train_end(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what a run shorter than wanted has recorded."""
-        self._write(trainer)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Write what was recorded before the run broke or was stopped."""
-        self._write(trainer)
-
-    def _write(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        """Write what was recorded, also of a run that was short or broke."""
         if self._profiler is None:
             return
         profiler, self._profiler, self._left = self._profiler, None, 0
@@ -94,6 +85,9 @@ class Profile(Callback):
             largest(stage_costs(self._seconds)),
             largest(operator_costs(profiler, self._seconds)),
         )
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        self.on_train_end(trainer)
 
 
 def stage_costs(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -153,14 +153,11 @@ class Progress(Callback):
         """Begin an evaluation."""
         self._begin(trainer, "evaluation", _tasks_of(trainer.test_dataloaders))
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, *_: Any) -> None:
         """Take the bar of the evaluation away."""
         self._end([])
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Take the bar of what broke away."""
+    def on_exception(self, *_: Any) -> None:
         self._end([])
 
     def _begin(self, trainer: Trainer, what: str, episodes: int) -> None:

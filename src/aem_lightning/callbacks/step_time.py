@@ -93,20 +93,6 @@ class StepTime(Callback):
         metrics["time/total"] = total_seconds(iteration.seconds)
         log_scalars(trainer, metrics, step=iteration.index)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the table of the run."""
-        self._write(trainer)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Write the table of what was done before the run broke or was stopped."""
-        self._write(trainer)
-
-    def table(self) -> list[CostRow]:
-        """The cost table over all iterations so far; empty before the first."""
-        return cost_table(self._totals)
-
     def state_dict(self) -> dict[str, Any]:
         """The running totals."""
         return {
@@ -121,8 +107,9 @@ class StepTime(Callback):
         self._iterations = state_dict["iterations"]
         self._index = state_dict["index"]
 
-    def _write(self, trainer: Trainer) -> None:
-        rows = self.table()
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        """Write the table of the run, or of what was done before it broke or was stopped."""
+        rows = cost_table(self._totals)
         if not rows or not trainer.is_global_zero:
             return
         markdown = table_markdown(rows)
@@ -136,6 +123,9 @@ class StepTime(Callback):
         }
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         logger.info("Cost table over %d iterations, in %s:\n%s", self._iterations, path, markdown)
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        self.on_train_end(trainer)
 
 
 def total_seconds(seconds: Mapping[str, float]) -> float:

@@ -18,7 +18,7 @@ from aem_lightning.callbacks.loggers import log_text
 from aem_lightning.callbacks.outputs import iteration_of, trajectories_of
 from aem_lightning.types import Iteration, Task, Trajectory, Turn
 
-Scores = Mapping[tuple[int, int], tuple[float, float, float]]
+Scores = Mapping[tuple[int, int], Sequence[float]]
 """Entropy, advantage and alpha by (trajectory, turn)."""
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
@@ -232,19 +232,14 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
 
 def _scores(iteration: Iteration) -> Scores:
     batch = iteration.batch
-    keys = zip(batch.trajectory.tolist(), batch.turn.tolist(), strict=True)
-    values = zip(
-        batch.entropy.tolist(), iteration.advantages.tolist(), iteration.alpha.tolist(), strict=True
-    )
-    return dict(zip(keys, values, strict=True))
+    scores = (batch.entropy, iteration.advantages, iteration.alpha)
+    columns = (column.tolist() for column in (batch.trajectory, batch.turn, *scores))
+    return {(n, t): tuple(found) for n, t, *found in zip(*columns, strict=True)}
 
 
-def _turn_record(turn: Turn, scores: tuple[float, float, float] | None) -> dict[str, Any]:
+def _turn_record(turn: Turn, scores: Sequence[float] | None) -> dict[str, Any]:
     entropy = sum(turn.entropies) / len(turn.entropies) if turn.entropies else None
-    advantage: float | None = None
-    alpha: float | None = None
-    if scores is not None:
-        entropy, advantage, alpha = scores
+    entropy, advantage, alpha = scores or (entropy, None, None)
     return {
         "observation": turn.observation,
         "response": turn.response,

@@ -22,5 +22,9 @@ __all__ = [
 # Imported when asked for: a worker of someone's own environment needs none of their engines.
 __getattr__ = lazily(
     __name__,
-    {"AlfworldDataModule": "alfworld", "SweDataModule": "swe", "WebShopDataModule": "webshop"},
+    {
+        "alfworld": ["AlfworldDataModule"],
+        "swe": ["SweDataModule"],
+        "webshop": ["WebShopDataModule"],
+    },
 )

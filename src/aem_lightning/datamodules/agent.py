@@ -168,15 +168,8 @@ class AgentDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Task]:
         """Batches of tasks, one batch an iteration."""
         tasks = self.tasks(self.train_split)
-        rank, world_size = self._rank_and_world_size()
-        sampler = TaskSampler(
-            len(tasks),
-            self.tasks_per_iteration,
-            self.iterations_per_epoch,
-            self.seed,
-            rank,
-            world_size,
-        )
+        sizes = len(tasks), self.tasks_per_iteration, self.iterations_per_epoch
+        sampler = TaskSampler(*sizes, self.seed, *self._rank_and_world_size())
         from torch.utils.data import DataLoader
 
         return DataLoader(tasks, batch_size=sampler.share, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]

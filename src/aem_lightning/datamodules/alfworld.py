@@ -75,16 +75,8 @@ class AlfworldDataModule(AgentDataModule):
 
     def prepare_data(self) -> None:
         """Generate the games, where they are to be generated and are not there yet."""
-        if self.generate is None:
-            return
-        generate_games(
-            self.root,
-            sizes=self.generate.sizes,
-            difficulty=self.generate.difficulty,
-            seed=self.generate.seed,
-            task_types=self.generate.task_types,
-            workers=self.workers,
-        )
+        if self.generate is not None:
+            generate_games(self.root, **vars(self.generate), workers=self.workers)
 
     def games(self, split: str) -> list[Game]:
         """The games of ``split``, sorted by id."""

@@ -114,11 +114,9 @@ class SweDataModule(AgentDataModule):
         choose_sandbox(self.play)  # minutes of making would otherwise come before a refusal to play
         generate_instances(
             self.root,
-            count=self.generate.count,
-            seed=self.generate.seed,
+            **vars(self.generate),
             sandbox=choose_sandbox(replace(self.play, allow_unsafe=True)),  # the code is our own
             workers=self.workers,
-            file_format=self.generate.file_format,
         )
 
     def instances(self, split: str) -> list[Instance]:

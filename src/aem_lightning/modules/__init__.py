@@ -42,18 +42,15 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "AgentModule": "agent",
-        "Architecture": "tiny",
-        "DemonstrationSampler": "warm_start",
-        "Lora": "policy",
-        "Policy": "policy",
-        "RolloutSettings": "settings",
-        "UpdateSettings": "settings",
-        "WarmStartModule": "warm_start",
-        "build_tiny_model": "tiny",
-        "build_tokenizer": "tiny",
-        "check_dtype": "policy",
-        "collate_demonstrations": "warm_start",
-        "demonstrations_dataset": "warm_start",
+        "agent": ["AgentModule"],
+        "policy": ["Lora", "Policy", "check_dtype"],
+        "settings": ["RolloutSettings", "UpdateSettings"],
+        "tiny": ["Architecture", "build_tiny_model", "build_tokenizer"],
+        "warm_start": [
+            "DemonstrationSampler",
+            "WarmStartModule",
+            "collate_demonstrations",
+            "demonstrations_dataset",
+        ],
     },
 )

@@ -44,22 +44,16 @@ def entropy_sums(batch: RolloutBatch) -> Tensor:
     return torch.stack([(batch.entropy * batch.length).sum(), batch.length.sum().float()])
 
 
-def trained_tokens(batch: RolloutBatch) -> Tensor:
-    """Response tokens of each row that take part in the loss, [S]."""
-    inside = batch.response_index >= 0
-    kept = batch.response_mask[batch.response_index.clamp(min=0)]
-    return (inside & kept).sum(dim=1).float()
-
-
 def trained_units(batch: RolloutBatch, aggregation: Aggregation) -> Tensor:
     """What the loss is a mean over, counted in each row, [S]: tokens, or responses.
 
     A response is within one row, so summed over the rows of a minibatch and over ranks these are
     the units of ``aggregation_weights``.
     """
-    if aggregation == "token":
-        return trained_tokens(batch)
     inside = batch.response_index >= 0
+    if aggregation == "token":
+        kept = batch.response_mask[batch.response_index.clamp(min=0)]
+        return (inside & kept).sum(dim=1).float()
     row_of = torch.full_like(batch.length, -1)
     row_of[batch.response_index[inside]] = inside.nonzero()[:, 0]
     kept = batch.response_mask & (row_of >= 0)

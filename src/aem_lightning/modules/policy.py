@@ -113,17 +113,19 @@ class Policy(nn.Module):
                 f"policy.quantization={quantization!r} is unknown; allowed: null, nf4."
             )
         stored = check_dtype(dtype)
-        settings: dict[str, Any] = {
-            "dtype": stored,
-            "attn_implementation": attn_implementation,
-        }
+        settings: dict[str, Any] = {"dtype": stored, "attn_implementation": attn_implementation}
         if quantization:
             settings["quantization_config"] = _four_bit(stored)
         try:
             tokenizer = load_tokenizer(model)
             causal_lm = AutoModelForCausalLM.from_pretrained(model, **settings)
         except OSError as error:
-            raise FileNotFoundError(missing_model_message(model)) from error
+            raise FileNotFoundError(
+                f"The model {model!r} is neither a folder here nor reachable on the Hugging Face "
+                f"hub.\n  fetch it:        hf download {model}\n"
+                "  or a local copy: python train.py ... policy.model=/path/to/folder\n"
+                "  or without it:   python train.py ... policy=tiny datamodule=alfworld_generated"
+            ) from error
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         if quantization:
@@ -299,16 +301,6 @@ def check_dtype(name: str) -> torch.dtype:
         raise ValueError(f"policy.dtype={name!r} is unknown; allowed: {', '.join(DTYPES)}.")
     found: torch.dtype = getattr(torch, name)
     return found
-
-
-def missing_model_message(model: str) -> str:
-    """What to type when ``model`` is neither on this machine nor reachable."""
-    return (
-        f"The model {model!r} is neither a folder here nor reachable on the Hugging Face hub.\n"
-        f"  fetch it:        hf download {model}\n"
-        f"  or a local copy: python train.py ... policy.model=/path/to/folder\n"
-        f"  or without it:   python train.py ... policy=tiny datamodule=alfworld_generated"
-    )
 
 
 def _four_bit(compute_dtype: torch.dtype) -> Any:

@@ -88,23 +88,16 @@ class WarmStartModule(L.LightningModule):
         lr: Peak learning rate of AdamW.
         total_steps: Optimizer steps of the whole stage, for the one-cycle schedule.
         prompt_weight: Weight of a prompt token; a response token has 1.
-        weight_decay: AdamW's.
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        lr: float,
-        total_steps: int,
-        prompt_weight: float = 0.0,
-        weight_decay: float = 0.01,
+        self, policy: Policy, lr: float, total_steps: int, prompt_weight: float = 0.0
     ) -> None:
         super().__init__()
         self.policy = policy
         self.lr = lr
         self.total_steps = total_steps
         self.prompt_weight = prompt_weight
-        self.weight_decay = weight_decay
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         scored = batch["response"]
@@ -126,7 +119,7 @@ class WarmStartModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=self.lr, total_steps=max(2, self.total_steps), pct_start=0.1
         )

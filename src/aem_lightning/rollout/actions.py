@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,8 +59,4 @@ def action_span(turn: Turn, ids: Sequence[int], decode: Decode) -> tuple[int, in
 
 def _last_true(test: Callable[[int], bool], end: int) -> int:
     """The largest number under ``end`` that passes, given that 0 does and passing is monotone."""
-    low, high = 0, end
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if test(middle) else (low, middle)
-    return low
+    return bisect_left(range(1, end), True, key=lambda number: not test(number))

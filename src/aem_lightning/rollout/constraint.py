@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from aem_lightning.rollout.prompt import THINK
@@ -50,33 +51,28 @@ class Constraint(Protocol):
         ...
 
 
-class Trie:
-    """Some token sequences by their common beginnings.
+def trie(sequences: Iterable[Sequence[int]]) -> TrieCursor:
+    """Some token sequences by their common beginnings, at the first token.
 
     Example:
-        >>> cursor = Trie([[7, 8, 0], [7, 9, 0]]).begin()
+        >>> cursor = trie([[7, 8, 0], [7, 9, 0]])
         >>> cursor.allowed()
         [7]
         >>> cursor.take(7)
         >>> cursor.allowed()
         [8, 9]
     """
-
-    def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
-        self.root: dict[int, Any] = {}
-        for sequence in sequences:
-            node = self.root
-            for token in sequence:
-                node = node.setdefault(token, {})
-
-    def begin(self) -> TrieCursor:
-        """At the first token."""
-        return TrieCursor(self.root)
+    root: dict[int, Any] = {}
+    for sequence in sequences:
+        node = root
+        for token in sequence:
+            node = node.setdefault(token, {})
+    return TrieCursor(root)
 
 
 @dataclass(slots=True)
 class TrieCursor:
-    """A place in a `Trie`."""
+    """A place in a `trie`."""
 
     node: dict[int, Any]
 
@@ -100,14 +96,14 @@ class PlainActions:
 
     actions: tuple[str, ...]
     responses: tuple[tuple[int, ...], ...]
-    _trie: Trie = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_trie", Trie(self.responses))
+    @cached_property
+    def _start(self) -> TrieCursor:
+        return trie(self.responses)
 
     def begin(self) -> TrieCursor:
         """At the first token."""
-        return self._trie.begin()
+        return replace(self._start)
 
     def structured_outputs(self) -> dict[str, Any]:
         """One of the actions, word by word."""
@@ -136,10 +132,10 @@ class TaggedActions:
         """At the first token, where everything is allowed."""
         return TaggedCursor(self)
 
-    def endings(self, begun: str) -> Trie:
+    def endings(self, begun: str) -> TrieCursor:
         """What may follow the tag and the text ``begun``; nothing where no action begins so."""
         begun = begun.lstrip()
-        return Trie(
+        return trie(
             [*self.encode(action[len(begun) :] + CLOSE), *self.stop_ids[:1]]
             for action in self.actions
             if action.startswith(begun)
@@ -175,4 +171,4 @@ class TaggedCursor:
         visible = THINK.sub("", decode(self.tokens))
         _, tag, begun = visible.partition(OPEN)
         if tag and "<think>" not in visible.lower():
-            self.inside = self.actions.endings(begun).begin()
+            self.inside = self.actions.endings(begun)

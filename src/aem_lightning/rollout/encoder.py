@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from aem_lightning.rollout.constraint import BLANK, Constraint, PlainActions, TaggedActions
 from aem_lightning.rollout.prompt import Prompt
@@ -62,14 +62,10 @@ class PromptEncoder:
         history_length: int = 2,
         action: ActionMode = "free",
     ) -> None:
-        if memory not in ("window", "transcript"):
-            raise ValueError(
-                f"memory={memory!r} is unknown; allowed: memory=window, memory=transcript."
-            )
-        if action not in ("free", "constrained"):
-            raise ValueError(
-                f"action={action!r} is unknown; allowed: action=free, action=constrained."
-            )
+        for name, value, kind in (("memory", memory, Memory), ("action", action, ActionMode)):
+            if value not in get_args(kind):
+                allowed = ", ".join(f"{name}={choice}" for choice in get_args(kind))
+                raise ValueError(f"{name}={value!r} is unknown; allowed: {allowed}.")
         if action == "constrained" and prompt.action not in ("plain", "tagged"):
             raise ValueError(
                 "action=constrained knows where an action begins in prompt.action=plain and "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def pack(
         )
     _check_finite(trajectories, responses)
     rows = [row for trajectory in trajectories for row in trajectory.rows]
-    first_row = _offsets(len(trajectory.rows) for trajectory in trajectories)
+    first_row = [0, *accumulate(len(trajectory.rows) for trajectory in trajectories)]
     shape = (len(rows), max(map(len, rows)))
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     response_index = torch.full(shape, -1, dtype=torch.long)
@@ -118,13 +118,6 @@ def minibatches(num_rows: int, count: int, generator: torch.Generator) -> list[l
     order = torch.randperm(num_rows, generator=generator).tolist()
     bounds = [round(i * num_rows / count) for i in range(count + 1)]
     return [order[a:b] for a, b in pairwise(bounds)]
-
-
-def _offsets(counts: Iterable[int]) -> list[int]:
-    offsets = [0]
-    for count in counts:
-        offsets.append(offsets[-1] + count)
-    return offsets
 
 
 def _check_finite(

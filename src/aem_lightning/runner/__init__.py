@@ -17,4 +17,4 @@ search_path.register()
 
 __all__ = ["evaluate", "train"]
 
-__getattr__ = lazily(__name__, {"evaluate": "evaluation", "train": "training"})
+__getattr__ = lazily(__name__, {"evaluation": ["evaluate"], "training": ["train"]})

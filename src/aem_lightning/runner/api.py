@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.rollout import (
+    ChatResponder,
     Endpoint,
     EndpointError,
     TextEncoder,
@@ -65,15 +67,16 @@ def _evaluate(cfg: DictConfig, endpoint: Endpoint, datamodule: AgentDataModule) 
     )
     if store.episodes:
         log.info("%d of %d episodes are in %s", len(store.episodes), len(tasks), store.path)
-    player = Player(
+    responder = partial(
+        ChatResponder,
         endpoint,
         TextEncoder(instantiate(cfg.prompt)),
-        instantiate(cfg.rewards),
-        **{name: cfg[name] for name in _LIMITS},
+        **{name: cfg[name] for name in _LIMITS if name != "max_turns"},
     )
+    player = Player(responder, instantiate(cfg.rewards), cfg.max_turns)
     # Not in the tasks' own order: a run that a budget ends has then played tasks of every type.
     missing = sorted(store.missing, key=lambda task: stable_seed(cfg.seed, "api", task.id))
-    broken = play(player, make_groups(missing, 1), datamodule, store, cfg.concurrency)
+    broken = play(endpoint, player, make_groups(missing, 1), datamodule, store, cfg.concurrency)
     if not store.episodes:
         raise EndpointError(_nothing_finished(endpoint, broken))
     report = {

@@ -22,9 +22,7 @@ from aem_lightning.rollout import (
     RequestError,
     RewardShaping,
     StoppedError,
-    TextEncoder,
 )
-from aem_lightning.rollout.encoder import Memory
 from aem_lightning.runner.episode_store import EpisodeStore
 from aem_lightning.types import EnvStep, ResetRequest, Trajectory
 
@@ -36,24 +34,14 @@ class Player:
     """How an episode is played with an endpoint.
 
     Attributes:
-        endpoint: The model.
-        encoder: The prompt.
+        responder: Makes the model's part of an episode.
         rewards: The reward shaping.
-        memory: ``window`` or ``transcript``.
-        history_length: Past turns inside a window prompt.
         max_turns: Turns after which an episode is cut.
-        max_new_tokens: Longest reply.
-        temperature: Of the sampling; ``None`` leaves it to the endpoint.
     """
 
-    endpoint: Endpoint
-    encoder: TextEncoder
+    responder: Callable[[], ChatResponder]
     rewards: RewardShaping
-    memory: Memory
-    history_length: int
     max_turns: int
-    max_new_tokens: int
-    temperature: float | None
 
     def play(self, episode: Episode, seat: Seat) -> tuple[Trajectory, dict[str, int]]:
         """The episode and the tokens that it took.
@@ -62,22 +50,16 @@ class Player:
             EndpointError: Nothing can be played.
             StoppedError: The run ends before the episode does.
         """
-        responder = ChatResponder(
-            self.endpoint,
-            self.encoder,
-            self.memory,
-            self.history_length,
-            self.max_new_tokens,
-            self.temperature,
-        )
+        responder = self.responder()
         collector = Collector(
             pool=seat,
-            encoder=self.encoder,
+            encoder=responder.encoder,
             responder=responder,
             rewards=self.rewards,
             max_turns=self.max_turns,
-            max_context=self.max_new_tokens,  # prompts are empty: the endpoint knows its context
-            max_new_tokens=self.max_new_tokens,
+            # Prompts are empty: the endpoint knows its context.
+            max_context=responder.max_new_tokens,
+            max_new_tokens=responder.max_new_tokens,
             concurrency=1,
         )
         try:
@@ -124,6 +106,7 @@ class Seat:
 
 
 def play(
+    endpoint: Endpoint,
     player: Player,
     episodes: Sequence[Episode],
     datamodule: AgentDataModule,
@@ -141,7 +124,7 @@ def play(
 
     def run(episode: Episode) -> Trajectory | None:
         try:
-            player.endpoint.check_open()
+            endpoint.check_open()
             trajectory, spent = player.play(episode, seat(episode))
         except StoppedError:
             return None
@@ -151,7 +134,7 @@ def play(
 
     with (
         _seats(datamodule, len(episodes)) as seat,
-        _threads(player.endpoint, concurrency) as threads,
+        _threads(endpoint, concurrency) as threads,
     ):
         futures = [threads.submit(run, episode) for episode in episodes]
         try:

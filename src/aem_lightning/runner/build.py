@@ -85,7 +85,7 @@ def check_parts(cfg: DictConfig) -> None:
         instantiate(part)
     _named(cfg.callbacks)
     settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
-    lora_of(cfg)
+    settings_from(Lora, cfg.policy.lora, "policy.lora")
     if cfg.policy.get("architecture") is not None:
         settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
     check_dtype(cfg.policy.dtype)
@@ -116,32 +116,24 @@ def build_encoder(cfg: DictConfig, policy: Policy) -> PromptEncoder:
     return PromptEncoder(policy.tokenizer, instantiate(cfg.prompt), **settings)
 
 
-def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, WarmStart | None]:
+def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> Policy:
     """The policy with its adapters, after its warm start where it comes from one."""
-    start = None
     model = cfg.policy.model
     if model is None:
-        start = warm_start(cfg, datamodule)
-        model = str(start.folder)
+        model = str(warm_start(cfg, datamodule).folder)
     with torch.random.fork_rng(devices=[]):
         # New adapters depend on the seed alone: not on what a warm start has drawn before.
         torch.manual_seed(cfg.seed)
-        return load_policy(cfg, model, lora=lora_of(cfg)), start
+        return load_policy(cfg, model)
 
 
-def lora_of(cfg: DictConfig) -> Lora:
-    """The settings of the adapters."""
-    return settings_from(Lora, cfg.policy.lora, "policy.lora")
-
-
-def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
-    """A policy from a model folder or the hub."""
+def load_policy(cfg: DictConfig, model: str) -> Policy:
+    """A policy with adapters from a model folder or the hub."""
     options = ("dtype", "quantization", "gradient_checkpointing")
-    template = cfg.policy.chat_template
     return Policy.from_pretrained(
         str(Path(model).expanduser()) if model.startswith("~") else model,
-        lora=lora,
-        chat_template=None if template is None else read_template(template),
+        lora=settings_from(Lora, cfg.policy.lora, "policy.lora"),
+        chat_template=read_template(cfg.policy.chat_template),
         **{name: cfg.policy[name] for name in options},
     )
 
@@ -167,7 +159,7 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
         architecture = settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
         base = tiny_base(datamodule, architecture, settings.seed)
     else:
-        base = load_policy(cfg, cfg.policy.model, lora=lora_of(cfg))
+        base = load_policy(cfg, cfg.policy.model)
     trainer = {
         "accelerator": cfg.trainer.accelerator,
         "devices": 1,

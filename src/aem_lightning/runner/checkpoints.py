@@ -9,14 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 # What torch raises for half a file, for another kind of file, and what ours lack of a stranger's.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    OSError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    TypeError,
-)
+UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, TypeError)
 
 
 def find_checkpoint(cfg: DictConfig, run: str | None) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -25,8 +25,19 @@ _AT_LEAST_ONE = (
     "update_epochs",
     "num_minibatches",
     "micro_batch_tokens",
+    "policy.warm_start.demonstrations",
+    "policy.warm_start.epochs",
+    "policy.warm_start.batch_tokens",
 )
-_ABOVE_ZERO = {"temperature": True, "eval_temperature": False, "max_grad_norm": True}
+# What other numbers have to be, in words and as a test.
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "temperature": ("> 0", lambda value: value > 0),
+    "eval_temperature": (">= 0", lambda value: value >= 0),
+    "max_grad_norm": ("> 0", lambda value: value > 0),
+    "overlap_share": ("from 0 to 1, e.g. overlap_share=0.5", lambda value: 0 <= value <= 1),
+    "anchor_similarity": ("in (0, 1], e.g. 0.9", lambda value: 0 < value <= 1),
+    "policy.warm_start.lr": ("> 0", lambda value: value > 0),
+}
 _CHOICES = {
     "memory": ("window", "transcript"),
     "stage": ("train", "warm_start", "check"),
@@ -50,18 +61,16 @@ def check_config(cfg: DictConfig) -> None:
     """Raise `ConfigError` with every problem of ``cfg`` that shows without building anything."""
     problems = _common_problems(cfg)
     problems += [
-        f"{name}={cfg[name]!r}: a number {'>' if strict else '>='} 0"
-        for name, strict in _ABOVE_ZERO.items()
-        if type(cfg[name]) not in (int, float) or not cfg[name] >= 0 or (strict and cfg[name] == 0)
+        f"{name}={value!r}: a number {wanted}"
+        for name, (wanted, fits) in _NUMBERS.items()
+        if not _is_number(value := OmegaConf.select(cfg, name, default=1)) or not fits(value)
     ]
-    share = cfg.overlap_share
-    if type(share) not in (int, float) or not 0 <= share <= 1:
-        problems.append(f"overlap_share={share!r}: a number from 0 to 1, e.g. overlap_share=0.5")
-    if type(cfg.anchor_similarity) not in (int, float) or not 0 < cfg.anchor_similarity <= 1:
+    precision = OmegaConf.select(cfg, "trainer.precision")
+    if str(precision) in ("16", "16-mixed"):
         problems.append(
-            f"anchor_similarity={cfg.anchor_similarity!r}: a number in (0, 1], e.g. 0.9"
+            f"trainer.precision={precision} needs a scaled loss, and this loop scales none: type "
+            "trainer.precision=bf16-mixed, or trainer.precision=32-true"
         )
-    problems += _warm_start_problems(cfg.policy.warm_start) + _precision_problems(cfg)
     problems += _combination_problems(cfg)
     if not problems and cfg.iterations % cfg.iterations_per_epoch:
         per_epoch = cfg.iterations_per_epoch
@@ -145,35 +154,12 @@ def _chosen(cfg: DictConfig, group: str) -> str | None:
     return None if option is None else str(option)
 
 
-def _warm_start_problems(start: DictConfig) -> list[str]:
-    problems = [
-        f"policy.warm_start.{name}={start[name]!r}: a whole number of at least 1"
-        for name in ("demonstrations", "epochs", "batch_tokens")
-        if name in start and (type(start[name]) is not int or start[name] < 1)
-    ]
-    if "lr" in start and (type(start.lr) not in (int, float) or not start.lr > 0):
-        problems.append(f"policy.warm_start.lr={start.lr!r}: a number > 0")
-    return problems
-
-
-def _precision_problems(cfg: DictConfig) -> list[str]:
-    precision = OmegaConf.select(cfg, "trainer.precision")
-    if str(precision) not in ("16", "16-mixed"):
-        return []
-    return [
-        f"trainer.precision={precision} needs a scaled loss, and this loop scales none: type "
-        "trainer.precision=bf16-mixed, or trainer.precision=32-true"
-    ]
-
-
 def check_api_config(cfg: DictConfig) -> None:
     """The same for ``policy=api``; the endpoint checks its own options."""
     problems = _common_problems(cfg)
-    temperature = cfg.temperature
-    if temperature is not None and (type(temperature) not in (int, float) or not temperature >= 0):
-        problems.append(
-            f"temperature={temperature!r}: a number >= 0, or null for the endpoint's own"
-        )
+    value = cfg.temperature
+    if value is not None and not (_is_number(value) and value >= 0):
+        problems.append(f"temperature={value!r}: a number >= 0, or null for the endpoint's own")
     refuse(problems)
 
 
@@ -184,9 +170,9 @@ def _common_problems(cfg: DictConfig) -> list[str]:
         for key in sorted(OmegaConf.missing_keys(cfg.datamodule) - {"datamodule._target_"})
     ]
     problems += [
-        f"{name}={cfg[name]!r}: a whole number of at least 1, e.g. {name}=8"
+        f"{name}={value!r}: a whole number of at least 1, e.g. {name}=8"
         for name in _AT_LEAST_ONE
-        if name in cfg and (type(cfg[name]) is not int or cfg[name] < 1)
+        if type(value := OmegaConf.select(cfg, name, default=1)) is not int or value < 1
     ]
     problems += [
         f"{name}={cfg[name]!r}: allowed are {', '.join(f'{name}={choice}' for choice in choices)}"
@@ -196,3 +182,7 @@ def _common_problems(cfg: DictConfig) -> list[str]:
     if type(cfg.history_length) is not int or cfg.history_length < 0:
         problems.append(f"history_length={cfg.history_length!r}: a whole number >= 0")
     return problems
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)  # a bool is none

@@ -40,7 +40,7 @@ class Command:
     name: str
     typed: str
     about: str
-    check: Callable[[DictConfig], None]
+    check: Callable[[DictConfig], object]
 
     def answer(self, arguments: Sequence[str]) -> None:
         """End with help where it is asked for, and with what to type where that was wrong.

@@ -6,7 +6,8 @@ Python and for the jobs of ``--multirun``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -24,10 +25,19 @@ def check_training(cfg: DictConfig) -> None:
     """
     check_config(cfg)
     find_checkpoint(cfg, cfg.name)
-    missing = list(_missing_data(cfg.datamodule, cfg.datamodule.get("evaluation_splits") or ()))
+    splits = cfg.datamodule.get("evaluation_splits") or ()
+    finds: list[Callable[[], object]] = [partial(_find_data, cfg.datamodule, splits)]
     if cfg.stage != "check":  # which has no policy
-        missing += _missing_policy_files(cfg.policy)
-    _raise(missing)
+        finds.append(partial(_find_model, cfg.policy.model))
+        finds.append(partial(read_template, cfg.policy.chat_template))
+    missing = []
+    for find in finds:
+        try:
+            find()
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if missing:
+        raise FileNotFoundError("\n".join(missing))
 
 
 def check_evaluation(cfg: DictConfig) -> None:
@@ -42,7 +52,7 @@ def check_evaluation(cfg: DictConfig) -> None:
     if policy == "api":
         check_api_config(cfg)
         splits = cfg.splits or cfg.datamodule.get("evaluation_splits") or ()
-        _raise(list(_missing_data(cfg.datamodule, splits)))
+        _find_data(cfg.datamodule, splits)
     elif policy is not None:
         raise ValueError(
             "policy=...: an evaluation plays the policy of its checkpoint, or a model behind an "
@@ -52,13 +62,13 @@ def check_evaluation(cfg: DictConfig) -> None:
         needed_checkpoint(cfg, cfg.run)
 
 
-def read_template(template: str) -> str:
-    """A chat template from a file, or ``template`` itself where it is one.
+def read_template(template: str | None) -> str | None:
+    """A chat template from a file, or ``template`` itself where it is one, or none.
 
     Raises:
         FileNotFoundError: It is neither.
     """
-    if "{%" in template:
+    if template is None or "{%" in template:
         return template
     path = Path(template).expanduser()
     if not path.is_file():
@@ -69,71 +79,38 @@ def read_template(template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _raise(missing: Sequence[str]) -> None:
-    if missing:
-        raise FileNotFoundError("\n".join(missing))
-
-
-def _missing_policy_files(policy: DictConfig) -> Iterator[str]:
-    """What to say of the model's folder and of the chat template, where they are missing."""
-    model = policy.model
-    if model is not None and is_path(str(model)) and not Path(model).expanduser().is_dir():
-        yield (
+def _find_model(model: str | None) -> None:
+    if model is None:
+        return
+    # A name on the hub is `name` or `owner/name`; what looks otherwise can only be a folder.
+    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model
+    if is_path and not Path(model).expanduser().is_dir():
+        raise FileNotFoundError(
             f"policy.model={model}: there is no such folder. Give the folder of a model, or its "
             "name on the Hugging Face hub, or type policy=tiny"
         )
-    if policy.chat_template is not None:
-        yield from _told(lambda: read_template(policy.chat_template))
 
 
-def is_path(model: str) -> bool:
-    """Whether ``model`` can only be a folder: a name on the hub is ``name`` or ``owner/name``."""
-    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model
+def _find_data(datamodule: DictConfig, evaluation_splits: Sequence[str]) -> None:
+    """Raise where official data is not where ``datamodule`` looks for it."""
+    from aem_lightning.envs.data import (
+        alfworld_folder,
+        check_webshop_files,
+        swe_file,
+        webshop_paths,
+    )
 
-
-def _missing_data(datamodule: DictConfig, splits: Sequence[str]) -> Iterator[str]:
-    """What to say of official data that is not where ``datamodule`` looks for it."""
-    find = _OFFICIAL.get(str(datamodule.get("_target_")))
-    if find is not None:
-        # The split that is trained on, and those that are played in evaluations.
-        yield from _told(lambda: find(datamodule, ["train", *splits]))
-
-
-def _told(find: Callable[[], object]) -> Iterator[str]:
-    try:
-        find()
-    except FileNotFoundError as error:
-        yield str(error)
-
-
-def _alfworld(datamodule: DictConfig, splits: Sequence[str]) -> None:
-    from aem_lightning.envs.data import alfworld_folder
-
-    if datamodule.generate is None:
+    package, _, name = str(datamodule.get("_target_")).rpartition(".")
+    kind = name if package == "aem_lightning.datamodules" else None
+    splits = ["train", *evaluation_splits]
+    if kind == "AlfworldDataModule" and datamodule.generate is None:
         for split in splits:
             alfworld_folder(Path(datamodule.root).expanduser().absolute(), split)
-
-
-def _webshop(datamodule: DictConfig, splits: Sequence[str]) -> None:
-    from aem_lightning.envs.data import check_webshop_files, webshop_paths
-
-    if datamodule.generate is None:
-        names = {name: datamodule[name] for name in ("goals", "products", "attributes", "human")}
+    elif kind == "WebShopDataModule" and datamodule.generate is None:
+        names = {key: datamodule[key] for key in ("goals", "products", "attributes", "human")}
         root = Path(datamodule.root).expanduser().absolute()
         check_webshop_files(webshop_paths(root, **names).values())
-
-
-def _swe(datamodule: DictConfig, splits: Sequence[str]) -> None:
-    from aem_lightning.envs.data import swe_file
-
-    if datamodule.source in ("json", "parquet"):
+    elif kind == "SweDataModule" and datamodule.source in ("json", "parquet"):
         for split in splits:
             if split in datamodule.splits:
                 swe_file(datamodule.splits[split], split)
-
-
-_OFFICIAL: dict[str, Callable[[DictConfig, Sequence[str]], None]] = {
-    "aem_lightning.datamodules.AlfworldDataModule": _alfworld,
-    "aem_lightning.datamodules.WebShopDataModule": _webshop,
-    "aem_lightning.datamodules.SweDataModule": _swe,
-}

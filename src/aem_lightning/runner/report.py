@@ -11,7 +11,7 @@ from typing import Any
 from aem_lightning.callbacks.transcripts import append_json_line, episode_record
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.metrics import success_summary
-from aem_lightning.runner.commands import command
+from aem_lightning.runner.next_steps import command
 from aem_lightning.runner.summary import print_results
 from aem_lightning.types import Trajectory
 
@@ -24,10 +24,7 @@ def results_of(played: Sequence[Trajectory], splits: Iterable[str]) -> dict[str,
     return {
         "success": success_summary(played),
         "by_split": {split: success_summary(part) for split, part in parts.items() if part},
-        "episodes": [
-            _outcome(trajectory)
-            for trajectory in sorted(played, key=lambda t: (t.task.split, t.task.id))
-        ],
+        "episodes": list(map(_outcome, sorted(played, key=lambda t: (t.task.split, t.task.id)))),
     }
 
 

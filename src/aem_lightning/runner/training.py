@@ -11,19 +11,20 @@ import lightning as L
 from omegaconf import DictConfig
 
 from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.envs import check_env
 from aem_lightning.runner.build import (
     build_agent,
     build_datamodule,
     build_policy,
     build_trainer,
     check_parts,
+    instantiate,
     warm_start,
 )
-from aem_lightning.runner.check import check
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
-from aem_lightning.runner.commands import after_training, after_warm_start
 from aem_lightning.runner.early import check_training
 from aem_lightning.runner.evaluation import play_all
+from aem_lightning.runner.next_steps import after_training, after_warm_start
 from aem_lightning.runner.summary import StageClock, write_summary
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         datamodule = build_datamodule(cfg)
     try:
         if cfg.stage == "check":
-            return check(cfg, datamodule)
+            return check_only(cfg, datamodule)
         if cfg.stage == "warm_start":
             return warm_start_only(cfg, datamodule, clock)
         return reinforce(cfg, datamodule, clock, checkpoint, before)
@@ -62,7 +63,7 @@ def reinforce(
     """The reinforcement stage, between two evaluations; ``known`` is the first, once made."""
     output = Path(cfg.paths.output_dir)
     with clock("warm_start"):
-        policy, _ = build_policy(cfg, datamodule)
+        policy = build_policy(cfg, datamodule)
     module = build_agent(cfg, policy, datamodule)
     trainer = build_trainer(cfg)
     before = after = None
@@ -113,6 +114,18 @@ def warm_start_only(
     }
     write_summary(Path(cfg.paths.output_dir), summary)
     return summary
+
+
+def check_only(cfg: DictConfig, datamodule: AgentDataModule) -> dict[str, Any]:
+    """The stage ``check``: the environment's contract is proved, and nothing is trained.
+
+    Raises:
+        EnvContractError: Every breach found.
+    """
+    check_env(datamodule, prompt=instantiate(cfg.prompt), seed=cfg.seed)
+    name = type(datamodule).__name__
+    log.info("%s keeps the contract of aem_lightning.envs.TextEnv", name)
+    return {"name": cfg.name, "checked": name}
 
 
 def _before(checkpoint: Path | None) -> dict[str, Any] | None:

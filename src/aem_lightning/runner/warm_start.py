@@ -161,9 +161,7 @@ def run_warm_start(
         [len(row) for row in dataset["input_ids"]], settings.batch_tokens, settings.seed
     )
     loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate_demonstrations,
+        dataset, batch_sampler=sampler, collate_fn=collate_demonstrations
     )
     batches = settings.epochs * len(sampler)
     module = WarmStartModule(base, settings.lr, batches, settings.prompt_weight)

@@ -11,7 +11,7 @@ import pytest
 from runs import composed
 
 from aem_lightning.runner.build import plain
-from aem_lightning.runner.commands import after_training, after_warm_start, command
+from aem_lightning.runner.next_steps import after_training, after_warm_start, command
 
 
 @pytest.fixture
