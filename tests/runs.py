@@ -92,7 +92,7 @@ def built(cfg: DictConfig) -> Iterator[tuple[L.Trainer, AgentModule, L.Lightning
     L.seed_everything(cfg.seed, verbose=False)
     datamodule = build_datamodule(cfg)
     try:
-        policy = build_policy(cfg, datamodule)
+        policy, _ = build_policy(cfg, datamodule)
         yield build_trainer(cfg), build_agent(cfg, policy, datamodule), datamodule
     finally:
         datamodule.close()

@@ -13,7 +13,7 @@ from runs import CONFIGS, built, composed
 from aem_lightning.callbacks import AdapterExport, AEMMonitor, StepTime, Transcripts
 from aem_lightning.modules import AgentModule
 from aem_lightning.rollout import RolloutEngine
-from aem_lightning.runner.build import check_parts, load_policy
+from aem_lightning.runner.build import check_parts, load_policy, lora_of
 from aem_lightning.runner.checks import check_config
 
 # Those of SWE have their own tests, with their own instances: test_swe_experiments.
@@ -78,7 +78,7 @@ def test_a_policy_cannot_be_loaded_from_a_folder(name: str, toy_model: str, tmp_
     cfg = composed([f"policy={name}", f"paths.output_dir={tmp_path}"])
     check_config(cfg)
     check_parts(cfg)
-    policy = load_policy(cfg, toy_model)
+    policy = load_policy(cfg, toy_model, lora_of(cfg))
     trained = policy.trainable()
     assert trained
     assert all("lora_" in name and p.shape.count(cfg.policy.lora.r) for name, p in trained.items())

@@ -116,23 +116,30 @@ def build_encoder(cfg: DictConfig, policy: Policy) -> PromptEncoder:
     return PromptEncoder(policy.tokenizer, instantiate(cfg.prompt), **settings)
 
 
-def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> Policy:
+def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, WarmStart | None]:
     """The policy with its adapters, after its warm start where it comes from one."""
+    start = None
     model = cfg.policy.model
     if model is None:
-        model = str(warm_start(cfg, datamodule).folder)
+        start = warm_start(cfg, datamodule)
+        model = str(start.folder)
     with torch.random.fork_rng(devices=[]):
         # New adapters depend on the seed alone: not on what a warm start has drawn before.
         torch.manual_seed(cfg.seed)
-        return load_policy(cfg, model)
+        return load_policy(cfg, model, lora=lora_of(cfg)), start
 
 
-def load_policy(cfg: DictConfig, model: str) -> Policy:
-    """A policy with adapters from a model folder or the hub."""
+def lora_of(cfg: DictConfig) -> Lora:
+    """The settings of the adapters."""
+    return settings_from(Lora, cfg.policy.lora, "policy.lora")
+
+
+def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
+    """A policy from a model folder or the hub."""
     options = ("dtype", "quantization", "gradient_checkpointing")
     return Policy.from_pretrained(
         str(Path(model).expanduser()) if model.startswith("~") else model,
-        lora=settings_from(Lora, cfg.policy.lora, "policy.lora"),
+        lora=lora,
         chat_template=read_template(cfg.policy.chat_template),
         **{name: cfg.policy[name] for name in options},
     )
@@ -159,7 +166,7 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
         architecture = settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
         base = tiny_base(datamodule, architecture, settings.seed)
     else:
-        base = load_policy(cfg, cfg.policy.model)
+        base = load_policy(cfg, cfg.policy.model, lora=lora_of(cfg))
     trainer = {
         "accelerator": cfg.trainer.accelerator,
         "devices": 1,

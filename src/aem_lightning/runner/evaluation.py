@@ -66,7 +66,7 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
     trained = _training_config(cfg, checkpoint["aem_lightning"]["config"])
     datamodule = build_datamodule(trained)
     try:
-        policy = build_policy(trained, datamodule)
+        policy, _ = build_policy(trained, datamodule)
         module = build_agent(trained, policy, datamodule)
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -63,7 +63,7 @@ def reinforce(
     """The reinforcement stage, between two evaluations; ``known`` is the first, once made."""
     output = Path(cfg.paths.output_dir)
     with clock("warm_start"):
-        policy = build_policy(cfg, datamodule)
+        policy, _ = build_policy(cfg, datamodule)
     module = build_agent(cfg, policy, datamodule)
     trainer = build_trainer(cfg)
     before = after = None
