@@ -85,7 +85,7 @@ def check_parts(cfg: DictConfig) -> None:
         instantiate(part)
     _named(cfg.callbacks)
     settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
-    settings_from(Lora, cfg.policy.lora, "policy.lora")
+    lora_of(cfg)
     if cfg.policy.get("architecture") is not None:
         settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
     check_dtype(cfg.policy.dtype)
