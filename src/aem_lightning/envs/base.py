@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
 RESERVED_INFO_KEYS = (
@@ -69,6 +70,21 @@ class MissingExtraError(ImportError):
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
         return type(self), (self.package, self.extra)
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """The optional ``module``, which ``extra`` brings.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    package = module.partition(".")[0]
+    try:
+        return import_module(module)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise MissingExtraError(package, extra) from error
 
 
 class EnvContractError(Exception):

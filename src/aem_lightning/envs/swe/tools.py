@@ -36,15 +36,8 @@ EDITOR_COMMANDS = {
     "insert": ("path", "insert_line", "new_str"),
     "undo_edit": ("path",),
 }
-# Short names, and what they stand for.
-SHORT = {
-    "view": ("file_editor", "view"),
-    "create": ("file_editor", "create"),
-    "edit": ("file_editor", "str_replace"),
-    "str_replace": ("file_editor", "str_replace"),
-    "insert": ("file_editor", "insert"),
-    "undo_edit": ("file_editor", "undo_edit"),
-}
+# Short names, and the editor's command that they stand for.
+SHORT = {"edit": "str_replace"} | {command: command for command in EDITOR_COMMANDS}
 RENAMED = {"bash": "execute_bash", "submit": "finish"}
 TOOLS = ("file_editor", "search", "execute_bash", "finish")
 
@@ -84,7 +77,7 @@ def parse_call(action: str) -> Call:
     }
     name = RENAMED.get(found[1], found[1])
     if name in SHORT:
-        name, arguments["command"] = SHORT[name]
+        name, arguments["command"] = "file_editor", SHORT[name]
     if name == "file_editor":
         return _editor_call(arguments)
     if name == "search":

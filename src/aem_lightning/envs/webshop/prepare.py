@@ -18,7 +18,6 @@ from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 from rich.progress import Progress
 
-from aem_lightning.envs.base import MissingExtraError
+from aem_lightning.envs.base import import_extra
 from aem_lightning.envs.data import check_webshop_files, webshop_paths
 from aem_lightning.envs.webshop import goals
 from aem_lightning.envs.webshop.analyzer import Analyzer
@@ -177,10 +176,8 @@ class _Preparation:
 
     def _digest(self, products: str) -> str:
         """Twelve hex digits that stand for products and goals."""
-        digest = hashlib.sha256(products.encode())
         with (self._folder / f"goals{DATA}").open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+            digest = hashlib.file_digest(file, lambda: hashlib.sha256(products.encode()))
         return digest.hexdigest()[:12]
 
     def _read_side_files(self, side: sqlite3.Connection) -> None:
@@ -191,7 +188,7 @@ class _Preparation:
             side.execute(f"CREATE TABLE IF NOT EXISTS {kind} (asin TEXT PRIMARY KEY, row TEXT)")
             if side.execute(f"SELECT 1 FROM {kind} WHERE asin = ''").fetchone():
                 continue  # the mark of a whole table
-            with self._opened(path) as file:
+            with self._bar.open(path, "rb", description=path.name) as file:
                 rows = _parsed(path, "kvitems", file, "")
                 texts = ((asin, json.dumps(row)) for asin, row in rows)
                 side.executemany(f"INSERT OR REPLACE INTO {kind} VALUES (?, ?)", texts)
@@ -209,17 +206,27 @@ class _Preparation:
             logger.info("%s: %d rows are done, the rest follows", self._folder, state["read"])
         seen = {p["asin"] for i in range(state["chunks"]) for p in Records(chunks / f"{i}")}
         source = self._files.paths()["products"]
-        with self._opened(source) as file:
+        with self._bar.open(source, "rb", description=source.name) as file:
             rows = islice(_parsed(source, "items", file, "item"), self._files.num_products)
             rows = islice(rows, state["read"], None)
             while not state["is_whole"]:
                 taken = list(islice(rows, self._chunk_size))
                 products = self._products(taken, seen, side)
                 name = chunks / str(state["chunks"])
-                write_records(name, (product.record() for product in products))
+                write_records(name, map(asdict, products))
                 invert(map(indexed_text, products), Analyzer()).save(name.with_suffix(".npz"))
-                state = _next_state(state, len(taken), products, self._chunk_size)
-                _write_whole(path, json.dumps(state))
+                digest = hashlib.sha256(state["digest"].encode())
+                for product in products:
+                    digest.update(json.dumps(asdict(product)).encode())
+                state = {
+                    "read": state["read"] + len(taken),
+                    "chunks": state["chunks"] + 1,
+                    "digest": digest.hexdigest()[:12],
+                    "is_whole": len(taken) < self._chunk_size,
+                }
+                # Beside it first: a run that is stopped here leaves no part of a state.
+                path.with_suffix(".new").write_text(json.dumps(state), encoding="utf-8")
+                path.with_suffix(".new").replace(path)
         return state
 
     def _products(
@@ -266,53 +273,20 @@ class _Preparation:
         """
         for number, record in enumerate(self._bar.track(products, description="goals")):
             product = Product(**record)
-            for goal in self._goals_of(number, product, side):
+            if self._files.goals == "human":
+                rows = self._side_row(side, product.asin, "human") or []
+                made = goals.human_goals(number, product, rows, self._files.seed)
+            else:
+                row = self._side_row(side, product.asin)
+                made = goals.synthetic_goals(number, product, row, self._files.seed)
+            for goal in made:
                 of_goals.append(categories.setdefault(product.category, len(categories)))
-                yield goal.record()
-
-    def _goals_of(
-        self, number: int, product: Product, side: sqlite3.Connection
-    ) -> Iterator[goals.Goal]:
-        seed = self._files.seed
-        if self._files.goals == "human":
-            rows = self._side_row(side, product.asin, "human") or []
-            return goals.human_goals(number, product, rows, seed)
-        return goals.synthetic_goals(number, product, self._side_row(side, product.asin), seed)
-
-    @contextlib.contextmanager
-    def _opened(self, path: Path) -> Iterator[IO[bytes]]:
-        """The file at ``path``, with a bar that shows how far it is read."""
-        with self._bar.open(path, "rb", description=path.name) as file:
-            yield file
-
-
-def _next_state(
-    state: Mapping[str, Any], read: int, products: list[Product], chunk_size: int
-) -> dict[str, Any]:
-    digest = hashlib.sha256(state["digest"].encode())
-    for product in products:
-        digest.update(json.dumps(product.record()).encode())
-    return {
-        "read": state["read"] + read,
-        "chunks": state["chunks"] + 1,
-        "digest": digest.hexdigest()[:12],
-        "is_whole": read < chunk_size,
-    }
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader never sees a part of it."""
-    beside = path.with_suffix(".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+                yield asdict(goal)
 
 
 def _parsed(path: Path, function: str, file: IO[bytes], prefix: str) -> Iterator[Any]:
     """What ijson's ``function`` finds in ``file``."""
-    try:
-        ijson = import_module("ijson")
-    except ImportError as error:
-        raise MissingExtraError("ijson", "webshop") from error
+    ijson = import_extra("ijson", "webshop")
     try:
         yield from getattr(ijson, function)(file, prefix, use_float=True)
     except ijson.JSONError as error:

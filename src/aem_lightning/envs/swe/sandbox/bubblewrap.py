@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from contextlib import closing
 from functools import cache
 
 from aem_lightning.envs.swe.sandbox.base import Isolation, Level, SessionSpec
@@ -70,11 +71,8 @@ def _probe() -> Isolation:
     if shutil.which("bwrap") is None:
         hint = "apt install bubblewrap, or dnf install bubblewrap"
         return Isolation(False, Level.NONE, f"there is no bwrap on PATH: {hint}")
-    session = BubblewrapSandbox().open(SessionSpec())
-    try:
+    with closing(BubblewrapSandbox().open(SessionSpec())) as session:
         result = session.run("true", wall_s=20)
-    finally:
-        session.close()
     if result.code == 0:
         return Isolation(True, Level.NAMESPACES, f"bubblewrap works: {_WALLS}{_filtered()}")
     why = result.infra_error or result.output.strip()
