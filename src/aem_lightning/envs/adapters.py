@@ -13,10 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from aem_lightning.envs.base import RESERVED_INFO_KEYS, import_extra
-
-Reset = tuple[str, dict[str, Any]]
-Step = tuple[str, float, bool, bool, dict[str, Any]]
+from aem_lightning.envs.base import RESERVED_INFO_KEYS, Reset, Step, import_extra
 
 
 def task_number(options: Mapping[str, Any] | None) -> int:

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
+Reset = tuple[str, dict[str, Any]]
+"""Observation and ``info``."""
+Step = tuple[str, float, bool, bool, dict[str, Any]]
+"""Observation, reward, terminated, truncated and ``info``."""
+
 RESERVED_INFO_KEYS = (
     "task_id",
     "goal",
@@ -42,13 +47,11 @@ class TextEnv(Protocol):
     The same task and seed give the same episode for the same actions; `check_env` proves it.
     """
 
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start the task ``options["task_id"]``: its first observation and ``info``."""
         ...
 
-    def step(self, action: str, /) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str, /) -> Step:
         """The answer to ``action``: observation, reward, terminated, truncated, ``info``."""
         ...
 
