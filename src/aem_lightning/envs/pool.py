@@ -334,7 +334,11 @@ class EnvPool:
         given up; the others then start over.
         """
         while True:
-            self._respawn(worker, reason)
+            logger.warning("Environment worker %d is replaced: %s", worker, reason)
+            self.restarts += 1
+            self._processes[worker].kill()
+            self._processes[worker] = WorkerProcess(pickle.dumps(self.make_env))
+            self._processes[worker].wait_ready(self.timeout_s)
             episodes = [e for e in self._episodes.values() if e.worker == worker and not e.is_over]
             for episode in sorted(episodes, key=lambda e: e.slot):
                 try:
@@ -345,13 +349,6 @@ class EnvPool:
                     break
             else:
                 return
-
-    def _respawn(self, worker: int, reason: Exception) -> None:
-        logger.warning("Environment worker %d is replaced: %s", worker, reason)
-        self.restarts += 1
-        self._processes[worker].kill()
-        self._processes[worker] = WorkerProcess(pickle.dumps(self.make_env))
-        self._processes[worker].wait_ready(self.timeout_s)
 
     def _replay(self, episode: PooledEpisode, due: dict[str, str | None]) -> None:
         """Play ``episode`` from its start, with the action that is due for it, if any.

@@ -150,9 +150,11 @@ def _rows(source: str, path: str, split: str, cache_dir: str | None) -> Iterable
 
     load = partial(datasets.load_dataset, cache_dir=cache_dir)
     if source == "hub":
-        return load(path, split=split)
-    kind = "parquet" if source == "parquet" else "json"
-    return load(kind, data_files=str(swe_file(path, split)), split="train")
+        rows: Iterable[Mapping[str, Any]] = load(path, split=split)
+    else:
+        kind = "parquet" if source == "parquet" else "json"
+        rows = load(kind, data_files=str(swe_file(path, split)), split="train")
+    return rows
 
 
 def _adapter(name: str, row: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Instance]:

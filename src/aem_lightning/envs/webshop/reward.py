@@ -128,4 +128,5 @@ def token_set_ratio(one: Any, other: Any) -> int:
     """The ratio that thefuzz gives two sets of words, from 0 to 100."""
     fuzz, utils = (import_extra(f"rapidfuzz.{name}", "webshop") for name in ("fuzz", "utils"))
     first, second = (str(text).translate(_LATIN) for text in (one, other))
-    return round(fuzz.token_set_ratio(first, second, processor=utils.default_process))
+    ratio: float = fuzz.token_set_ratio(first, second, processor=utils.default_process)
+    return round(ratio)

@@ -117,9 +117,7 @@ def _arguments(spec: SessionSpec) -> list[str]:
         # It was linked for another place, and would take the system's library of that name.
         mounts += ["--symlink", f"/opt/python/lib/{library}", f"/opt/lib/{library}"]
         shared = {"LD_LIBRARY_PATH": "/opt/lib"}
-    variables: list[str] = []
-    for name, value in {**ENVIRONMENT, **shared, **spec.environment}.items():
-        variables += ["--setenv", name, value]
+    variables = {**ENVIRONMENT, **shared, **spec.environment}
     return [
         "bwrap",
         *("--unshare-all", "--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"),
@@ -128,7 +126,7 @@ def _arguments(spec: SessionSpec) -> list[str]:
         *("--as-pid-1", "--clearenv"),
         *mounts,
         *("--remount-ro", "/"),
-        *variables,
+        *(part for pair in variables.items() for part in ("--setenv", *pair)),
         *("--chdir", spec.workdir),
         *server_command(INTERPRETER),
     ]
