@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -37,7 +38,7 @@ TENT = Product(
 
 
 def changed(**fields):
-    return Product(**{**TENT.record(), **fields})
+    return replace(TENT, **fields)
 
 
 def goal(attributes=("quick dry",), options=("navy",), cap=40.0):

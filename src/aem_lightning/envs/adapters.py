@@ -8,16 +8,12 @@ says itself who won. The libraries are imported where an environment is made.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from aem_lightning.envs.base import RESERVED_INFO_KEYS, MissingExtraError
-
-Reset = tuple[str, dict[str, Any]]
-Step = tuple[str, float, bool, bool, dict[str, Any]]
+from aem_lightning.envs.base import RESERVED_INFO_KEYS, Reset, Step, import_extra
 
 
 def task_number(options: Mapping[str, Any] | None) -> int:
@@ -56,7 +52,7 @@ class GymnasiumEnv:
         win_at: float = 1.0,
         **arguments: Any,
     ) -> None:
-        gymnasium = _needed("gymnasium", "gymnasium")
+        gymnasium = import_extra("gymnasium", "gymnasium")
         # Its checker takes text for wrong that has a character beyond letters and digits.
         self._env = gymnasium.make(env_id, disable_env_checker=True, **arguments)
         space = self._env.action_space
@@ -121,7 +117,7 @@ class TextArenaEnv:
     """
 
     def __init__(self, env_id: str, *, win_at: float = 1.0, **arguments: Any) -> None:
-        self._make = partial(_needed("textarena", "adapters").make, env_id, **arguments)
+        self._make = partial(import_extra("textarena", "adapters").make, env_id, **arguments)
         self._env = self._make()
         self._win_at = win_at
         self._stream: Any = None
@@ -188,7 +184,7 @@ class ReasoningGymEnv:
         win_at: float = 1.0,
         **arguments: Any,
     ) -> None:
-        library = _needed("reasoning_gym", "adapters")
+        library = import_extra("reasoning_gym", "adapters")
         self._questions = library.create_dataset(name, seed=seed, size=size, **arguments)
         self._win_at = win_at
 
@@ -227,7 +223,7 @@ class OpenEnvEnv:
         win_at: float = 1.0,
         make_client: Callable[[str], Any] | None = None,
     ) -> None:
-        make = make_client or _needed("openenv.core", "adapters").GenericEnvClient
+        make = make_client or import_extra("openenv.core", "adapters").GenericEnvClient
         client = make(base_url)
         # From 0.2.2 on the client is asynchronous and hands out a synchronous one.
         self._client = getattr(client, "sync", lambda: client)()
@@ -258,17 +254,3 @@ class OpenEnvEnv:
                 f"datamodule.env.observation_field=<one of {', '.join(sorted(observation))}>"
             )
         return str(observation[self._observation_field])
-
-
-def _needed(module: str, extra: str) -> Any:
-    """An optional module.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
-            raise
-        raise MissingExtraError(module.partition(".")[0], extra) from error

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
+
+Reset = tuple[str, dict[str, Any]]
+"""Observation and ``info``."""
+Step = tuple[str, float, bool, bool, dict[str, Any]]
+"""Observation, reward, terminated, truncated and ``info``."""
 
 RESERVED_INFO_KEYS = (
     "task_id",
@@ -41,13 +47,11 @@ class TextEnv(Protocol):
     The same task and seed give the same episode for the same actions; `check_env` proves it.
     """
 
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start the task ``options["task_id"]``: its first observation and ``info``."""
         ...
 
-    def step(self, action: str, /) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str, /) -> Step:
         """The answer to ``action``: observation, reward, terminated, truncated, ``info``."""
         ...
 
@@ -69,6 +73,21 @@ class MissingExtraError(ImportError):
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
         return type(self), (self.package, self.extra)
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """The optional ``module``, which ``extra`` brings.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    package = module.partition(".")[0]
+    try:
+        return import_module(module)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise MissingExtraError(package, extra) from error
 
 
 class EnvContractError(Exception):

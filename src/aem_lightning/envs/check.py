@@ -13,11 +13,11 @@ from functools import partial
 from itertools import combinations
 from typing import Any, Protocol, cast
 
-from aem_lightning.envs.base import EnvContractError, TextEnv
+from aem_lightning.envs.base import EnvContractError, Reset, TextEnv
 from aem_lightning.envs.imports import WatchedEnv
 from aem_lightning.envs.leaks import find_leaks
 from aem_lightning.envs.pool import EnvPool
-from aem_lightning.envs.trial import ActionWords, Reset, Trial, pick
+from aem_lightning.envs.trial import ActionWords, Trial, pick
 from aem_lightning.types import ResetRequest, Task
 
 logger = logging.getLogger(__name__)

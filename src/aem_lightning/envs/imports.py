@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aem_lightning.envs.base import Reset, Step
+
 HEAVY = ("lightning", "torch", "transformers")
 LIBRARIES = ("<", sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))
 
@@ -26,13 +28,11 @@ class WatchedEnv:
         sys.meta_path.insert(0, self._watch)
         self._env = pickle.loads(factory)()
 
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         observation, info = self._env.reset(seed=seed, options=options)
         return observation, self._watched(info)
 
-    def step(self, action: str, /) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str, /) -> Step:
         *results, info = self._env.step(action)
         return *results, self._watched(info)
 

@@ -21,7 +21,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from aem_lightning.envs.base import EnvPoolError, TextEnv
@@ -201,12 +200,7 @@ class EnvPool:
     def __enter__(self) -> EnvPool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -340,7 +334,11 @@ class EnvPool:
         given up; the others then start over.
         """
         while True:
-            self._respawn(worker, reason)
+            logger.warning("Environment worker %d is replaced: %s", worker, reason)
+            self.restarts += 1
+            self._processes[worker].kill()
+            self._processes[worker] = WorkerProcess(pickle.dumps(self.make_env))
+            self._processes[worker].wait_ready(self.timeout_s)
             episodes = [e for e in self._episodes.values() if e.worker == worker and not e.is_over]
             for episode in sorted(episodes, key=lambda e: e.slot):
                 try:
@@ -351,13 +349,6 @@ class EnvPool:
                     break
             else:
                 return
-
-    def _respawn(self, worker: int, reason: Exception) -> None:
-        logger.warning("Environment worker %d is replaced: %s", worker, reason)
-        self.restarts += 1
-        self._processes[worker].kill()
-        self._processes[worker] = WorkerProcess(pickle.dumps(self.make_env))
-        self._processes[worker].wait_ready(self.timeout_s)
 
     def _replay(self, episode: PooledEpisode, due: dict[str, str | None]) -> None:
         """Play ``episode`` from its start, with the action that is due for it, if any.

@@ -85,14 +85,14 @@ class WorkerProcess:
             self.kill()
             reraise(message)
 
-    def send(self, orders: list[Order]) -> None:
-        """Hand ``orders`` over.
+    def send(self, message: list[Order] | Census) -> None:
+        """Hand orders over, or ask for the counters.
 
         Raises:
             WorkerLostError: The worker is dead.
         """
         try:
-            self._connection.send(orders)
+            self._connection.send(message)
         except OSError:
             raise WorkerLostError(self._obituary()) from None
 
@@ -112,10 +112,7 @@ class WorkerProcess:
         Raises:
             WorkerLostError: The worker died, or did not answer within ``timeout_s``.
         """
-        try:
-            self._connection.send(Census())
-        except OSError:
-            raise WorkerLostError(self._obituary()) from None
+        self.send(Census())
         return self._receive(timeout_s)  # type: ignore[no-any-return]
 
     def _receive(self, timeout_s: float) -> Any:

@@ -12,9 +12,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aem_lightning.envs.base import TextEnv
-
-Step = tuple[str, float, bool, bool, dict[str, Any]]
+from aem_lightning.envs.base import Reset, Step, TextEnv
 
 
 @dataclass(slots=True)
@@ -100,9 +98,7 @@ class TransitionCache:
         self._behind: list[str] = []  # actions that the environment has not seen yet
         self._unopened: tuple[int | None, Mapping[str, Any]] | None = None  # a reset not seen yet
 
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start ``options["task_id"]``, from memory where it is known."""
         given = dict(options or {})
         self._key = tuple(sorted(given.items()))

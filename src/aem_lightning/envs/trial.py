@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from aem_lightning.envs.base import TextEnv
+from aem_lightning.envs.base import Reset, Step, TextEnv
 from aem_lightning.types import Task
 
 NONSENSE = "xyzzy the quux"
@@ -21,9 +22,6 @@ INFO_TYPES: dict[str, type | tuple[type, ...]] = {
     "won": bool,
     "infra_error": (str, type(None)),
 }
-
-Reset = tuple[str, dict[str, Any]]
-Step = tuple[str, float, bool, bool, dict[str, Any]]
 
 
 class ActionWords(Protocol):
@@ -79,7 +77,8 @@ class Trial:
             self._compare("reset() in the middle of an episode", self.reset(self._env), start)
             self._check_refusals(start)
             self._check_words(start)
-            self._provoke()
+            with contextlib.suppress(Exception):  # make it raise, if it will
+                self._env.step(None)  # type: ignore[arg-type]
             self._compare("reset() after an exception", self.reset(self._env), start)
         except Breach:
             pass
@@ -200,13 +199,6 @@ class Trial:
                     f"prompt.parse({response!r}) returned {found!r}; expected {action!r}, which is "
                     f"{kind}"
                 )
-
-    def _provoke(self) -> None:
-        """Make the environment raise, if it will."""
-        try:
-            self._env.step(None)  # type: ignore[arg-type]
-        except Exception:
-            return
 
 
 def pick(rng: random.Random, info: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 from aem_lightning.envs.base import TextEnv
 from aem_lightning.envs.orders import Beat, Broken, Census, Order, Outcome, Starting
-from aem_lightning.types import EnvStep, ResetRequest
+from aem_lightning.types import EnvStep
 
 BEAT_S = 1.0
 STIRS_S = 0.005  # processor time between two beats of which more is work, and less our own thread
@@ -58,7 +58,9 @@ class EnvSlots:
     def _play(self, order: Order, beat: Callable[[], None]) -> Iterable[EnvStep]:
         env = self._env(order.slot)
         if order.request is not None:
-            yield _reset(env, order.request)
+            options = {"task_id": order.request.task_id}
+            observation, info = env.reset(seed=order.request.seed, options=options)
+            yield EnvStep(observation, info=info)
             beat()
         for action in order.actions:
             yield EnvStep(*env.step(action))
@@ -71,11 +73,6 @@ class EnvSlots:
             except Exception as error:
                 raise _CannotMakeError from error
         return self._envs[slot]
-
-
-def _reset(env: TextEnv, request: ResetRequest) -> EnvStep:
-    observation, info = env.reset(seed=request.seed, options={"task_id": request.task_id})
-    return EnvStep(observation, info=info)
 
 
 def describe(error: Exception, *, fatal: bool = False) -> Broken:
@@ -165,9 +162,7 @@ def _end_with(parent: int) -> None:
 
 def main(fd: int) -> None:
     """Serve the socket ``fd``."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the pool, which then closes the socket
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the pool, which hangs up
     sys.stdout = sys.stderr  # what an engine prints belongs to the log
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with contextlib.suppress(OSError):  # the pool is gone: nobody waits for the answer

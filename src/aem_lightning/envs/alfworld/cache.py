@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from copy import copy
 from functools import cache, lru_cache
@@ -64,23 +63,17 @@ def _cache_translations() -> None:
     """One translation per problem, for every load, reset and copy of its game."""
     fast_downward = import_optional("fast_downward")
     translate = fast_downward.pddl2sas
-    known: OrderedDict[tuple[str, str], Any] = OrderedDict()
 
-    def pddl2sas(domain: str, problem: str, verbose: bool = False, optimize: bool = False) -> Any:
-        # The optimised one serves `policy_commands` alone, which `AlfworldEnv` never asks for.
-        key = (domain, problem)
-        if key not in known:
-            arguments = sys.argv
-            try:
-                known[key] = translate(domain, problem, verbose=verbose, optimize=False)
-            finally:
-                sys.argv = arguments  # the translator overwrites it
-        known.move_to_end(key)
-        if len(known) > GAMES:
-            known.popitem(last=False)
-        return known[key]
+    @lru_cache(GAMES)
+    def translated(domain: str, problem: str) -> Any:
+        arguments = sys.argv
+        try:
+            return translate(domain, problem, verbose=False, optimize=False)
+        finally:
+            sys.argv = arguments  # the translator overwrites it
 
-    fast_downward.pddl2sas = pddl2sas
+    # The optimised one serves `policy_commands` alone, which `AlfworldEnv` never asks for.
+    fast_downward.pddl2sas = lambda domain, problem, **_: translated(domain, problem)
 
 
 def _cache_templates() -> None:

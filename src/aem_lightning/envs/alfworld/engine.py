@@ -12,7 +12,7 @@ from typing import Any
 
 from aem_lightning.envs.alfworld.cache import apply_engine_caches
 from aem_lightning.envs.alfworld.package import import_optional
-from aem_lightning.envs.base import TextEnv
+from aem_lightning.envs.base import Reset, Step, TextEnv
 from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,7 @@ class AlfworldEnv:
         game: TextEnv = _GameEngine(Path(root), cached=cached)
         self._game = TransitionCache(game, shared_store()) if cached else game
 
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start the game ``options["task_id"]``.
 
         Raises:
@@ -59,7 +57,7 @@ class AlfworldEnv:
             )
         return self._game.reset(seed=seed, options={"task_id": options["task_id"]})
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str) -> Step:
         """Play ``action``; one that is not admissible is answered "Nothing happens."."""
         return self._game.step(action)
 
@@ -87,9 +85,7 @@ class _GameEngine:
         self._constant: dict[str, Any] = {}
         self._admissible: tuple[str, ...] = ()
 
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         task_id = str((options or {})["task_id"])
         if task_id != self._task_id:
             path = self._games / task_id / "game.tw-pddl"
@@ -104,7 +100,7 @@ class _GameEngine:
         self._constant = {"task_id": task_id, "goal": found.group(1) if found else ""}
         return observation, self._info(state, is_valid=True)
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str) -> Step:
         is_valid = action.strip() in self._admissible
         state, _, _ = self._env.step(action)
         info = self._info(state, is_valid=is_valid)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aem_lightning.envs.alfworld.problem import TOOLS
+
 SEEN_ON = re.compile(r"On the ([a-z]+ \d+), you see (.+?)\.")
 SEEN_IN = re.compile(r"The ([a-z]+ \d+) is open\. In it, you see (.+?)\.")
 ARRIVED = re.compile(r"You arrive at ([a-z]+ \d+)\.")
@@ -15,19 +17,8 @@ MOVED = re.compile(r"You move the ([a-z]+ \d+) to the ([a-z]+ \d+)\.")
 TREATED = re.compile(r"You (clean|heat|cool) the ([a-z]+ \d+) using")
 THING = re.compile(r"an? ([a-z]+ \d+)")
 
-TREATMENTS = {
-    "pick_clean_then_place_in_recep": ("clean", "sinkbasin"),
-    "pick_heat_then_place_in_recep": ("heat", "microwave"),
-    "pick_cool_then_place_in_recep": ("cool", "fridge"),
-}
 # Added to a random number in [0, 1): what is closed costs a turn more, few things lie in the bin.
-RELUCTANCE = {
-    "cabinet": 0.25,
-    "drawer": 0.25,
-    "safe": 0.25,
-    "garbagecan": 0.5,
-    "toilet": 0.5,
-}
+RELUCTANCE = {"cabinet": 0.25, "drawer": 0.25, "safe": 0.25, "garbagecan": 0.5, "toilet": 0.5}
 
 
 class SearchingExpert:
@@ -44,11 +35,11 @@ class SearchingExpert:
     """
 
     def __init__(self, game_params: Mapping[str, Any], seed: int) -> None:
-        self._task_type = str(game_params["task_type"])
         self._target = str(game_params["object_target"]).lower()
         self._destination = str(game_params["parent_target"]).lower()
         self._lamp = str(game_params["toggle_target"]).lower()
-        self._treatment, self._tool = TREATMENTS.get(self._task_type, ("", ""))
+        self._treatment, tool, _ = TOOLS.get(str(game_params["task_type"]), ("", "", ""))
+        self._tool = tool.lower()
         self._rng = random.Random(seed)
         self._order: list[str] = []  # every receptacle, in the order of the search
         self._searched: set[str] = set()

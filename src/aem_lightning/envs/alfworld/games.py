@@ -75,7 +75,11 @@ def list_games(
         ValueError: An unknown split or task type, or a split without playable games.
         FileNotFoundError: The folder is missing.
     """
-    wanted = _checked(split, task_types)
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}; allowed: {', '.join(SPLITS)}")
+    wanted = TASK_TYPES if task_types is None else tuple(task_types)
+    if not wanted or set(wanted) - set(TASK_TYPES):
+        raise ValueError(f"task_types={list(wanted)}; allowed: {', '.join(TASK_TYPES)}")
     folder = alfworld_folder(root, split)
     games, skipped = [], 0
     for path in sorted(folder.glob("*/*/game.tw-pddl")):
@@ -99,16 +103,6 @@ def games_hash(games: Iterable[Game]) -> str:
     """Twelve hex digits that stand for a set of games, byte for byte and in any order."""
     lines = sorted(f"{game.id} {game.digest}" for game in games)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
-
-
-def _checked(split: str, task_types: Sequence[str] | None) -> tuple[str, ...]:
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}; allowed: {', '.join(SPLITS)}")
-    wanted = TASK_TYPES if task_types is None else tuple(task_types)
-    unknown = sorted(set(wanted) - set(TASK_TYPES))
-    if unknown or not wanted:
-        raise ValueError(f"task_types={list(wanted)}; allowed: {', '.join(TASK_TYPES)}")
-    return wanted
 
 
 def _read(path: Path, split: str) -> Game | None:

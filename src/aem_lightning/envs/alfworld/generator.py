@@ -14,8 +14,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,9 @@ class _Recipe:
         return range(self.train_scenes)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "version": VERSION,
-            "sizes": {split: self.sizes[split] for split in SPLITS if split in self.sizes},
-            "difficulty": self.difficulty,
-            "seed": self.seed,
-            "task_types": list(self.task_types),
-            "train_scenes": self.train_scenes,
-        }
+        sizes = {split: self.sizes[split] for split in SPLITS if split in self.sizes}
+        lists = {"sizes": sizes, "task_types": list(self.task_types)}
+        return {"version": VERSION, **asdict(self), **lists}
 
 
 def generate_games(
@@ -163,8 +158,11 @@ def _finished(games: Path, recipe: _Recipe) -> list[Path] | None:
     """
     if not games.exists():
         return None
-    manifest = _manifest(games)
-    if manifest is None:
+    try:
+        manifest = json.loads((games / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = {}
+    if not {"parameters", "games"} <= set(manifest):
         raise ValueError(
             f"{games} holds games that this generator did not make; choose another data folder"
         )
@@ -176,14 +174,6 @@ def _finished(games: Path, recipe: _Recipe) -> list[Path] | None:
     paths = [games / name / "game.tw-pddl" for name in manifest["games"]]
     is_whole = all(path.is_file() and (path.parent / "traj_data.json").is_file() for path in paths)
     return paths if is_whole else None
-
-
-def _manifest(games: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((games / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if {"parameters", "games"} <= set(manifest) else None
 
 
 def _publish(partial_root: Path, root: Path) -> None:
@@ -216,7 +206,9 @@ def _fill(root: Path, recipe: _Recipe, workers: int) -> None:
     for split in recipe.sizes:
         (root / "json_2.1.1" / split).mkdir()
     planner = _Planner(kit, recipe)
-    plans = {slot: planner.next_plan(*slot) for slot in _slots(recipe)}
+    # Train comes last, so that its size leaves the validation games alone.
+    slots = ((split, i) for split in reversed(SPLITS) for i in range(recipe.sizes.get(split, 0)))
+    plans = {slot: planner.next_plan(*slot) for slot in slots}
     rejected = 0
     waiting = dict(plans)
     with EnvPool(partial(AlfworldEnv, str(root)), workers=workers) as pool:
@@ -238,12 +230,6 @@ def _fill(root: Path, recipe: _Recipe, workers: int) -> None:
     manifest = {"parameters": recipe.describe(), "rejected": rejected, "games": names}
     path = root / "json_2.1.1" / MANIFEST
     path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _slots(recipe: _Recipe) -> Iterator[tuple[str, int]]:
-    """Every game to make; train comes last, so that its size leaves the validation games alone."""
-    for split in reversed(SPLITS):
-        yield from ((split, index) for index in range(recipe.sizes.get(split, 0)))
 
 
 class _Planner:
@@ -289,10 +275,7 @@ def _write(root: Path, kit: Kit, split: str, plan: GamePlan) -> None:
 
 
 def _failures(
-    pool: EnvPool,
-    kit: Kit,
-    plans: Mapping[tuple[str, int], GamePlan],
-    at_once: int,
+    pool: EnvPool, kit: Kit, plans: Mapping[tuple[str, int], GamePlan], at_once: int
 ) -> dict[tuple[str, int], str]:
     """Play every walkthrough on the engine; what is wrong with the games that do not pass."""
     slots = list(plans)

@@ -16,6 +16,7 @@ from aem_lightning.envs.alfworld.package import import_optional
 logger = logging.getLogger(__name__)
 
 ELF64_LITTLE_ENDIAN = b"\x7fELF\x02\x01"
+SEGMENT = "<I4xQ16xQ16x"  # its kind, its place in the file, its length there
 LOADED = 1  # PT_LOAD
 
 
@@ -51,11 +52,7 @@ def trim(library: bytes) -> bytes | None:
     (segments,) = struct.unpack_from("<Q", library, 0x20)
     size, number = struct.unpack_from("<HH", library, 0x36)
     end = segments + size * number
-    for index in range(number):
-        at = segments + size * index
-        (kind,) = struct.unpack_from("<I", library, at)
-        (offset,) = struct.unpack_from("<Q", library, at + 0x08)
-        (in_file,) = struct.unpack_from("<Q", library, at + 0x20)
+    for kind, offset, in_file in struct.iter_unpack(SEGMENT, library[segments:end]):
         if kind == LOADED:
             end = max(end, offset + in_file)
     header = bytearray(library[:0x40])

@@ -6,10 +6,9 @@ here point it at an existing folder while it is imported and put the variable ba
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -87,21 +86,13 @@ def import_optional(name: str) -> Any:
     Raises:
         MissingExtraError: It is not installed.
     """
-    with _no_cache_folder():
-        try:
-            return import_module(name)
-        except ImportError as error:
-            raise MissingExtraError(name.partition(".")[0], "alfworld") from error
-
-
-@contextlib.contextmanager
-def _no_cache_folder() -> Iterator[None]:
     before = os.environ.get("ALFWORLD_DATA")
     os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()
     try:
-        yield
+        return import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(name.partition(".")[0], "alfworld") from error
     finally:
-        if before is None:
-            del os.environ["ALFWORLD_DATA"]
-        else:
+        del os.environ["ALFWORLD_DATA"]
+        if before is not None:
             os.environ["ALFWORLD_DATA"] = before

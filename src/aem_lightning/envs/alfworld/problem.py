@@ -11,13 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aem_lightning.envs.alfworld.package import Kit
-from aem_lightning.envs.alfworld.scenes import (
-    Difficulty,
-    Receptacle,
-    Scene,
-    keyed_random,
-    new_id,
-)
+from aem_lightning.envs.alfworld.scenes import Difficulty, Receptacle, Scene, keyed_random, new_id
 
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -107,19 +101,9 @@ def plan_game(
     sentence = rng.choice(kit.goals[task_type]["templates"]).format(
         obj=target.lower(), recep=destination.lower(), toggle=lamp.lower(), mrecep=""
     )
-    items = _place_items(kit, scene, difficulty, rng, (target, destination, lamp), targets)
-    return GamePlan(
-        task_type,
-        scene,
-        target,
-        destination,
-        lamp,
-        sentence,
-        tuple(items),
-        targets,
-        difficulty,
-        seed,
-    )
+    goal = (target, destination, lamp)
+    items = _place_items(kit, scene, difficulty, rng, goal, targets)
+    return GamePlan(task_type, scene, *goal, sentence, tuple(items), targets, difficulty, seed)
 
 
 def _possible_goals(kit: Kit, task_type: str, scene: Scene) -> Iterator[tuple[str, str]]:
@@ -197,20 +181,13 @@ def _trajectory_data(plan: GamePlan) -> dict[str, Any]:
             "toggle_target": plan.lamp,
             "object_sliced": False,
         },
-        "scene": {
-            "floor_plan": f"FloorPlan{plan.scene.number}",
-            "scene_num": plan.scene.number,
-        },
+        "scene": {"floor_plan": f"FloorPlan{plan.scene.number}", "scene_num": plan.scene.number},
         "turk_annotations": {
             "anns": [{"task_desc": plan.sentence, "high_descs": [], "votes": [1]}]
         },
         "plan": {"high_pddl": [], "low_actions": []},
         "images": [],
-        "generator": {
-            "room": plan.scene.room,
-            "seed": list(plan.seed),
-            **asdict(plan.difficulty),
-        },
+        "generator": {"room": plan.scene.room, "seed": list(plan.seed), **asdict(plan.difficulty)},
     }
 
 
@@ -273,11 +250,13 @@ def walkthrough(kit: Kit, plan: GamePlan) -> list[str]:
     names = engine_names(plan)
     actions: list[str] = []
     opened: set[str] = set()
+    here = ""
 
     def go(place: Receptacle, *, inside: bool) -> None:
-        arrive = f"go to {names[place.id]}"
-        if not actions or _where(actions) != arrive:
-            actions.append(arrive)
+        nonlocal here
+        if here != place.id:
+            actions.append(f"go to {names[place.id]}")
+            here = place.id
         if inside and place.kind in kit.openable and place.id not in opened:
             actions.append(f"open {names[place.id]}")
             opened.add(place.id)
@@ -299,11 +278,6 @@ def walkthrough(kit: Kit, plan: GamePlan) -> list[str]:
         go(end, inside=True)
         actions.append(f"move {names[item.id]} to {names[end.id]}")
     return actions
-
-
-def _where(actions: list[str]) -> str | None:
-    """The last action that went somewhere."""
-    return next((action for action in reversed(actions) if action.startswith("go to ")), None)
 
 
 def engine_names(plan: GamePlan) -> dict[str, str]:

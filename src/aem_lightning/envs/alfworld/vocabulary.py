@@ -10,20 +10,9 @@ from aem_lightning.envs.alfworld.problem import TASK_TYPES
 NUMBERS = 40
 # Commands as the engine's grammar writes them; the names come from the classes.
 COMMANDS = (
-    "go to a 1",
-    "open a 1",
-    "close a 1",
-    "take a 1 from a 2",
-    "move a 1 to a 2",
-    "use a 1",
-    "heat a 1 with a 2",
-    "clean a 1 with a 2",
-    "cool a 1 with a 2",
-    "slice a 1 with a 2",
-    "examine a 1",
-    "inventory",
-    "look",
-    "help",
+    *("go to a 1", "open a 1", "close a 1", "take a 1 from a 2", "move a 1 to a 2", "use a 1"),
+    *("heat a 1 with a 2", "clean a 1 with a 2", "cool a 1 with a 2", "slice a 1 with a 2"),
+    *("examine a 1", "inventory", "look", "help"),
 )
 REPLY = re.compile(r'"rhs"\s*:\s*"((?:[^"\\]|\\.)*)"')
 # Code between braces and brackets; what it inserts are names, with "a" in front.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Literal
 
+from aem_lightning.envs.base import Reset, Step
 from aem_lightning.envs.swe.grading import Grade, grade
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.official import OUTPUT_BYTES, grade_official, is_official
@@ -30,7 +31,6 @@ from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
 Dialect = Literal["functions", "words"]
 DIALECTS = ("functions", "words")
 SANDBOXES = ("auto", "bubblewrap", "docker", "local")
-Step = tuple[str, float, bool, bool, dict[str, Any]]
 
 _GIT = (
     "git -c safe.directory=* -c user.name=agent -c user.email=agent@sandbox -c gc.auto=0 "
@@ -160,9 +160,7 @@ class SweEnv:
         self._cached = settings.cached
         self._env = TransitionCache(engine, shared_store()) if self._cached else engine
 
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start the instance ``options["task_id"]``.
 
         Raises:
@@ -210,9 +208,7 @@ class _Engine:
         has_images = any(instance.image for instance in self._instances.values())
         return choose_sandbox(self._settings, has_images=has_images)
 
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         self.close()
         task_id = str((options or {})["task_id"])
         if task_id not in self._instances:

@@ -18,6 +18,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -178,8 +179,7 @@ def try_candidate(sandbox: Sandbox, candidate: Candidate) -> Tried:
     files = library.tree(bug.source, visible)
     row = _row(candidate, failing, passing, visible)
     instance = from_swebench(row)
-    base = tar_of({path: text.encode() for path, text in files.items()})
-    tried = partial(grade, sandbox, instance, base, spec=SessionSpec(limits=TRIAL))
+    tried = partial(grade, sandbox, instance, _archive(files), spec=SessionSpec(limits=TRIAL))
     if not tried(instance.patch).resolved:
         return Tried("fix_fails")
     if tried("").resolved:
@@ -187,15 +187,16 @@ def try_candidate(sandbox: Sandbox, candidate: Candidate) -> Tried:
     return Tried("valid", row, files)
 
 
+def _archive(files: Mapping[str, str]) -> bytes:
+    return tar_of({path: text.encode() for path, text in files.items()})
+
+
 def _statuses(sandbox: Sandbox, files: Mapping[str, str]) -> dict[str, str] | None:
     """What the tests say; None where they do not end."""
-    session = sandbox.open(SessionSpec(limits=TRIAL))
-    try:
-        done = session.put_tar(tar_of({path: text.encode() for path, text in files.items()}))
+    with closing(sandbox.open(SessionSpec(limits=TRIAL))) as session:
+        done = session.put_tar(_archive(files))
         if done.code == 0:
             done = session.run(test_command([TEST_FILE]))
-    finally:
-        session.close()
     if done.infra_error:
         raise RuntimeError(f"sandbox={sandbox.name}: {done.infra_error}")
     endless = done.timed_out or done.code == KILLED

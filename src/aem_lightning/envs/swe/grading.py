@@ -6,6 +6,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from aem_lightning.envs.swe.changes import DiffError, FileChange, file_changes, text_of
@@ -73,12 +74,9 @@ def grade(sandbox: Sandbox, instance: Instance, base: bytes, diff: str, spec: Se
     refused = refusal(instance, tampering(diff))
     if refused is not None:
         return refused
-    session = sandbox.open(spec)
-    try:
+    with closing(sandbox.open(spec)) as session:
         graded = without_tests(diff, instance.test_patch)
         return _graded(session, instance, base, graded, spec.limits.wall_s)
-    finally:
-        session.close()
 
 
 def refusal(instance: Instance, tampered: tuple[str, ...]) -> Grade | None:
@@ -242,15 +240,13 @@ def without_tests(diff: str, tests: str = "", left_out: re.Pattern[str] | None =
     except DiffError:
         return ""
     theirs = _paths(tests)
-    patterns = (TEST_PATH,) if left_out is None else (TEST_PATH, left_out)
+
+    def is_left_out(path: str) -> bool:
+        ours = left_out is not None and left_out.search(path)
+        return path in theirs or bool(ours or TEST_PATH.search(path))
+
     return text_of(
-        part
-        for part in parts
-        if part.complete
-        and not any(
-            path in theirs or any(pattern.search(path) for pattern in patterns)
-            for path in part.paths
-        )
+        part for part in parts if part.complete and not any(map(is_left_out, part.paths))
     )
 
 

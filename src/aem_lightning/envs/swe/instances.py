@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -19,16 +20,8 @@ from aem_lightning.types import Task
 Source = Literal["embedded", "json", "parquet", "hub"]
 SOURCES = ("embedded", "json", "parquet", "hub")
 ADAPTERS = ("auto", "swebench", "r2e")
-SWEBENCH_COLUMNS = (
-    "repo",
-    "instance_id",
-    "base_commit",
-    "patch",
-    "test_patch",
-    "problem_statement",
-    "FAIL_TO_PASS",
-    "PASS_TO_PASS",
-)
+_TEXTS = ("repo", "instance_id", "base_commit", "patch", "test_patch", "problem_statement")
+SWEBENCH_COLUMNS = (*_TEXTS, "FAIL_TO_PASS", "PASS_TO_PASS")
 R2E_COLUMNS = ("docker_image", "repo_name", "expected_output_json", "problem_statement")
 
 
@@ -77,12 +70,7 @@ def from_swebench(row: Mapping[str, Any]) -> Instance:
     """
     _require(row, SWEBENCH_COLUMNS, "swebench")
     return Instance(
-        instance_id=row["instance_id"],
-        repo=row["repo"],
-        base_commit=row["base_commit"],
-        problem_statement=row["problem_statement"],
-        patch=row["patch"],
-        test_patch=row["test_patch"],
+        **{name: row[name] for name in _TEXTS},
         fail_to_pass=_names(row["FAIL_TO_PASS"]),
         pass_to_pass=_names(row["PASS_TO_PASS"]),
         version=str(row.get("version") or ""),
@@ -160,14 +148,12 @@ def _rows(source: str, path: str, split: str, cache_dir: str | None) -> Iterable
     # Imported here: it takes a second, which workers need not spend.
     import datasets
 
+    load = partial(datasets.load_dataset, cache_dir=cache_dir)
     if source == "hub":
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
-            path, split=split, cache_dir=cache_dir
-        )
-        return rows
-    file = swe_file(path, split)
-    kind = "parquet" if source == "parquet" else "json"
-    rows = datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=cache_dir)
+        rows: Iterable[Mapping[str, Any]] = load(path, split=split)
+    else:
+        kind = "parquet" if source == "parquet" else "json"
+        rows = load(kind, data_files=str(swe_file(path, split)), split="train")
     return rows
 
 

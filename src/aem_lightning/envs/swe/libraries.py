@@ -11,6 +11,8 @@ from functools import cache
 from importlib.resources import files
 from textwrap import dedent
 
+from aem_lightning.envs.swe.mutations import functions
+
 TEST_FILE = "tests/test_core.py"
 
 
@@ -49,13 +51,8 @@ class Library:
 
     def docstring(self, symbol: str) -> str:
         """What the documentation of a function says; "" where there is none."""
-        owner, _, name = symbol.rpartition(".")
-        for node in _definitions(self.core):
-            inner = node.body if owner and node.name == owner else [node]
-            for part in inner:
-                if isinstance(part, ast.FunctionDef) and part.name == name:
-                    return ast.get_docstring(part) or ""
-        return ""
+        found = dict(functions(ast.parse(self.core))).get(symbol)
+        return (ast.get_docstring(found) if found else None) or ""
 
     def test_body(self, name: str) -> str:
         """What a test does, without its name."""

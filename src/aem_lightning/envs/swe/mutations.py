@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 COMPARISONS: Mapping[type[ast.cmpop], tuple[str, str]] = {
     ast.Lt: ("<", "<="),
@@ -55,14 +56,13 @@ def mutations(source: str) -> Iterator[Mutation]:
         [('f', '<', '<='), ('f', '1', '2')]
     """
     text = _Text(source)
-    for symbol, function in _functions(ast.parse(source)):
-        for node in _in_order(function):
+    for symbol, function in functions(ast.parse(source)):
+        for node in sorted(ast.walk(function), key=_place):
             for start, end, old, new in _replacements(node, text):
-                place = text.find(start, end, old)
-                if place is not None:
-                    yield Mutation(
-                        symbol, text.line(place), old, new, text.replaced(place, old, new)
-                    )
+                if source.count(old, start, end) == 1:
+                    at = source.index(old, start, end)
+                    wrong = source[:at] + new + source[at + len(old) :]
+                    yield Mutation(symbol, source.count("\n", 0, at) + 1, old, new, wrong)
 
 
 class _Text:
@@ -71,10 +71,7 @@ class _Text:
     def __init__(self, source: str) -> None:
         if not source.isascii():
             raise ValueError("mutations: the source holds characters beyond ASCII")
-        self._source = source
-        self._starts = [0]
-        for line in source.splitlines(keepends=True):
-            self._starts.append(self._starts[-1] + len(line))
+        self._starts = [0, *accumulate(map(len, source.splitlines(keepends=True)))]
 
     def start(self, node: ast.expr | ast.stmt) -> int:
         return self._starts[node.lineno - 1] + node.col_offset
@@ -84,19 +81,9 @@ class _Text:
         assert node.end_col_offset is not None
         return self._starts[node.end_lineno - 1] + node.end_col_offset
 
-    def find(self, start: int, end: int, token: str) -> int | None:
-        """Where ``token`` stands between two positions, if it does once."""
-        part = self._source[start:end]
-        return start + part.index(token) if part.count(token) == 1 else None
 
-    def line(self, place: int) -> int:
-        return self._source.count("\n", 0, place) + 1
-
-    def replaced(self, place: int, old: str, new: str) -> str:
-        return self._source[:place] + new + self._source[place + len(old) :]
-
-
-def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The functions of a module by their names, ``name`` or ``Class.name``."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             yield node.name, node
@@ -106,11 +93,8 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
                     yield f"{node.name}.{inner.name}", inner
 
 
-def _in_order(function: ast.FunctionDef) -> list[ast.AST]:
-    def place(node: ast.AST) -> tuple[int, int]:
-        return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
-
-    return sorted(ast.walk(function), key=place)
+def _place(node: ast.AST) -> tuple[int, int]:
+    return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
 
 
 def _replacements(node: ast.AST, text: _Text) -> Iterator[tuple[int, int, str, str]]:

@@ -35,24 +35,11 @@ from aem_lightning.envs.swe.sandbox import CommandResult, Sandbox, Session, Sess
 # Known without the package, so that one can be told that it is missing.
 REPOSITORIES = frozenset(
     {
-        "astropy/astropy",
-        "django/django",
-        "marshmallow-code/marshmallow",
-        "matplotlib/matplotlib",
-        "mwaskom/seaborn",
-        "pallets/flask",
-        "psf/requests",
-        "pvlib/pvlib-python",
-        "pydata/xarray",
-        "pydicom/pydicom",
-        "pylint-dev/astroid",
-        "pylint-dev/pylint",
-        "pytest-dev/pytest",
-        "pyvista/pyvista",
-        "scikit-learn/scikit-learn",
-        "sphinx-doc/sphinx",
-        "sqlfluff/sqlfluff",
-        "sympy/sympy",
+        *("astropy/astropy", "django/django", "marshmallow-code/marshmallow", "sympy/sympy"),
+        *("matplotlib/matplotlib", "mwaskom/seaborn", "pallets/flask", "psf/requests"),
+        *("pvlib/pvlib-python", "pydata/xarray", "pydicom/pydicom", "pylint-dev/astroid"),
+        *("pylint-dev/pylint", "pytest-dev/pytest", "pyvista/pyvista", "sphinx-doc/sphinx"),
+        *("scikit-learn/scikit-learn", "sqlfluff/sqlfluff"),
     }
 )
 # These runners read their settings from the repository, so its own settings stay as they are.
@@ -150,13 +137,8 @@ def eval_script(instance: Instance, harness: Harness) -> str:
             f"{instance.version!r} of {instance.repo}; it has {', '.join(sorted(known))}. Give "
             "the row a column eval_script, or leave the row out"
         )
-    row = {
-        "instance_id": instance.instance_id,
-        "repo": instance.repo,
-        "version": instance.version,
-        "base_commit": instance.base_commit,
-        "test_patch": instance.test_patch,
-    }
+    columns = ("instance_id", "repo", "version", "base_commit", "test_patch")
+    row = {name: getattr(instance, name) for name in columns}
     lines = harness.write_script(
         row,
         known[instance.version],
@@ -211,14 +193,16 @@ def grade_official(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
         return refused
     harness = load_harness()
     command = quiet_script(eval_script(instance, harness))
-    session = sandbox.open(spec)
-    try:
-        ended = _prepare(session, instance, change)
+    with contextlib.closing(sandbox.open(spec)) as session:
+        if instance.test_patch.strip():
+            # The script applies it; that it fits without the change is not the agent's doing.
+            patched = apply(session, instance.test_patch, "--check")
+            if patched.code:
+                return broken(patched, "the test patch does not apply")
+        ended = apply_change(session, change)
         if ended is not None:
             return ended
         result = _run(session, command)
-    finally:
-        session.close()
     if result.infra_error:
         return broken(result, "")
     if result.timed_out:
@@ -229,16 +213,6 @@ def grade_official(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
         if missing is not None:
             return missing
     return decided(result, statuses, instance)
-
-
-def _prepare(session: Session, instance: Instance, change: str) -> Grade | None:
-    """Apply the change; the grade, where that ends it."""
-    if instance.test_patch.strip():
-        # The script applies it; that it fits without the change is not the agent's doing.
-        patched = apply(session, instance.test_patch, "--check")
-        if patched.code:
-            return broken(patched, "the test patch does not apply")
-    return apply_change(session, change)
 
 
 def _run(session: Session, command: str, wall_s: float | None = None) -> CommandResult:
@@ -275,11 +249,8 @@ def _without_change(sandbox: Sandbox, spec: SessionSpec, command: str) -> Grade 
 
     In the one with the change, an agent could choose that exit status and have its failure masked.
     """
-    session = sandbox.open(spec)
-    try:
+    with contextlib.closing(sandbox.open(spec)) as session:
         result = _run(session, command, min(_PROBE_WALL_S, spec.limits.wall_s))
-    finally:
-        session.close()
     if result.infra_error or result.code in _NOT_FOUND:
         return broken(result, "the tests cannot be run in this image")
     return None

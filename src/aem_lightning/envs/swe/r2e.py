@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 
 from aem_lightning.envs.swe.grading import (
     REPORT_CHARACTERS,
@@ -33,14 +34,11 @@ def grade_expected(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
     refused = refusal(instance, tampering(diff))
     if refused is not None:
         return refused
-    session = sandbox.open(spec)
-    try:
+    with closing(sandbox.open(spec)) as session:
         ended = apply_change(session, without_tests(diff, left_out=LEFT_OUT))
         if ended is not None:
             return ended
         result = session.run(f"{SHOW_TESTS}; {instance.eval_script}")
-    finally:
-        session.close()
     if result.infra_error:
         return broken(result, "")
     statuses = expected_statuses(result.output)

@@ -29,22 +29,16 @@ KEPT_CHARACTERS = 5_000
 FUNCTION = re.compile(r"<function\s*=\s*([\w.-]+)\s*>(.*?)</function\s*>", re.DOTALL)
 PARAMETER = re.compile(r"<parameter\s*=\s*([\w.-]+)\s*>(.*?)</parameter\s*>", re.DOTALL)
 
-EDITOR_COMMANDS = {
-    "view": ("path", "view_range", "concise"),
-    "create": ("path", "file_text"),
-    "str_replace": ("path", "old_str", "new_str"),
-    "insert": ("path", "insert_line", "new_str"),
-    "undo_edit": ("path",),
+# What each needs, and what it takes beside.
+EDITOR_COMMANDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "view": (("path",), ("view_range", "concise")),
+    "create": (("path",), ("file_text",)),
+    "str_replace": (("path", "old_str"), ("new_str",)),
+    "insert": (("path", "insert_line"), ("new_str",)),
+    "undo_edit": (("path",), ()),
 }
-# Short names, and what they stand for.
-SHORT = {
-    "view": ("file_editor", "view"),
-    "create": ("file_editor", "create"),
-    "edit": ("file_editor", "str_replace"),
-    "str_replace": ("file_editor", "str_replace"),
-    "insert": ("file_editor", "insert"),
-    "undo_edit": ("file_editor", "undo_edit"),
-}
+# Short names, and the editor's command that they stand for.
+SHORT = {"edit": "str_replace"} | {command: command for command in EDITOR_COMMANDS}
 RENAMED = {"bash": "execute_bash", "submit": "finish"}
 TOOLS = ("file_editor", "search", "execute_bash", "finish")
 
@@ -84,15 +78,15 @@ def parse_call(action: str) -> Call:
     }
     name = RENAMED.get(found[1], found[1])
     if name in SHORT:
-        name, arguments["command"] = SHORT[name]
+        name, arguments["command"] = "file_editor", SHORT[name]
     if name == "file_editor":
         return _editor_call(arguments)
     if name == "search":
-        return _checked("search", arguments, ("search_term", "path"), needed=("search_term",))
+        return _checked("search", arguments, ("search_term",), ("path",))
     if name == "execute_bash":
         if "command" in arguments and "cmd" not in arguments:
             arguments["cmd"] = arguments.pop("command")
-        return _checked("execute_bash", arguments, ("cmd",), needed=("cmd",))
+        return _checked("execute_bash", arguments, ("cmd",))
     if name == "finish":
         return Call("finish")
     raise CallError(f"There is no function {name}; there are {', '.join(TOOLS)}.")
@@ -148,17 +142,15 @@ def _editor_call(arguments: dict[str, str]) -> Call:
     command = arguments.pop("command", "").strip()
     if command not in EDITOR_COMMANDS:
         raise CallError(f"command={command!r}; allowed: {', '.join(EDITOR_COMMANDS)}.")
-    needed = ("path", "old_str") if command == "str_replace" else ("path",)
-    if command == "insert":
-        needed = ("path", "insert_line")
-    call = _checked(command, arguments, EDITOR_COMMANDS[command], needed)
+    call = _checked(command, arguments, *EDITOR_COMMANDS[command])
     kept = {key: value for key, value in call.arguments.items() if key != "concise"}
     return Call(command, kept | {"path": kept["path"].strip()})
 
 
 def _checked(
-    tool: str, arguments: Mapping[str, str], allowed: tuple[str, ...], needed: tuple[str, ...]
+    tool: str, arguments: Mapping[str, str], needed: tuple[str, ...], others: tuple[str, ...] = ()
 ) -> Call:
+    allowed = (*needed, *others)
     unknown = sorted(set(arguments) - set(allowed))
     missing = [name for name in needed if name not in arguments]
     if unknown or missing:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aem_lightning.envs.base import Reset, Step
 from aem_lightning.envs.webshop import pages
 from aem_lightning.envs.webshop.catalogue import Catalogue, open_catalogue
 from aem_lightning.envs.webshop.goals import Goal
@@ -96,9 +97,7 @@ class WebShopEnv:
         self._suggest = suggest_search
         self._session: _Session | None = None
 
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start the goal ``options["task_id"]``.
 
         Raises:
@@ -110,7 +109,7 @@ class WebShopEnv:
         self._open(session, "search")
         return self._observation(session), self._info(session, is_valid=True)
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str) -> Step:
         """Do ``action``; what is over stays as it is."""
         session = self._session
         if session is None:

@@ -243,77 +243,58 @@ class _Shop:
         rng, level = self._rng, self._difficulty
         for attributes, options in itertools.product(cluster.sets, cluster.groups):
             low = self._price(*level.low)
-            title = " ".join(
-                [cluster.brand, *([] if cluster.is_hidden else attributes), cluster.noun]
-            )
             for price in (low, low + self._price(*level.dearer)):
-                asin = self._add(
-                    cluster.category,
-                    cluster.noun,
-                    title.title(),
-                    cluster.description(attributes, options),
-                    attributes,
-                    options,
-                    price,
-                )
+                asin = self._add(cluster, attributes, options, price)
                 if price == low:
-                    self._attributes[asin] |= {
-                        "instruction": f"Find me {' and '.join(attributes)} {cluster.noun}",
-                        "instruction_attributes": list(attributes),
-                    }
+                    wish = f"{' and '.join(attributes)} {cluster.noun}"
+                    wanted = {"instruction_attributes": list(attributes)}
+                    self._attributes[asin] |= {"instruction": f"Find me {wish}", **wanted}
                     combinations = list(itertools.product(*options.values()))
                     count = min(len(combinations), self._wanted.goals_per_product)
                     self._human[asin] = [
-                        _instruction(
-                            rng.choice(OPENINGS), cluster.noun, attributes, options, values
-                        )
+                        {
+                            "instruction": f"{rng.choice(OPENINGS)} {wish}{_axes(options, values)}",
+                            **wanted,
+                            "instruction_options": list(values),
+                        }
                         for values in rng.sample(combinations, count)
                     ]
 
     def _add_common(self) -> None:
-        """A product that no goal asks for."""
+        """A product that no goal asks for: a cluster of one."""
         rng = self._rng
         category = rng.choice(list(NOUNS))
         noun, brand = rng.choice(NOUNS[category]), rng.choice(BRANDS)
-        attributes = rng.sample(COMMON, 2)
-        self._add(
-            category,
-            noun,
-            f"{brand} {' '.join(attributes)} {noun}".title(),
-            f"A {noun} by {brand}: {' and '.join(attributes)}.",
-            attributes,
-            self._groups()[0],
-            self._price(*self._difficulty.low),
-        )
+        attributes, options = rng.sample(COMMON, 2), self._groups()[0]
+        alone = _Cluster(category, noun, brand, [attributes], [options], is_hidden=False)
+        self._add(alone, attributes, options, self._price(*self._difficulty.low))
 
     def _add(
         self,
-        category: str,
-        noun: str,
-        title: str,
-        description: str,
+        cluster: _Cluster,
         attributes: Sequence[str],
         options: Mapping[str, Sequence[str]],
         price: float,
     ) -> str:
         """Add an official row; returns its asin."""
         asin = self._asin()
+        told = [] if cluster.is_hidden else attributes
         self._products.append(
             {
                 "asin": asin,
-                "name": title,
-                "full_description": description,
+                "name": " ".join([cluster.brand, *told, cluster.noun]).title(),
+                "full_description": cluster.description(attributes, options),
                 "small_description": [" and ".join(attributes)],
                 "pricing": f"${price:.2f}",
-                "category": category,
-                "query": noun,
-                "product_category": f"{category} › {noun}",
+                "category": cluster.category,
+                "query": cluster.noun,
+                "product_category": f"{cluster.category} › {cluster.noun}",
                 "customization_options": {
                     axis: [{"value": value, "image": None} for value in values]
                     for axis, values in options.items()
                 },
                 "images": [""],
-                "title_nouns": [noun],
+                "title_nouns": [cluster.noun],
             }
         )
         self._attributes[asin] = {"attributes": list(attributes)}
@@ -333,17 +314,5 @@ class _Shop:
                 return asin
 
 
-def _instruction(
-    opening: str,
-    noun: str,
-    attributes: Sequence[str],
-    options: Mapping[str, Sequence[str]],
-    values: Sequence[str],
-) -> dict[str, Any]:
-    """An official row of human instructions."""
-    chosen = "".join(f", {axis} {value}" for axis, value in zip(options, values, strict=True))
-    return {
-        "instruction": f"{opening} {' and '.join(attributes)} {noun}{chosen}",
-        "instruction_attributes": list(attributes),
-        "instruction_options": list(values),
-    }
+def _axes(options: Mapping[str, Sequence[str]], values: Sequence[str]) -> str:
+    return "".join(f", {axis} {value}" for axis, value in zip(options, values, strict=True))

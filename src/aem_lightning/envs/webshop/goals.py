@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from aem_lightning.envs.webshop.products import Product
@@ -47,10 +47,6 @@ class Goal:
     attributes: Sequence[str]
     options: Sequence[str] | Mapping[str, str]
     price_cap: float
-
-    def record(self) -> dict[str, Any]:
-        """The goal as plain data; ``Goal(**record)`` is the goal."""
-        return asdict(self)
 
     @property
     def wish(self) -> str:

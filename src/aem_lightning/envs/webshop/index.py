@@ -13,6 +13,7 @@ and ``SmallFloat``; Anserini's ``SimpleSearcher``.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from aem_lightning.envs.webshop.analyzer import Analyzer
 
 K1, B = np.float32(0.9), np.float32(0.4)
+POSTINGS = ("starts", "documents", "counts", "lengths")
 ARRAYS = ("starts", "documents", "scaled", "idf", "rank", "term_ends")
 TERMS = "terms.bin"
 
@@ -77,21 +79,14 @@ class Chunk:
     def save(self, path: Path) -> None:
         """Write the chunk to ``path`` (``.npz``)."""
         terms = np.frombuffer("\n".join(self.terms).encode(), dtype=np.uint8)
-        np.savez(
-            path,
-            terms=terms,
-            starts=self.starts,
-            documents=self.documents,
-            counts=self.counts,
-            lengths=self.lengths,
-        )
+        np.savez(path, terms=terms, **{name: getattr(self, name) for name in POSTINGS})
 
     @classmethod
     def load(cls, path: Path) -> Chunk:
         """The chunk that `save` left at ``path``."""
         with np.load(path) as file:
             terms = file["terms"].tobytes().decode()
-            arrays = {name: file[name] for name in ("starts", "documents", "counts", "lengths")}
+            arrays = {name: file[name] for name in POSTINGS}
         return cls(terms=terms.split("\n") if terms else [], **arrays)
 
 
@@ -241,14 +236,8 @@ class Index:
     def _find(self, term: str) -> int | None:
         """The number of ``term``, by bisection of the sorted terms."""
         wanted = term.encode()
-        low, high = 0, len(self._idf)
-        while low < high:
-            middle = (low + high) // 2
-            if self._term(middle) < wanted:
-                low = middle + 1
-            else:
-                high = middle
-        return low if low < len(self._idf) and self._term(low) == wanted else None
+        at = bisect_left(range(len(self._idf)), wanted, key=self._term)
+        return at if at < len(self._idf) and self._term(at) == wanted else None
 
     def _term(self, number: int) -> bytes:
         start, end = self._term_ends[number], self._term_ends[number + 1]

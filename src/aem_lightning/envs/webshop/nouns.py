@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from importlib import import_module
 
-from aem_lightning.envs.base import MissingExtraError
+from aem_lightning.envs.base import import_extra
 from aem_lightning.envs.webshop.analyzer import STOP_WORDS
 
 FALLBACK = "fallback"
@@ -34,10 +33,7 @@ def load_tagger(name: str) -> Tagger:
     """
     if name == FALLBACK:
         return lambda titles: (words(title) for title in titles)
-    try:
-        spacy = import_module("spacy")
-    except ImportError as error:
-        raise MissingExtraError("spacy", "webshop-nouns") from error
+    spacy = import_extra("spacy", "webshop-nouns")
     try:
         model = spacy.load(name, exclude=["ner"])
     except OSError as error:

@@ -7,38 +7,13 @@ to ``ble``, ``logi`` to ``log``). A doubled consonant at the end is any consonan
 from __future__ import annotations
 
 STEP_2 = (
-    ("ational", "ate"),
-    ("tional", "tion"),
-    ("enci", "ence"),
-    ("anci", "ance"),
-    ("izer", "ize"),
-    ("bli", "ble"),
-    ("alli", "al"),
-    ("entli", "ent"),
-    ("eli", "e"),
-    ("ousli", "ous"),
-    ("ization", "ize"),
-    ("ation", "ate"),
-    ("ator", "ate"),
-    ("alism", "al"),
-    ("iveness", "ive"),
-    ("fulness", "ful"),
-    ("ousness", "ous"),
-    ("aliti", "al"),
-    ("iviti", "ive"),
-    ("biliti", "ble"),
-    ("logi", "log"),
+    "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e "
+    "ousli:ous ization:ize ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous "
+    "aliti:al iviti:ive biliti:ble logi:log"
 )
-STEP_3 = (
-    ("icate", "ic"),
-    ("ative", ""),
-    ("alize", "al"),
-    ("iciti", "ic"),
-    ("ical", "ic"),
-    ("ful", ""),
-    ("ness", ""),
-)
-STEP_4 = ("al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize").split()
+STEP_3 = "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:"
+RULES_2, RULES_3 = ([r.split(":") for r in step.split()] for step in (STEP_2, STEP_3))
+STEP_4 = "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize".split()
 
 
 def stem(word: str) -> str:
@@ -46,43 +21,29 @@ def stem(word: str) -> str:
     if len(word) < 3:
         return word
     word = _past_and_gerund(_plural(word))
-    if word.endswith("y") and _has_vowel(word[:-1]):
+    if word.endswith("y") and "v" in _shape(word[:-1]):
         word = word[:-1] + "i"
-    word = _replace(_replace(word, STEP_2), STEP_3)
+    word = _replace(_replace(word, RULES_2), RULES_3)
     return _final_letter(_strip(word))
 
 
-def _is_consonant(word: str, at: int) -> bool:
-    letter = word[at]
-    if letter in "aeiou":
-        return False
-    return letter != "y" or at == 0 or not _is_consonant(word, at - 1)
+def _shape(part: str) -> str:
+    """``c`` or ``v`` for every letter; a y behind a consonant is a vowel."""
+    shape = ""
+    for letter in part:
+        is_vowel = letter in "aeiou" or (letter == "y" and shape.endswith("c"))
+        shape += "v" if is_vowel else "c"
+    return shape
 
 
 def _measure(part: str) -> int:
     """How often a consonant follows a vowel: Porter's m."""
-    count, after_vowel = 0, False
-    for at in range(len(part)):
-        is_consonant = _is_consonant(part, at)
-        count += is_consonant and after_vowel
-        after_vowel = not is_consonant
-    return count
-
-
-def _has_vowel(part: str) -> bool:
-    return any(not _is_consonant(part, at) for at in range(len(part)))
+    return _shape(part).count("vc")
 
 
 def _ends_in_short_syllable(part: str) -> bool:
     """Consonant, vowel, consonant, the last not w, x or y."""
-    last = len(part) - 1
-    return (
-        last >= 2
-        and _is_consonant(part, last)
-        and not _is_consonant(part, last - 1)
-        and _is_consonant(part, last - 2)
-        and part[last] not in "wxy"
-    )
+    return _shape(part).endswith("cvc") and part[-1] not in "wxy"
 
 
 def _plural(word: str) -> str:
@@ -97,7 +58,7 @@ def _past_and_gerund(word: str) -> str:
     for suffix in ("ed", "ing"):
         if word.endswith(suffix):
             part = word.removesuffix(suffix)
-            return _mended(part) if _has_vowel(part) else word
+            return _mended(part) if "v" in _shape(part) else word
     return word
 
 
@@ -105,13 +66,13 @@ def _mended(part: str) -> str:
     """What is left of a word without its -ed or -ing, spelt as a word again."""
     if part.endswith(("at", "bl", "iz")):
         return part + "e"
-    is_double = len(part) > 1 and part[-1] == part[-2] and _is_consonant(part, len(part) - 1)
+    is_double = len(part) > 1 and part[-1] == part[-2] and _shape(part)[-1] == "c"
     if is_double:
         return part if part[-1] in "lsz" else part[:-1]
     return part + "e" if _measure(part) == 1 and _ends_in_short_syllable(part) else part
 
 
-def _replace(word: str, rules: tuple[tuple[str, str], ...]) -> str:
+def _replace(word: str, rules: list[list[str]]) -> str:
     """The first rule whose suffix fits decides, whether it changes the word or not."""
     for suffix, replacement in rules:
         if word.endswith(suffix):

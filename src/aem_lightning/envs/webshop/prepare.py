@@ -18,7 +18,6 @@ from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 from rich.progress import Progress
 
-from aem_lightning.envs.base import MissingExtraError
+from aem_lightning.envs.base import import_extra
 from aem_lightning.envs.data import check_webshop_files, webshop_paths
 from aem_lightning.envs.webshop import goals
 from aem_lightning.envs.webshop.analyzer import Analyzer
@@ -142,24 +141,25 @@ class _Preparation:
         self._files, self._folder, self._tagger = files, folder, tagger
         self._chunk_size = chunk_size
         self._bar = Progress(disable=not progress, transient=True)
+        self._side = sqlite3.connect(folder / SIDE)
+        self._categories: dict[str, int] = {}  # numbers by name
+        self._categories_of_goals = array("i")
 
     def run(self, parameters: Mapping[str, Any]) -> None:
-        with self._bar, contextlib.closing(sqlite3.connect(self._folder / SIDE)) as side:
-            self._read_side_files(side)
-            state = self._read_products(side)
-            self._merge(state)
+        with self._bar, contextlib.closing(self._side):
+            self._read_side_files()
+            state = self._read_products()
+            self._merge(state["chunks"])
             products = Records(self._folder / "products")
-            categories: dict[str, int] = {}
-            of_goals = array("i")
-            made = self._goals(products, side, categories, of_goals)
-            number = write_records(self._folder / "goals", made)
+            number = write_records(self._folder / "goals", self._goals(products))
+        of_goals = np.array(self._categories_of_goals, dtype=np.int32)
         np.save(self._folder / "goal_order.npy", np.array(goals.goal_order(number), dtype=np.int64))
-        np.save(self._folder / "goal_categories.npy", np.array(of_goals, dtype=np.int32))
+        np.save(self._folder / "goal_categories.npy", of_goals)
         manifest = {
             "parameters": dict(parameters),
             "products": len(products),
             "goals": number,
-            "categories": list(categories),
+            "categories": list(self._categories),
             "digest": self._digest(state["digest"]),
         }
         for name in (STATE, SIDE):
@@ -177,28 +177,27 @@ class _Preparation:
 
     def _digest(self, products: str) -> str:
         """Twelve hex digits that stand for products and goals."""
-        digest = hashlib.sha256(products.encode())
         with (self._folder / f"goals{DATA}").open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+            digest = hashlib.file_digest(file, lambda: hashlib.sha256(products.encode()))
         return digest.hexdigest()[:12]
 
-    def _read_side_files(self, side: sqlite3.Connection) -> None:
+    def _read_side_files(self) -> None:
         """What belongs to products by their asin, into a table that need not fit into memory."""
+        side = self._side
         for kind, path in self._files.paths().items():
             if kind == "products":
                 continue
             side.execute(f"CREATE TABLE IF NOT EXISTS {kind} (asin TEXT PRIMARY KEY, row TEXT)")
             if side.execute(f"SELECT 1 FROM {kind} WHERE asin = ''").fetchone():
                 continue  # the mark of a whole table
-            with self._opened(path) as file:
+            with self._bar.open(path, "rb", description=path.name) as file:
                 rows = _parsed(path, "kvitems", file, "")
                 texts = ((asin, json.dumps(row)) for asin, row in rows)
                 side.executemany(f"INSERT OR REPLACE INTO {kind} VALUES (?, ?)", texts)
             side.execute(f"INSERT INTO {kind} VALUES ('', '')")
             side.commit()
 
-    def _read_products(self, side: sqlite3.Connection) -> dict[str, Any]:
+    def _read_products(self) -> dict[str, Any]:
         """Products and their inverted texts, chunk by chunk; returns the state after the last."""
         chunks = self._folder / "chunks"
         chunks.mkdir(exist_ok=True)
@@ -209,22 +208,28 @@ class _Preparation:
             logger.info("%s: %d rows are done, the rest follows", self._folder, state["read"])
         seen = {p["asin"] for i in range(state["chunks"]) for p in Records(chunks / f"{i}")}
         source = self._files.paths()["products"]
-        with self._opened(source) as file:
+        with self._bar.open(source, "rb", description=source.name) as file:
             rows = islice(_parsed(source, "items", file, "item"), self._files.num_products)
             rows = islice(rows, state["read"], None)
             while not state["is_whole"]:
                 taken = list(islice(rows, self._chunk_size))
-                products = self._products(taken, seen, side)
+                products = self._products(taken, seen)
                 name = chunks / str(state["chunks"])
-                write_records(name, (product.record() for product in products))
+                write_records(name, map(asdict, products))
                 invert(map(indexed_text, products), Analyzer()).save(name.with_suffix(".npz"))
-                state = _next_state(state, len(taken), products, self._chunk_size)
-                _write_whole(path, json.dumps(state))
+                known = [state["digest"], *(json.dumps(asdict(product)) for product in products)]
+                state = {
+                    "read": state["read"] + len(taken),
+                    "chunks": state["chunks"] + 1,
+                    "digest": hashlib.sha256("".join(known).encode()).hexdigest()[:12],
+                    "is_whole": len(taken) < self._chunk_size,
+                }
+                # Beside it first: a run that is stopped here leaves no part of a state.
+                path.with_suffix(".new").write_text(json.dumps(state), encoding="utf-8")
+                path.with_suffix(".new").replace(path)
         return state
 
-    def _products(
-        self, rows: list[dict[str, Any]], seen: set[str], side: sqlite3.Connection
-    ) -> list[Product]:
+    def _products(self, rows: list[dict[str, Any]], seen: set[str]) -> list[Product]:
         kept = []
         for row in rows:
             asin = str(row["asin"])
@@ -234,85 +239,41 @@ class _Preparation:
         titles = [str(row.get("name") or "") for row in kept]
         nouns = self._tagger(titles) if self._tagger else (row["title_nouns"] for row in kept)
         return [
-            read_product(
-                row, self._side_row(side, row["asin"]).get("attributes"), n, self._files.seed
-            )
+            read_product(row, self._side_row(row["asin"]).get("attributes"), n, self._files.seed)
             for row, n in zip(kept, nouns, strict=True)
         ]
 
-    @staticmethod
-    def _side_row(side: sqlite3.Connection, asin: str, kind: str = "attributes") -> Any:
-        found = side.execute(f"SELECT row FROM {kind} WHERE asin = ?", (asin,)).fetchone()
+    def _side_row(self, asin: str, kind: str = "attributes") -> Any:
+        found = self._side.execute(f"SELECT row FROM {kind} WHERE asin = ?", (asin,)).fetchone()
         return json.loads(found[0]) if found else {}
 
-    def _merge(self, state: Mapping[str, Any]) -> None:
-        names = [self._folder / "chunks" / str(i) for i in range(state["chunks"])]
+    def _merge(self, chunks: int) -> None:
+        names = [self._folder / "chunks" / str(i) for i in range(chunks)]
         join_records(self._folder / "products", names)
         shutil.rmtree(self._folder / "index", ignore_errors=True)
         loads = [partial(Chunk.load, name.with_suffix(".npz")) for name in names]
         ids = [product["asin"] for product in Records(self._folder / "products")]
         merge(loads, ids, self._folder / "index")
 
-    def _goals(
-        self,
-        products: Records,
-        side: sqlite3.Connection,
-        categories: dict[str, int],
-        of_goals: array[int],
-    ) -> Iterator[dict[str, Any]]:
-        """The goals of every product, in upstream's order before the shuffle.
-
-        ``categories`` is filled with numbers by name, ``of_goals`` with that of every goal.
-        """
+    def _goals(self, products: Records) -> Iterator[dict[str, Any]]:
+        """The goals of every product, in upstream's order before the shuffle."""
         for number, record in enumerate(self._bar.track(products, description="goals")):
             product = Product(**record)
-            for goal in self._goals_of(number, product, side):
-                of_goals.append(categories.setdefault(product.category, len(categories)))
-                yield goal.record()
-
-    def _goals_of(
-        self, number: int, product: Product, side: sqlite3.Connection
-    ) -> Iterator[goals.Goal]:
-        seed = self._files.seed
-        if self._files.goals == "human":
-            rows = self._side_row(side, product.asin, "human") or []
-            return goals.human_goals(number, product, rows, seed)
-        return goals.synthetic_goals(number, product, self._side_row(side, product.asin), seed)
-
-    @contextlib.contextmanager
-    def _opened(self, path: Path) -> Iterator[IO[bytes]]:
-        """The file at ``path``, with a bar that shows how far it is read."""
-        with self._bar.open(path, "rb", description=path.name) as file:
-            yield file
-
-
-def _next_state(
-    state: Mapping[str, Any], read: int, products: list[Product], chunk_size: int
-) -> dict[str, Any]:
-    digest = hashlib.sha256(state["digest"].encode())
-    for product in products:
-        digest.update(json.dumps(product.record()).encode())
-    return {
-        "read": state["read"] + read,
-        "chunks": state["chunks"] + 1,
-        "digest": digest.hexdigest()[:12],
-        "is_whole": read < chunk_size,
-    }
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader never sees a part of it."""
-    beside = path.with_suffix(".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+            if self._files.goals == "human":
+                rows = self._side_row(product.asin, "human") or []
+                made = goals.human_goals(number, product, rows, self._files.seed)
+            else:
+                row = self._side_row(product.asin)
+                made = goals.synthetic_goals(number, product, row, self._files.seed)
+            for goal in made:
+                category = self._categories.setdefault(product.category, len(self._categories))
+                self._categories_of_goals.append(category)
+                yield asdict(goal)
 
 
 def _parsed(path: Path, function: str, file: IO[bytes], prefix: str) -> Iterator[Any]:
     """What ijson's ``function`` finds in ``file``."""
-    try:
-        ijson = import_module("ijson")
-    except ImportError as error:
-        raise MissingExtraError("ijson", "webshop") from error
+    ijson = import_extra("ijson", "webshop")
     try:
         yield from getattr(ijson, function)(file, prefix, use_float=True)
     except ijson.JSONError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 NO_PRICE = 100.0  # upstream's price of a product that names none
@@ -48,10 +48,6 @@ class Product:
     options: Mapping[str, Sequence[str]]
     attributes: Sequence[str]
     nouns: Sequence[str]
-
-    def record(self) -> dict[str, Any]:
-        """The product as plain data; ``Product(**record)`` is the product."""
-        return asdict(self)
 
 
 def is_kept(asin: str) -> bool:

@@ -6,6 +6,7 @@ All processes that read a file share its pages, and a record is parsed when it i
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,8 @@ def join_records(path: Path, parts: Iterable[Path]) -> int:
         for part in parts:
             ends.append(np.load(part.with_name(part.name + ENDS)) + position)
             with part.with_name(part.name + DATA).open("rb") as source:
-                while block := source.read(1 << 22):
-                    position += file.write(block)
+                shutil.copyfileobj(source, file)
+            position = file.tell()
     joined = np.concatenate(ends)
     np.save(path.with_name(path.name + ENDS), joined)
     return len(joined)

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from typing import Any
 
-from aem_lightning.envs.base import MissingExtraError
+from aem_lightning.envs.base import import_extra
 from aem_lightning.envs.webshop.goals import Goal
 from aem_lightning.envs.webshop.products import Product
 
@@ -128,15 +126,7 @@ def normal_colour(value: Any) -> Any:
 
 def token_set_ratio(one: Any, other: Any) -> int:
     """The ratio that thefuzz gives two sets of words, from 0 to 100."""
-    fuzz, process = _rapidfuzz()
-    first, second = (process(str(text).translate(_LATIN)) for text in (one, other))
-    ratio: float = fuzz.token_set_ratio(first, second)
+    fuzz, utils = (import_extra(f"rapidfuzz.{name}", "webshop") for name in ("fuzz", "utils"))
+    first, second = (str(text).translate(_LATIN) for text in (one, other))
+    ratio: float = fuzz.token_set_ratio(first, second, processor=utils.default_process)
     return round(ratio)
-
-
-@cache
-def _rapidfuzz() -> tuple[Any, Any]:
-    try:
-        return import_module("rapidfuzz.fuzz"), import_module("rapidfuzz.utils").default_process
-    except ImportError as error:
-        raise MissingExtraError("rapidfuzz", "webshop") from error

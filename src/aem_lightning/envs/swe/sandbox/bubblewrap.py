@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from contextlib import closing
 from functools import cache
 
 from aem_lightning.envs.swe.sandbox.base import Isolation, Level, SessionSpec
@@ -70,11 +71,8 @@ def _probe() -> Isolation:
     if shutil.which("bwrap") is None:
         hint = "apt install bubblewrap, or dnf install bubblewrap"
         return Isolation(False, Level.NONE, f"there is no bwrap on PATH: {hint}")
-    session = BubblewrapSandbox().open(SessionSpec())
-    try:
+    with closing(BubblewrapSandbox().open(SessionSpec())) as session:
         result = session.run("true", wall_s=20)
-    finally:
-        session.close()
     if result.code == 0:
         return Isolation(True, Level.NAMESPACES, f"bubblewrap works: {_WALLS}{_filtered()}")
     why = result.infra_error or result.output.strip()
@@ -119,9 +117,7 @@ def _arguments(spec: SessionSpec) -> list[str]:
         # It was linked for another place, and would take the system's library of that name.
         mounts += ["--symlink", f"/opt/python/lib/{library}", f"/opt/lib/{library}"]
         shared = {"LD_LIBRARY_PATH": "/opt/lib"}
-    variables: list[str] = []
-    for name, value in {**ENVIRONMENT, **shared, **spec.environment}.items():
-        variables += ["--setenv", name, value]
+    variables = {**ENVIRONMENT, **shared, **spec.environment}
     return [
         "bwrap",
         *("--unshare-all", "--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"),
@@ -130,7 +126,7 @@ def _arguments(spec: SessionSpec) -> list[str]:
         *("--as-pid-1", "--clearenv"),
         *mounts,
         *("--remount-ro", "/"),
-        *variables,
+        *(part for pair in variables.items() for part in ("--setenv", *pair)),
         *("--chdir", spec.workdir),
         *server_command(INTERPRETER),
     ]

@@ -52,7 +52,7 @@ class DockerSandbox:
     def arguments(self, spec: SessionSpec, name: str) -> list[str]:
         """The ``docker run`` command of a session."""
         limits = spec.limits
-        variables = {key: ENVIRONMENT[key] for key in _KEPT}
+        variables = {key: ENVIRONMENT[key] for key in _KEPT} | dict(spec.environment)
         writable = [f"/tmp:rw,exec,size={limits.disk_bytes}"]
         if not self.writable_root:
             writable.append(f"{spec.workdir}:rw,exec,mode=1777,size={limits.disk_bytes}")
@@ -63,11 +63,7 @@ class DockerSandbox:
             *("--memory-swap", str(limits.memory_bytes), "--hostname", "sandbox"),
             *(() if self.writable_root else ("--read-only", "--user", "65534:65534")),
             *(part for folder in writable for part in ("--tmpfs", folder)),
-            *(
-                part
-                for key, value in {**variables, **spec.environment}.items()
-                for part in ("--env", f"{key}={value}")
-            ),
+            *(part for k, v in variables.items() for part in ("--env", f"{k}={v}")),
             *("--workdir", spec.workdir, spec.image or self.image),
             *server_command("python3"),
         ]

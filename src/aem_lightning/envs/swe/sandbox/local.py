@@ -9,12 +9,7 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from aem_lightning.envs.swe.sandbox.base import (
-    CommandResult,
-    Isolation,
-    Level,
-    SessionSpec,
-)
+from aem_lightning.envs.swe.sandbox.base import CommandResult, Isolation, Level, SessionSpec
 from aem_lightning.envs.swe.sandbox.bubblewrap import ENVIRONMENT
 from aem_lightning.envs.swe.sandbox.session import Session, server_command
 
