@@ -3,8 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from local_coin import local_data, make_agent, make_trainer
+from runs import Keep
 from tiny_play import make_policy
 
 from aem_lightning.algorithms import ClippedLoss
@@ -19,14 +19,12 @@ from aem_lightning.types import Iteration
 ALWAYS_EQUAL = RewardShaping(success=0.0, malformed=0.0, inadmissible=0.0)
 
 
-class Recorder(Callback):
-    """Keeps what training steps return and what metrics are logged."""
+class Recorder(Keep):
+    """Keeps what steps return and what metrics are logged."""
 
     def __init__(self):
-        self.iterations, self.logged, self.validated = [], [], []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.iterations.append(outputs["iteration"])
+        super().__init__()
+        self.logged, self.validated = [], []
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.validated += outputs["trajectories"]

@@ -46,15 +46,6 @@ def make_model(kind="qwen2", **options):
     return model.train()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only lose time to a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def shared_model():
     return make_model()
@@ -327,16 +318,17 @@ def test_submitting_and_polling_before_sync_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"max_new_tokens": 0}]
+    ("kind", "options", "told"),
+    [
+        (Sampling, {"temperature": -1.0}, "temperature"),
+        (Sampling, {"temperature": float("nan")}, "temperature"),
+        (Sampling, {"max_new_tokens": 0}, "max_new_tokens"),
+        (SlotEngine, {"slots": 0}, r"engine\.slots=0"),
+    ],
 )
-def test_sampling_options_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        Sampling(**options)
-
-
-def test_engine_options_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"engine\.slots=0"):
-        SlotEngine(slots=0)
+def test_options_out_of_range_are_refused(kind, options, told):
+    with pytest.raises(ValueError, match=told):
+        kind(**options)
 
 
 def test_closing_frees_the_slot_for_a_waiting_episode(policy):
