@@ -63,6 +63,7 @@ def evaluate(
         "base_url": fake.url,
         "model": "some/model",
         "memory": "transcript",
+        "datamodule.workers": "1",
         "max_turns": "30",
         "concurrency": "3",
         "max_retries": "1",

@@ -129,23 +129,18 @@ def test_equal_seeds_give_equal_starts_and_the_keys_do_not_mix(undisturbed):
     assert len({tuple(t) for t in undisturbed.values()}) == 4
 
 
-def test_worker_killed_between_two_turns_changes_no_transcript(undisturbed):
-    with EnvPool(ToyEnv, workers=2) as pool:
+@pytest.mark.parametrize(
+    ("blow", "at", "worker", "options"),
+    [(signal.SIGKILL, 3, 0, {}), (signal.SIGSTOP, 2, 1, {"timeout_s": PATIENCE_S})],
+)
+def test_a_worker_that_dies_or_hangs_is_replaced_and_changes_no_transcript(
+    blow, at, worker, options, undisturbed
+):
+    with EnvPool(ToyEnv, workers=2, **options) as pool:
 
         def harm(turn):
-            if turn == 3:
-                os.kill(pool.worker_pids()[0], signal.SIGKILL)
-
-        assert _play(pool, harm=harm) == undisturbed
-        assert pool.restarts == 1
-
-
-def test_worker_that_hangs_is_replaced_and_changes_no_transcript(undisturbed):
-    with EnvPool(ToyEnv, workers=2, timeout_s=PATIENCE_S) as pool:
-
-        def harm(turn):
-            if turn == 2:
-                os.kill(pool.worker_pids()[1], signal.SIGSTOP)
+            if turn == at:
+                os.kill(pool.worker_pids()[worker], blow)
 
         assert _play(pool, harm=harm) == undisturbed
         assert pool.restarts == 1
