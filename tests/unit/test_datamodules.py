@@ -167,28 +167,10 @@ def test_the_hash_of_the_games_is_logged_and_reported(easy, caplog):
     assert f"train: 12 games, hash {expected}, in {easy}" in caplog.messages
 
 
-def test_a_missing_folder_says_how_to_fetch_the_games_and_how_to_do_without(tmp_path):
-    datamodule = AlfworldDataModule(str(tmp_path / "nowhere"))
-    datamodule.prepare_data()
-    with pytest.raises(FileNotFoundError, match=r"alfworld-download.*\n?.*alfworld_generated"):
-        datamodule.tasks("train")
-
-
 def test_only_the_wanted_task_types_are_kept(easy):
     kinds = AlfworldDataModule(str(easy)).task_types()
     datamodule = AlfworldDataModule(str(easy), task_types=kinds[:1])
     assert {task.type for task in datamodule.tasks("train")} == set(kinds[:1])
-
-
-def test_missing_games_are_generated_and_found_again(tmp_path):
-    sizes = {"train": 2, "valid_seen": 1, "valid_unseen": 1}
-    datamodule = AlfworldDataModule(str(tmp_path / "made"), generate={"sizes": sizes}, workers=1)
-    datamodule.prepare_data()
-    made = datamodule.game_hashes()
-    again = AlfworldDataModule(str(tmp_path / "made"), generate={"sizes": sizes}, workers=1)
-    again.prepare_data()
-    assert again.game_hashes() == made
-    assert [len(again.tasks(split)) for split in sizes] == [2, 1, 1]
 
 
 def test_environment_and_expert_play_a_listed_task(easy):
