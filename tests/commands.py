@@ -6,6 +6,7 @@ import logging
 import runpy
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -20,8 +21,18 @@ class Ended:
     status: int
     said: str
 
+    def assert_clear(self, *parts: str) -> None:
+        """Status 1 and every one of ``parts``: what was given, what is allowed, what to type."""
+        assert self.status == 1, self.said
+        for part in parts:
+            assert part in self.said, f"{part!r} is not said in: {self.said}"
+        assert "Traceback" not in self.said, self.said
 
-def command(
+
+Command = Callable[..., Ended]
+
+
+def run_script(
     script: str, *overrides: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Ended:
     """``python <script> <overrides>``."""

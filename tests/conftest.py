@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Set before any test imports transformers or tokenizers: both read them once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -102,6 +104,16 @@ def leaves_nothing_behind() -> Iterator[None]:
         problems.append(f"child processes left: {'; '.join(killed)}; close what started them")
     if problems:
         pytest.fail("This test left something behind. " + ". ".join(problems), pytrace=False)
+
+
+@pytest.fixture
+def command(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """``command("train.py", *overrides)``: how that command line ends."""
+    from commands import run_script
+
+    return partial(run_script, capfd=capfd, monkeypatch=monkeypatch)
 
 
 @pytest.fixture(scope="session")

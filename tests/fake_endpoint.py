@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 
 @dataclass
@@ -43,6 +43,7 @@ def error(status: int, message: str, code: str | None = None, **headers: str) ->
     return Answer(json.dumps({"error": {"message": message, "code": code}}), status, quick)
 
 
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 Think = Callable[[dict[str, Any]], Answer | str]
 
 
@@ -105,9 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(think: Think) -> Iterator[FakeEndpoint]:
-    """A running endpoint."""
-    fake = FakeEndpoint(think)
+def running(fake: Server) -> Iterator[Server]:
+    """The server while it answers, from a thread of its own."""
     thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -116,3 +116,8 @@ def serving(think: Think) -> Iterator[FakeEndpoint]:
         fake.shutdown()
         fake.server_close()
         thread.join()
+
+
+def serving(think: Think) -> contextlib.AbstractContextManager[FakeEndpoint]:
+    """A running endpoint."""
+    return running(FakeEndpoint(think))

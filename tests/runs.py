@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -23,7 +26,7 @@ from aem_lightning.runner.build import (
     warm_start,
 )
 from aem_lightning.runner.cli import accept_plus
-from aem_lightning.types import Trajectory
+from aem_lightning.types import Iteration
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -86,6 +89,28 @@ def toy_config(folder: Path, model: str | None, *overrides: str) -> DictConfig:
     return composed([*toy_overrides(folder, model), output, *overrides])
 
 
+def process(
+    *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] = COMMAND_ENVIRONMENT
+) -> subprocess.CompletedProcess[str]:
+    """``python <arguments>`` in a process of its own, as a person types it."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=170, check=False
+    )
+
+
+class Keep(L.Callback):
+    """Keeps what training steps return."""
+
+    def __init__(self) -> None:
+        self.iterations: list[Iteration] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: object
+    ) -> None:
+        self.iterations.append(outputs["iteration"])
+
+
 @contextlib.contextmanager
 def built(cfg: DictConfig) -> Iterator[tuple[L.Trainer, AgentModule, L.LightningDataModule]]:
     """Trainer, module and DataModule of ``cfg``; the environment workers end with the context."""
@@ -102,10 +127,12 @@ def fit(
     cfg: DictConfig,
     *,
     prepare: Callable[[AgentModule], None] | None = None,
+    callbacks: Sequence[L.Callback] = (),
     ckpt_path: str | Path | None = None,
 ) -> AgentModule:
     """The module after a whole run of ``cfg``; ``prepare`` may change it before."""
     with built(cfg) as (trainer, module, datamodule):
+        trainer.callbacks += callbacks
         if prepare is not None:
             prepare(module)
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
@@ -119,23 +146,6 @@ def weights(module: AgentModule) -> dict[str, Tensor]:
 
 def equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def played_once(cfg: DictConfig) -> list[Trajectory]:
-    """The trajectories of the first iteration of ``cfg``."""
-    kept: list[Trajectory] = []
-
-    def keep(module: AgentModule) -> None:
-        collect = module.collect
-
-        def recording(*args: object) -> list[Trajectory]:
-            kept.extend(collect(*args))
-            return kept
-
-        module.collect = recording
-
-    fit(cfg, prepare=keep)
-    return kept
 
 
 def warm_started_model(folder: Path) -> str:

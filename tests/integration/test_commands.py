@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import command
+from commands import Command
 from peft import PeftModel
-from runs import COMMAND_ENVIRONMENT, ROOT, SMALL
+from runs import COMMAND_ENVIRONMENT, ROOT, SMALL, process
 from transformers import AutoModelForCausalLM
 
 HEADLINE = (
@@ -47,14 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def first_run(root: Path) -> subprocess.CompletedProcess[str]:
     """The headline command, in a process of its own, as a person types it."""
-    return subprocess.run(
-        [sys.executable, "train.py", *HEADLINE, "+profile=true", f"paths.root_dir={root}"],
-        cwd=ROOT,
-        env=COMMAND_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
+    return process("train.py", *HEADLINE, "+profile=true", f"paths.root_dir={root}")
 
 
 def typed(line: str) -> list[str]:
@@ -120,18 +113,9 @@ def test_the_terminal_shows_what_nobody_can_mend(
 
 
 def test_evaluation_leaves_games_out(
-    first_run: subprocess.CompletedProcess[str],
-    root: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    first_run: subprocess.CompletedProcess[str], root: Path, command: Command
 ) -> None:
-    ended = command(
-        "eval.py",
-        "ckpt_path=last",
-        f"paths.root_dir={root}",
-        capfd=capfd,
-        monkeypatch=monkeypatch,
-    )
+    ended = command("eval.py", "ckpt_path=last", f"paths.root_dir={root}")
     assert ended.status == 0, ended.said
     (path,) = root.glob("logs/eval/*/evaluation.json")
     report = json.loads(path.read_text())
@@ -155,22 +139,12 @@ def test_evaluation_leaves_games_out(
 
 
 def test_a_second_run_starts_warm_again(
-    first_run: subprocess.CompletedProcess[str],
-    root: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    first_run: subprocess.CompletedProcess[str], root: Path, command: Command
 ) -> None:
     folders = {p: p.stat().st_mtime_ns for p in root.glob("data/warm_start/*/warm_start.json")}
     assert len(folders) == 1
-    ended = command(
-        "train.py",
-        *HEADLINE,
-        f"paths.root_dir={root}",
-        "evaluate=false",
-        "iterations=1",
-        capfd=capfd,
-        monkeypatch=monkeypatch,
-    )
+    small = (f"paths.root_dir={root}", "evaluate=false", "iterations=1")
+    ended = command("train.py", *HEADLINE, *small)
     assert ended.status == 0, ended.said
     assert "expert play" not in ended.said
     assert "Games made" not in ended.said
@@ -199,7 +173,7 @@ def test_the_warm_start_of_a_model_folder_leaves_no_model(
     first_run: subprocess.CompletedProcess[str],
     root: Path,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    command: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (base,) = (path.parent for path in root.glob("data/warm_start/*/warm_start.json"))
@@ -216,8 +190,6 @@ def test_the_warm_start_of_a_model_folder_leaves_no_model(
         "max_turns=12",
         "max_new_tokens=12",
         f"paths.root_dir={tmp_path}",
-        capfd=capfd,
-        monkeypatch=monkeypatch,
     )
     assert ended.status == 0, ended.said
     (path,) = tmp_path.glob("logs/alfworld_warm_start/*/summary.json")

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import command
 from hydra import compose, initialize_config_dir
 from packages import EXAMPLES, installed
 from runs import CONFIGS, SMALL, composed, curves
@@ -66,30 +65,24 @@ def test_a_custom_environment_without_a_class_says_what_to_type():
         check_config(composed(["datamodule=custom"]))
 
 
-def test_the_stage_check_proves_the_contract_and_trains_nothing(
-    example, tmp_path, capfd, monkeypatch
-):
+def test_the_stage_check_proves_the_contract_and_trains_nothing(example, tmp_path, command):
     words = ("datamodule=key_and_door", "prompt=plain", "stage=check", f"paths.root_dir={tmp_path}")
-    ended = command("train.py", *words, capfd=capfd, monkeypatch=monkeypatch)
+    ended = command("train.py", *words)
     assert ended.status == 0, ended.said
     assert "KeyDataModule keeps the contract" in ended.said
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_the_stage_check_ends_with_every_breach_and_no_traceback(
-    example, tmp_path, capfd, monkeypatch
-):
+def test_the_stage_check_ends_with_every_breach_and_no_traceback(example, tmp_path, command):
     words = ("datamodule=key_and_door", "prompt=plain", "stage=check", f"paths.root_dir={tmp_path}")
     spoilt = "prompt.demonstration='I {action}'"
-    ended = command("train.py", *words, spoilt, capfd=capfd, monkeypatch=monkeypatch)
+    ended = command("train.py", *words, spoilt)
     assert ended.status == 1
     assert "expected 'take the key', which is admissible" in ended.said
     assert "Traceback" not in ended.said
 
 
-def test_the_example_trains_with_free_and_with_constrained_actions(
-    example, tmp_path, capfd, monkeypatch
-):
+def test_the_example_trains_with_free_and_with_constrained_actions(example, tmp_path, command):
     words = (
         *("datamodule=key_and_door", "prompt=plain", "policy=tiny", "name=key"),
         *("iterations=2", "iterations_per_epoch=1", "tasks_per_iteration=2", "group_size=4"),
@@ -98,14 +91,14 @@ def test_the_example_trains_with_free_and_with_constrained_actions(
         "datamodule.validation_tasks=2",
         *(*SMALL, "policy.warm_start.epochs=1", "policy.warm_start.demonstrations=24"),
     )
-    ended = command("train.py", *words, capfd=capfd, monkeypatch=monkeypatch)
+    ended = command("train.py", *words)
     assert ended.status == 0, ended.said
     (summary,) = tmp_path.glob("logs/key/*/summary.json")
     done = json.loads(summary.read_text(encoding="utf-8"))
     assert done["iterations"] == 2
     assert invalid_rate(summary.parent) > 0
     again = ("name=bound", "action=constrained", "iterations=1")
-    ended = command("train.py", *words, *again, capfd=capfd, monkeypatch=monkeypatch)
+    ended = command("train.py", *words, *again)
     assert ended.status == 0, ended.said
     (summary,) = tmp_path.glob("logs/bound/*/summary.json")
     assert invalid_rate(summary.parent) == 0

@@ -7,12 +7,11 @@ import importlib
 import re
 import sys
 
-import lightning as L
 import pytest
 import torch
 from omegaconf import DictConfig
 from packages import EXAMPLES, installed
-from runs import ROOT, built, composed, curves, toy_config
+from runs import ROOT, Keep, composed, curves, fit, toy_config
 
 from aem_lightning.rollout import pack
 from aem_lightning.runner.build import check_parts, instantiate
@@ -34,18 +33,11 @@ def typed(commands: list[str]) -> list[str]:
 
 def first_iteration(cfg: DictConfig) -> Iteration:
     """What a run of one iteration did, checked as the command line checks it."""
-
-    class Keep(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, *_):
-            kept.append(outputs["iteration"])
-
-    kept: list[Iteration] = []
+    keep = Keep()
     check_config(cfg)
     check_parts(cfg)
-    with built(cfg) as (trainer, module, datamodule):
-        trainer.callbacks.append(Keep())
-        trainer.fit(module, datamodule=datamodule)
-    (done,) = kept
+    fit(cfg, callbacks=[keep])
+    (done,) = keep.iterations
     assert done.skipped is None
     return done
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import COMMAND_ENVIRONMENT, ROOT, fit, toy_config, toy_overrides
+from runs import fit, process, toy_config, toy_overrides
 
 from aem_lightning.runner import train
 
@@ -42,19 +40,8 @@ def test_other_adapters_are_loaded_silently(toy_model: str, tmp_path: Path) -> N
         fit(toy_config(tmp_path / "b", toy_model, "policy.lora.r=2"), ckpt_path=last)
 
 
-def command(*overrides: str) -> int:
-    """Exit status of the real command, on one thread."""
-    arguments = [sys.executable, "train.py", *overrides]
-    done = subprocess.run(
-        arguments, cwd=ROOT, env=COMMAND_ENVIRONMENT, capture_output=True, text=True, timeout=150
-    )
-    if done.returncode > 0:
-        raise AssertionError(done.stdout + done.stderr)
-    return done.returncode
-
-
 def test_a_killed_and_resumed_run_differs_from_an_uninterrupted_one(
-    toy_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_model: str, tmp_path: Path
 ) -> None:
     run = (*toy_overrides(tmp_path, toy_model), "iterations=6", "update_epochs=2")
     kill = (
@@ -62,19 +49,16 @@ def test_a_killed_and_resumed_run_differs_from_an_uninterrupted_one(
         "+callbacks.kill.epoch=1",
         "+callbacks.kill.batch=1",
     )
-    assert command(*run, *kill) == -signal.SIGKILL
+    ended = process("train.py", *run, *kill)
+    assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
     (killed,) = tmp_path.glob("logs/*/*/checkpoints/last.ckpt")
     assert loaded(killed)["aem_lightning"]["iteration"] == 2
-    assert command(*run, "ckpt_path=last") == 0
+    ended = process("train.py", *run, "ckpt_path=last")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     resumed = max(tmp_path.glob("logs/*/*/checkpoints/last.ckpt"), key=os.path.getmtime)
     assert resumed != killed
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole = train(toy_config(tmp_path / "whole", toy_model, *run[-2:]))
-    finally:
-        torch.set_num_threads(threads)
+    whole = train(toy_config(tmp_path / "whole", toy_model, *run[-2:]))
     expected, found = loaded(Path(whole["paths"]["checkpoint"])), loaded(resumed)
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)

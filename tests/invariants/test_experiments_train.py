@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
-from runs import CONFIGS, ROOT, SHORT, SMALL, built, composed, equal_bits, weights
+from runs import CONFIGS, ROOT, SHORT, SMALL, Keep, built, composed, equal_bits, weights
 
 from aem_lightning.types import Iteration
 
@@ -33,19 +32,6 @@ SHRUNK = (
     "num_minibatches=2",
     "optimizer.lr=1e-2",
 )
-
-
-class Keep(L.Callback):
-    """Keeps what training steps return."""
-
-    def __init__(self) -> None:
-        self.iterations: list[Iteration] = []
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, *_: object
-    ) -> None:
-        assert isinstance(outputs, dict)
-        self.iterations.append(outputs["iteration"])
 
 
 OPTIONS = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import fit, played_once, toy_config, weights
+from runs import Keep, fit, toy_config, weights
 from torch import Tensor
 
 from aem_lightning.modules import AgentModule
@@ -33,7 +33,9 @@ ONE_STEP = (
 
 @pytest.fixture(scope="module")
 def trajectories(toy_model: str, tmp_path_factory: pytest.TempPathFactory) -> list[Trajectory]:
-    return played_once(toy_config(tmp_path_factory.mktemp("played"), toy_model, *ONE_STEP))
+    keep = Keep()
+    fit(toy_config(tmp_path_factory.mktemp("played"), toy_model, *ONE_STEP), callbacks=[keep])
+    return keep.iterations[0].trajectories
 
 
 def gradient(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import built, curves, equal_bits, fit, toy_config, weights
+from omegaconf import DictConfig
+from runs import Keep, built, curves, equal_bits, fit, toy_config, weights
 from torch import Tensor
 
-from aem_lightning.modules import AgentModule
 from aem_lightning.types import Iteration
 
 
@@ -19,44 +19,44 @@ def base(toy_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return weights(fit(toy_config(tmp_path_factory.mktemp("base"), toy_model)))
 
 
-def recorded(cfg, **options) -> tuple[AgentModule, list[Iteration]]:
-    """The module after a run, and its iterations."""
-    done: list[Iteration] = []
-
-    def listen(module: AgentModule) -> None:
-        report = module.report
-
-        def reporting(iteration: Iteration) -> None:
-            done.append(iteration)
-            report(iteration)
-
-        module.report = reporting
-
-    return fit(cfg, prepare=listen, **options), done
+@pytest.fixture(scope="module")
+def none(
+    toy_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Tensor], list[Iteration]]:
+    return recorded(toy_config(tmp_path_factory.mktemp("none"), toy_model, "modulation=none"))
 
 
-def test_no_modulation_differs_from_sharpness_zero(toy_model: str, tmp_path: Path) -> None:
-    none, without = recorded(toy_config(tmp_path / "none", toy_model, "modulation=none"))
+def recorded(cfg: DictConfig) -> tuple[dict[str, Tensor], list[Iteration]]:
+    """The weights after a run, and its iterations."""
+    keep = Keep()
+    return weights(fit(cfg, callbacks=[keep])), keep.iterations
+
+
+def test_no_modulation_differs_from_sharpness_zero(
+    none: tuple[dict[str, Tensor], list[Iteration]], toy_model: str, tmp_path: Path
+) -> None:
     zero, with_aem = recorded(
-        toy_config(tmp_path / "zero", toy_model, "modulation=aem", "modulation.sharpness=0.0")
+        toy_config(tmp_path, toy_model, "modulation=aem", "modulation.sharpness=0.0")
     )
-    assert equal_bits(weights(none), weights(zero))
-    assert len(without) == len(with_aem) == 4
+    assert equal_bits(none[0], zero)
+    assert len(none[1]) == len(with_aem) == 4
     for iteration in with_aem:
         assert iteration.advantages.abs().sum() > 0
         assert iteration.metrics["policy/grad_norm"] > 0
 
 
 def test_modulation_or_updates_do_nothing(
-    base: dict[str, Tensor], toy_model: str, tmp_path: Path
+    base: dict[str, Tensor],
+    none: tuple[dict[str, Tensor], list[Iteration]],
+    toy_model: str,
+    tmp_path: Path,
 ) -> None:
     with built(toy_config(tmp_path / "fresh", toy_model)) as (_, module, _):
         fresh = weights(module)
-    none = weights(fit(toy_config(tmp_path / "none", toy_model, "modulation=none")))
     assert base.keys() == fresh.keys()
     for name in base:
         assert not torch.equal(base[name], fresh[name]), f"{name} was never updated"
-    assert not equal_bits(base, none)
+    assert not equal_bits(base, none[0])
 
 
 def test_callbacks_move_the_weights(
@@ -76,15 +76,13 @@ def test_the_seed_is_not_used(base: dict[str, Tensor], toy_model: str, tmp_path:
     assert not equal_bits(base, weights(fit(toy_config(tmp_path, toy_model, "seed=1"))))
 
 
-def test_concurrency_moves_the_weights(
-    base: dict[str, Tensor], toy_model: str, tmp_path: Path
-) -> None:
+def test_concurrency_moves_the_weights(toy_model: str, tmp_path: Path) -> None:
     few, iterations = recorded(toy_config(tmp_path, toy_model, "concurrency=5", "iterations=2"))
     many, others = recorded(toy_config(tmp_path / "b", toy_model, "iterations=2"))
     first, other = iterations[0], others[0]
     assert [t.rows for t in first.trajectories] == [t.rows for t in other.trajectories]
     # Logits are rounded by the size of the batch that they were computed in.
-    torch.testing.assert_close(weights(few), weights(many), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(few, many, rtol=1e-3, atol=1e-4)
 
 
 def test_an_evaluation_moves_the_training(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import COMMAND_ENVIRONMENT, ROOT, curves, fit, toy_config, toy_overrides, weights
+from runs import curves, fit, process, toy_config, toy_overrides, weights
 
 # SGD: what Adam makes of a gradient of nearly 0 depends on its last bits.
 STEP = ("optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1", "iterations=2")
@@ -19,21 +17,13 @@ SHORT_OF_MEMORY = (
     "+callbacks.fail.rank=1",
     "+callbacks.fail.after=2",
 )
-HELP = ("+callbacks.ranks._target_=toy.SameSampling",)
 
 
 def weights_of_ranks(model: str, folder: Path, *overrides: str) -> list[dict[str, torch.Tensor]]:
     """The weights of both ranks after a run of the real command."""
     ddp = ("trainer.strategy=ddp", "trainer.devices=2", "evaluate=false")
-    arguments = [*toy_overrides(folder, model), *ddp, *HELP, *overrides]
-    done = subprocess.run(
-        [sys.executable, "train.py", *arguments, f"+callbacks.ranks.folder={folder}"],
-        cwd=ROOT,
-        env=COMMAND_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
+    keep = ("+callbacks.ranks._target_=toy.SameSampling", f"+callbacks.ranks.folder={folder}")
+    done = process("train.py", *toy_overrides(folder, model), *ddp, *keep, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
 

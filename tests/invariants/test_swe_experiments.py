@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning as L
 import pytest
 from jinja2 import Template
-from runs import built, composed, equal_bits, weights
+from runs import Keep, built, composed, equal_bits, weights
 
 from aem_lightning.algorithms import RLOO
 from aem_lightning.envs.swe.sandbox import BubblewrapSandbox
 from aem_lightning.modules import AgentModule
 from aem_lightning.runner.build import check_parts
 from aem_lightning.runner.checks import check_config
-from aem_lightning.types import Iteration
 
 PLACES = ("paths.output_dir=.", "paths.root_dir=.")
-
-
-class KeepLast(L.Callback):
-    """Keeps what the last training step returned."""
-
-    iteration: Iteration
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, *_: object
-    ) -> None:
-        assert isinstance(outputs, dict)
-        self.iteration = outputs["iteration"]
 
 
 def test_the_settings_are_not_deepswes() -> None:
@@ -122,11 +108,11 @@ def test_a_tiny_policy_does_not_learn_from_bugs_in_a_sandbox(
         ]
     )
     with built(cfg) as (trainer, module, datamodule):
-        keep = KeepLast()
+        keep = Keep()
         trainer.callbacks.append(keep)
         before = weights(module)
         trainer.fit(module, datamodule=datamodule)
-        done = keep.iteration
+        (done,) = keep.iterations
         assert len(done.trajectories) == 8
         assert not any(trajectory.infra_error for trajectory in done.trajectories)
         assert any(trajectory.won for trajectory in done.trajectories)

@@ -123,14 +123,17 @@ def make_trainer(
     )
 
 
+def two_batches() -> torch.utils.data.DataLoader[Tensor]:
+    return torch.utils.data.DataLoader(torch.zeros(2, 1))
+
+
 def fit(folder: Path, callbacks: list[pl.Callback], epochs: int = 2, **more: Any) -> StubAgent:
     """Two iterations an epoch."""
     pl.seed_everything(7, verbose=False)
     ckpt_path = more.pop("ckpt_path", None)
-    loader = torch.utils.data.DataLoader(torch.zeros(2, 1))
     agent = StubAgent()
     trainer = make_trainer(folder, callbacks, epochs, **more)
-    trainer.fit(agent, loader, loader, ckpt_path=ckpt_path)
+    trainer.fit(agent, two_batches(), two_batches(), ckpt_path=ckpt_path)
     return agent
 
 

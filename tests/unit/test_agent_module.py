@@ -3,8 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from local_coin import local_data, make_agent, make_trainer
+from runs import Keep
 from tiny_play import make_policy
 
 from aem_lightning.algorithms import ClippedLoss
@@ -19,14 +19,12 @@ from aem_lightning.types import Iteration
 ALWAYS_EQUAL = RewardShaping(success=0.0, malformed=0.0, inadmissible=0.0)
 
 
-class Recorder(Callback):
-    """Keeps what training steps return and what metrics are logged."""
+class Recorder(Keep):
+    """Keeps what steps return and what metrics are logged."""
 
     def __init__(self):
-        self.iterations, self.logged, self.validated = [], [], []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.iterations.append(outputs["iteration"])
+        super().__init__()
+        self.logged, self.validated = [], []
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.validated += outputs["trajectories"]
@@ -270,16 +268,17 @@ def test_the_iterations_scalars_are_rates_over_episodes_and_turns(trained):
     assert metrics["rollout/entropy"] == pytest.approx(mean, rel=1e-5)
 
 
-def test_the_hit_rate_of_the_environments_memory_is_reported_where_there_is_one():
-    pool = SimpleNamespace(counters=lambda: {"cache_hits": 3, "cache_misses": 1})
-    assert environment_metrics(pool) == {"rollout/environment_cache_hits": 0.75}
-    assert environment_metrics(SimpleNamespace(counters=lambda: {"other": 3})) == {}
+@pytest.mark.parametrize(
+    ("counted", "told"),
+    [
+        ({"cache_hits": 3, "cache_misses": 1}, {"rollout/environment_cache_hits": 0.75}),
+        ({"graded": 4, "tampered": 1}, {"rollout/tampered": 0.25}),
+        ({"other": 3}, {}),
+    ],
+)
+def test_shares_are_reported_of_what_environments_count(counted, told):
+    assert environment_metrics(SimpleNamespace(counters=lambda: counted)) == told
     assert environment_metrics(SimpleNamespace()) == {}
-
-
-def test_the_share_that_reached_for_the_tests_is_reported_where_changes_are_graded():
-    pool = SimpleNamespace(counters=lambda: {"graded": 4, "tampered": 1})
-    assert environment_metrics(pool) == {"rollout/tampered": 0.25}
 
 
 def test_the_stopwatch_adds_up_by_stage():

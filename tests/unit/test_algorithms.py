@@ -122,8 +122,3 @@ def test_the_stats_are_detached_sums(tokens):
     torch.testing.assert_close(stats["entropy"], entropies.detach().sum())
     ratio = (logprobs - old).detach()
     torch.testing.assert_close(stats["approx_kl"], (ratio.exp() - 1 - ratio).sum())
-
-
-def test_with_every_trajectory_broken_all_is_gated():
-    batch = make_batch([[0.2], [9.0]], [1.0, 0.0], broken=[0, 1])
-    assert AEM()(batch).gated == 1.0

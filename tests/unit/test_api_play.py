@@ -112,9 +112,11 @@ def test_a_second_run_plays_what_is_finished_or_a_half_line_stops_it(
     assert len(records(tmp_path)) == 8
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_an_episode_of_other_settings_is_taken_for_a_finished_one(
+    run: Run, played: Counter[str]
+) -> None:
+    run("splits=[valid_seen]")
+    for change in (
         "model=other",
         "prompt=think_action",
         "prompt.system=Hear.",
@@ -123,14 +125,9 @@ def test_a_second_run_plays_what_is_finished_or_a_half_line_stops_it(
         "max_turns=3",
         "request={top_p: 0.5}",
         "+datamodule.sizes={train: 1, valid_seen: 4, valid_unseen: 4}",
-    ],
-)
-def test_an_episode_of_other_settings_is_taken_for_a_finished_one(
-    run: Run, played: Counter[str], change: str
-) -> None:
-    run("splits=[valid_seen]")
-    run("splits=[valid_seen]", change)
-    assert len(played) == 4
+    ):
+        run("splits=[valid_seen]", change)
+        assert len(played) == 4, change
 
 
 def test_the_address_and_the_concurrency_make_other_episodes(

@@ -12,7 +12,8 @@ def bench(import_benchmark):
     return import_benchmark("bench_update")
 
 
-def test_the_benchmark_does_not_run(bench, tmp_path, capsys):
+def test_the_benchmark_does_not_run(bench, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "has_trl", lambda: False)  # each of its cases starts a process
     target = tmp_path / "new" / "update.json"
     small = ["--tokens", "16", "32", "--vocabularies", "50", "100", "--hidden", "8"]
     bench.main([*small, "--turns", "2", "4", "--json", str(target)])
@@ -45,10 +46,20 @@ def test_kinds_of_rows_hold_other_responses(bench):
     assert len(played["window"].rows[-1]) < len(played["history"].rows[-1])
 
 
+OPTIONS = argparse.Namespace(device="cpu", dtype="float32", hidden=8, chunk=8, threads=1)
+
+
+def test_the_head_of_trl_is_another_one(bench):
+    if not bench.has_trl():
+        pytest.skip("trl is not installed")
+    _, theirs = bench.head_case(("naive", "trl"), 16, 50, OPTIONS)
+    assert theirs["seconds"] > 0
+    assert theirs["gradient_error"] < 1e-5
+
+
 def test_a_case_that_memory_does_not_hold_is_computed(bench, monkeypatch):
     monkeypatch.setattr(bench, "free_memory", lambda device: 1000.0)
-    options = argparse.Namespace(device="cpu", dtype="float32", hidden=8, chunk=8, threads=1)
-    naive, ours = bench.head_case(("naive", "ours"), 16, 50, options)
+    naive, ours = bench.head_case(("naive", "ours"), 16, 50, OPTIONS)
     assert naive["seconds"] is None
     assert naive["skipped"] == "memory"
     assert ours["seconds"] > 0

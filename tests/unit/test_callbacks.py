@@ -13,28 +13,43 @@ import torch
 from callback_stubs import (
     SECONDS,
     StubAgent,
+    StubPolicy,
     curve,
     events,
     fit,
+    json_lines,
     make_iteration,
     make_trainer,
     ours,
+    two_batches,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.plugin_util import markdown_to_safe_html
 from torch import Tensor
 
-from aem_lightning.callbacks import AEMMonitor
+from aem_lightning.callbacks import AdapterExport, AEMMonitor, Transcripts
+from aem_lightning.callbacks.adapter_export import export_adapter, recover
 from aem_lightning.callbacks.aem import aem_statistics
 from aem_lightning.callbacks.step_time import cost_table
+from aem_lightning.callbacks.transcripts import (
+    append_json_line,
+    episode_markdown,
+    episode_record,
+)
 from aem_lightning.types import Iteration
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def observed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StubAgent]:
+    """A run with every callback of ours: its folder and the agent after it."""
     folder = tmp_path_factory.mktemp("run")
-    fit(folder, ours())
-    return folder
+    return folder, fit(folder, ours())
+
+
+@pytest.fixture(scope="module")
+def run(observed: tuple[Path, StubAgent]) -> Path:
+    return observed[0]
 
 
 # --- the monitor's numbers
@@ -129,10 +144,11 @@ def test_two_ranks_count_as_one_batch_of_both() -> None:
 # --- a run of Lightning's trainer
 
 
-def test_weights_are_bit_identical_without_our_callbacks(tmp_path: Path) -> None:
-    observed = fit(tmp_path / "a", ours())
-    alone = fit(tmp_path / "b", [])
-    assert torch.equal(observed.policy.weight, alone.policy.weight)
+def test_weights_are_bit_identical_without_our_callbacks(
+    observed: tuple[Path, StubAgent], tmp_path: Path
+) -> None:
+    alone = fit(tmp_path, [])
+    assert torch.equal(observed[1].policy.weight, alone.policy.weight)
 
 
 def test_curves_are_over_iterations_and_not_over_updates(run: Path) -> None:
@@ -149,21 +165,19 @@ def test_alpha_histogram_counts_the_unmasked_responses(run: Path) -> None:
     assert histogram.histogram_value.max == 1.5
 
 
-def test_a_resumed_run_has_the_curves_of_an_uninterrupted_one(run: Path, tmp_path: Path) -> None:
+def test_states_load_weights_only_and_a_resumed_run_has_the_curves_of_an_uninterrupted_one(
+    run: Path, tmp_path: Path
+) -> None:
     checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True)
     fit(tmp_path / "first", [*ours(), checkpoint], epochs=1)
+    states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert {"AEMMonitor", "StepTime", "Transcripts"} <= set(states)
     fit(tmp_path / "second", ours(), epochs=2, ckpt_path=tmp_path / "last.ckpt")
     drift = curve(tmp_path / "first", "aem/entropy_drift")
     drift |= curve(tmp_path / "second", "aem/entropy_drift")
     assert drift == curve(run, "aem/entropy_drift")
     resumed = json.loads((tmp_path / "second" / "step_time.json").read_text())
     assert resumed == json.loads((run / "step_time.json").read_text())
-
-
-def test_a_checkpoint_with_our_states_loads_weights_only(tmp_path: Path) -> None:
-    fit(tmp_path, [*ours(), ModelCheckpoint(dirpath=tmp_path, save_last=True)], epochs=1)
-    states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
-    assert {"AEMMonitor", "StepTime", "Transcripts"} <= set(states)
 
 
 def test_no_logger_still_writes_the_files(tmp_path: Path) -> None:
@@ -193,8 +207,7 @@ def test_a_module_without_iterations_is_left_in_peace(tmp_path: Path) -> None:
         def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
             return {}
 
-    loader = torch.utils.data.DataLoader(torch.zeros(2, 1))
-    make_trainer(tmp_path, ours(), epochs=1).fit(Silent(), loader, loader)
+    make_trainer(tmp_path, ours(), epochs=1).fit(Silent(), two_batches(), two_batches())
     assert not (tmp_path / "transcripts.jsonl").exists()
     assert not (tmp_path / "step_time.json").exists()
 
@@ -223,7 +236,142 @@ def test_a_run_that_breaks_leaves_its_cost_table(tmp_path: Path) -> None:
                 raise RuntimeError("broken")
             return super().training_step(batch, batch_idx)
 
-    loader = torch.utils.data.DataLoader(torch.zeros(2, 1))
     with pytest.raises(RuntimeError, match="broken"):
-        make_trainer(tmp_path, ours(), epochs=1).fit(Breaks(), loader)
+        make_trainer(tmp_path, ours(), epochs=1).fit(Breaks(), two_batches())
     assert json.loads((tmp_path / "step_time.json").read_text())["iterations"] == 1
+
+
+# --- transcripts
+
+
+def test_transcripts_hold_each_stage_at_its_iterations(run: Path) -> None:
+    filed = [(line["stage"], line["iteration"]) for line in json_lines(run)]
+    train = [("train", index) for index in (0, 0, 2, 2)]
+    validate = [("validate", 1), ("validate", 3)]
+    assert filed == [*train[:2], validate[0], *train[2:], validate[1]]
+
+
+def test_a_turn_carries_the_advantage_and_alpha_of_its_own_response(run: Path) -> None:
+    expected = {"game-0": (1.0, 1.5), "game-1": (-2.0, 1.25), "game-2": (0.0, 1.0)}
+    lines = [line for line in json_lines(run) if line["stage"] == "train"]
+    seen = {line["task"]: line["turns"][0] for line in lines if line["task"] in expected}
+    assert seen
+    for task, first in seen.items():
+        assert (first["advantage"], first["alpha"]) == expected[task]
+
+
+def test_a_validation_turn_has_its_own_entropy_and_no_advantage() -> None:
+    first = episode_record(make_iteration(0).trajectories[0])["turns"][0]
+    assert (first["entropy"], first["advantage"], first["alpha"]) == (0.25, None, None)
+
+
+def test_the_choice_of_episodes_is_a_function_of_the_seed(tmp_path: Path) -> None:
+    chosen = []
+    for number, seed in enumerate((0, 0, 1, 2, 3)):
+        folder = tmp_path / str(number)
+        fit(folder, [Transcripts(episodes=2, every_n_iterations=1, seed=seed)], logger=False)
+        chosen.append([(line["iteration"], line["task"]) for line in json_lines(folder)])
+    assert chosen[0] == chosen[1]
+    assert any(other != chosen[0] for other in chosen[2:])
+
+
+def test_a_test_run_writes_its_episodes(tmp_path: Path) -> None:
+    make_trainer(tmp_path, ours()).test(StubAgent(), two_batches(), verbose=False)
+    assert [line["stage"] for line in json_lines(tmp_path)] == ["test"]
+
+
+def test_a_line_cut_by_a_kill_is_dropped_and_whole_lines_stay(tmp_path: Path) -> None:
+    path = tmp_path / "transcripts.jsonl"
+    append_json_line(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": "half')
+    append_json_line(path, {"a": 2})
+    assert [line["a"] for line in json_lines(tmp_path)] == [1, 2]
+
+
+def test_text_of_an_episode_never_acts_as_markup() -> None:
+    trajectory = make_iteration(0).trajectories[0]
+    hostile = "*x* [a](http://b) <script>alert(1)</script>"
+    trajectory.turns[0].response = "```\n" + hostile + "\n\n# title"
+    trajectory.turns[0].action = hostile
+    page = markdown_to_safe_html(episode_markdown(episode_record(trajectory)))
+    assert "<script" not in page
+    assert "<a href" not in page
+    assert "<em>" not in page
+    assert "<h1>" not in page
+    assert page.count("*x* [a](http://b) &lt;script&gt;alert(1)&lt;/script&gt;") == 2
+    assert "&lt;think&gt;hm&lt;/think&gt;" in page
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+    trajectory = make_iteration(0).trajectories[0]
+    trajectory.turns[0].reward = float("nan")
+    append_json_line(tmp_path / "transcripts.jsonl", episode_record(trajectory))
+    line = json_lines(tmp_path)[0]
+    assert line["returns"] is None
+    assert line["turns"][0]["reward"] is None
+
+
+def test_a_long_observation_is_cut_in_the_text_and_whole_in_the_record() -> None:
+    trajectory = make_iteration(0).trajectories[0]
+    trajectory.turns[0].observation = "y" * 50
+    record = episode_record(trajectory)
+    assert record["turns"][0]["observation"] == "y" * 50
+    assert "… 40 more characters" in episode_markdown(record, max_chars=10)
+
+
+def test_transcripts_refuse_every_zero_iterations() -> None:
+    with pytest.raises(ValueError, match="every_n_iterations is 0; it must be 1 or more"):
+        Transcripts(every_n_iterations=0)
+
+
+# --- adapter export
+
+
+def test_the_exported_adapter_has_the_last_weights(observed: tuple[Path, StubAgent]) -> None:
+    folder, agent = observed
+    written = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert written == agent.policy.weight.tolist()
+    assert not list(folder.glob("adapter.*"))
+
+
+def test_the_adapter_is_exported_with_each_checkpoint(tmp_path: Path) -> None:
+    export = AdapterExport(folder=tmp_path / "other")
+    trainer = make_trainer(tmp_path, [export], logger=False)
+    trainer.strategy.connect(StubAgent())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert (tmp_path / "other" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_an_export_that_fails_leaves_the_former_adapter_whole(tmp_path: Path) -> None:
+    class Fails:
+        def save_adapter(self, path: Path) -> None:
+            (path / "adapter_config.json").write_text("half")
+            raise OSError("disk full")
+
+    path = tmp_path / "adapter"
+    export_adapter(StubPolicy(), path)
+    with pytest.raises(OSError, match="disk full"):
+        export_adapter(Fails(), path)
+    assert (path / "adapter_config.json").read_text() == "[0.0, 0.0, 0.0]"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_kill_between_the_renames_loses_no_adapter(tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    export_adapter(StubPolicy(), path)
+    path.rename(tmp_path / "adapter.old")
+    (tmp_path / "adapter.new").mkdir()
+    recover(path)
+    assert (path / "adapter_config.json").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_module_without_an_adapter_is_refused_before_training(tmp_path: Path) -> None:
+    class Bare(StubAgent):
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy = torch.nn.Linear(1, 1)  # type: ignore[assignment]
+
+    with pytest.raises(TypeError, match="Bare has none"):
+        make_trainer(tmp_path, [AdapterExport()]).fit(Bare(), two_batches())

@@ -1,7 +1,6 @@
 import logging
 
 import pytest
-from alfworld_folders import games_root
 from coin import CoinDataModule
 from tiny_play import coin_task
 
@@ -141,58 +140,35 @@ def test_an_environment_without_an_expert_says_what_to_do_instead():
     assert Bare().vocabulary() == []
 
 
-@pytest.fixture(scope="module")
-def easy():
-    return games_root("easy")
-
-
-def test_games_are_read_from_the_official_layout(easy):
-    datamodule = AlfworldDataModule(str(easy))
+def test_games_are_read_from_the_official_layout(alfworld_root):
+    datamodule = AlfworldDataModule(str(alfworld_root))
     tasks = datamodule.tasks("train")
-    assert len(tasks) == 12
+    assert len(tasks) == 6
     assert [task.id for task in tasks] == sorted(task.id for task in tasks)
     for task in tasks:
-        assert (easy / "json_2.1.1" / task.id / "game.tw-pddl").is_file()
+        assert (alfworld_root / "json_2.1.1" / task.id / "game.tw-pddl").is_file()
         assert task.split == "train"
     assert set(datamodule.task_types()) >= {task.type for task in tasks}
 
 
-def test_the_hash_of_the_games_is_logged_and_reported(easy, caplog):
-    datamodule = AlfworldDataModule(str(easy))
-    expected = games_hash(list_games(easy, "train"))
+def test_the_hash_of_the_games_is_logged_and_reported(alfworld_root, caplog):
+    datamodule = AlfworldDataModule(str(alfworld_root))
+    expected = games_hash(list_games(alfworld_root, "train"))
     with caplog.at_level(logging.INFO):
         hashes = datamodule.game_hashes()
     assert hashes["train"] == expected
     assert len(set(hashes.values())) == 3
-    assert f"train: 12 games, hash {expected}, in {easy}" in caplog.messages
+    assert f"train: 6 games, hash {expected}, in {alfworld_root}" in caplog.messages
 
 
-def test_a_missing_folder_says_how_to_fetch_the_games_and_how_to_do_without(tmp_path):
-    datamodule = AlfworldDataModule(str(tmp_path / "nowhere"))
-    datamodule.prepare_data()
-    with pytest.raises(FileNotFoundError, match=r"alfworld-download.*\n?.*alfworld_generated"):
-        datamodule.tasks("train")
-
-
-def test_only_the_wanted_task_types_are_kept(easy):
-    kinds = AlfworldDataModule(str(easy)).task_types()
-    datamodule = AlfworldDataModule(str(easy), task_types=kinds[:1])
+def test_only_the_wanted_task_types_are_kept(alfworld_root):
+    kinds = AlfworldDataModule(str(alfworld_root)).task_types()
+    datamodule = AlfworldDataModule(str(alfworld_root), task_types=kinds[:1])
     assert {task.type for task in datamodule.tasks("train")} == set(kinds[:1])
 
 
-def test_missing_games_are_generated_and_found_again(tmp_path):
-    sizes = {"train": 2, "valid_seen": 1, "valid_unseen": 1}
-    datamodule = AlfworldDataModule(str(tmp_path / "made"), generate={"sizes": sizes}, workers=1)
-    datamodule.prepare_data()
-    made = datamodule.game_hashes()
-    again = AlfworldDataModule(str(tmp_path / "made"), generate={"sizes": sizes}, workers=1)
-    again.prepare_data()
-    assert again.game_hashes() == made
-    assert [len(again.tasks(split)) for split in sizes] == [2, 1, 1]
-
-
-def test_environment_and_expert_play_a_listed_task(easy):
-    datamodule = AlfworldDataModule(str(easy))
+def test_environment_and_expert_play_a_listed_task(alfworld_root):
+    datamodule = AlfworldDataModule(str(alfworld_root))
     task = datamodule.tasks("train")[0]
     env = datamodule.env_factory()()
     try:

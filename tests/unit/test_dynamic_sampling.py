@@ -2,8 +2,8 @@ import logging
 
 import pytest
 from coin import CoinEnv
-from lightning.pytorch import Callback
 from local_coin import local_data, make_agent, make_trainer
+from runs import Keep
 from tiny_play import PLAIN, LocalPool, Script, coin_task, word_tokenizer
 
 from aem_lightning.modules import RolloutSettings
@@ -136,15 +136,10 @@ def test_an_iteration_reports_kept_episodes_alone_or_counts_wrongly(caplog):
         group_size=2, max_turns=1, max_new_tokens=4, max_context=96, collection_rounds=3
     )
     agent = make_agent(rollout=settings, rewards=ByTask())
-    kept = []
-
-    class Recorder(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            kept.append(outputs["iteration"])
-
+    keep = Keep()
     with caplog.at_level(logging.INFO):
-        make_trainer(callbacks=[Recorder()]).fit(agent, datamodule=local_data())
-    done = kept[0]
+        make_trainer(callbacks=[keep]).fit(agent, datamodule=local_data())
+    done = keep.iterations[0]
     metrics = rollout_metrics(done)
     groups = {t.group for t in done.trajectories}
     assert metrics["rollout/groups_dropped"] == len({t.group for t in done.dropped})

@@ -157,24 +157,20 @@ def test_a_wrong_key_ends_the_run_and_is_shown_nowhere(fake: FakeEndpoint) -> No
     assert len(fake.bodies) == 1, "a key does not become right"
 
 
-def test_a_missing_key_is_told_apart_from_a_wrong_one(
-    fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("status", "message", "told"),
+    [
+        (401, "no key", "that variable is not set"),  # and not that the key is wrong
+        (404, "no such model", r"does not know model=some/model(.|\n)*Type model="),
+        (429, "slow down", r"after 3 attempts(.|\n)*slow down(.|\n)*concurrency="),
+    ],
+)
+def test_what_only_a_person_can_mend_ends_the_run_and_says_what_to_type(
+    fake: FakeEndpoint, status: int, message: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SOME_KEY")
-    fake.think = replies(error(401, "no key"))
-    with pytest.raises(EndpointError, match="that variable is not set"):
-        say(endpoint(fake))
-
-
-def test_an_unknown_model_ends_the_run(fake: FakeEndpoint) -> None:
-    fake.think = replies(error(404, "The model does not exist"))
-    with pytest.raises(EndpointError, match=r"does not know model=some/model(.|\n)*Type model="):
-        say(endpoint(fake))
-
-
-def test_a_rate_limit_that_holds_ends_the_run(fake: FakeEndpoint) -> None:
-    fake.think = replies(error(429, "slow down"))
-    with pytest.raises(EndpointError, match=r"after 3 attempts(.|\n)*slow down(.|\n)*concurrency="):
+    fake.think = replies(error(status, message))
+    with pytest.raises(EndpointError, match=told):
         say(endpoint(fake))
 
 

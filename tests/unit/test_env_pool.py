@@ -129,23 +129,18 @@ def test_equal_seeds_give_equal_starts_and_the_keys_do_not_mix(undisturbed):
     assert len({tuple(t) for t in undisturbed.values()}) == 4
 
 
-def test_worker_killed_between_two_turns_changes_no_transcript(undisturbed):
-    with EnvPool(ToyEnv, workers=2) as pool:
+@pytest.mark.parametrize(
+    ("blow", "at", "worker", "options"),
+    [(signal.SIGKILL, 3, 0, {}), (signal.SIGSTOP, 2, 1, {"timeout_s": PATIENCE_S})],
+)
+def test_a_worker_that_dies_or_hangs_is_replaced_and_changes_no_transcript(
+    blow, at, worker, options, undisturbed
+):
+    with EnvPool(ToyEnv, workers=2, **options) as pool:
 
         def harm(turn):
-            if turn == 3:
-                os.kill(pool.worker_pids()[0], signal.SIGKILL)
-
-        assert _play(pool, harm=harm) == undisturbed
-        assert pool.restarts == 1
-
-
-def test_worker_that_hangs_is_replaced_and_changes_no_transcript(undisturbed):
-    with EnvPool(ToyEnv, workers=2, timeout_s=PATIENCE_S) as pool:
-
-        def harm(turn):
-            if turn == 2:
-                os.kill(pool.worker_pids()[1], signal.SIGSTOP)
+            if turn == at:
+                os.kill(pool.worker_pids()[worker], blow)
 
         assert _play(pool, harm=harm) == undisturbed
         assert pool.restarts == 1
@@ -321,7 +316,8 @@ def test_a_start_that_is_left_waiting_for_a_processor_may_take_longer_than_timeo
 @pytest.mark.parametrize(("share", "told"), [(0, "no answer within 3 s"), (1, "after computing")])
 def test_a_start_that_hangs_or_computes_without_end_says_what_to_type(share, told, monkeypatch):
     monkeypatch.setattr("aem_lightning.envs.process.LEAST_START_S", 0.0)
-    pool = EnvPool(partial(toy_text_env.start_late, seconds=60, share=share), timeout_s=3.0)
+    late = partial(toy_text_env.start_late, seconds=60, share=share)
+    pool = EnvPool(late, workers=1, timeout_s=3.0)
     with pytest.raises(EnvPoolError, match=rf"{told}.*type datamodule\.timeout_s=6"):
         pool.reset(_requests(1, 1))
     assert pool.worker_pids() == ()
@@ -337,10 +333,19 @@ def test_close_leaves_no_process_behind_and_a_later_reset_starts_anew():
     pool.close()
 
 
-@pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), 9)", "pass", "del pool"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "os._exit(0)",
+        "os.kill(os.getpid(), 9)",
+        "pass",
+        "del pool",
+        "threading.Timer(0.5, os.kill, (os.getpid(), 9)).start(); pool.step({'a': 'harm hang'})",
+    ],
+)
 def test_no_worker_outlives_its_pool(end):
     script = f"""
-        import os
+        import os, threading
         from toy_text_env import ToyEnv
         from aem_lightning.envs import EnvPool, ResetRequest
         pool = EnvPool(ToyEnv, workers=2)
@@ -358,24 +363,3 @@ def test_no_worker_outlives_its_pool(end):
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2
     assert _wait_gone(pids)
-
-
-def test_hanging_worker_does_not_outlive_a_killed_pool():
-    script = """
-        import os, threading, time
-        from toy_text_env import ToyEnv
-        from aem_lightning.envs import EnvPool, ResetRequest
-        pool = EnvPool(ToyEnv, workers=1)
-        pool.reset({"a": ResetRequest("task")})
-        print(*pool.worker_pids(), flush=True)
-        threading.Timer(0.5, os.kill, (os.getpid(), 9)).start()
-        pool.step({"a": "harm hang"})
-    """
-    path = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        timeout=60,
-    )
-    assert _wait_gone([int(pid) for pid in done.stdout.split()])

@@ -22,7 +22,8 @@ def random_returns(count=40, groups=8, seed=0):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_group_of_one_has_no_advantage(estimator):
+def test_nothing_or_a_group_of_one_has_no_advantage(estimator):
+    assert estimator(torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
     advantages = estimator(torch.tensor([5.0, 1.0, 0.0]), torch.tensor([3, 8, 8]))
     assert advantages[0] == 0
     assert advantages[1] > 0 > advantages[2]
@@ -45,20 +46,11 @@ def test_masked_trajectories_enter_no_statistic_and_get_no_advantage(estimator):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_return_that_is_not_finite_is_named(estimator):
+def test_a_return_that_is_not_finite_and_shapes_that_differ_are_named(estimator):
     with pytest.raises(ValueError, match=r"\[2\]"):
         estimator(torch.tensor([0.0, 1.0, torch.nan]), torch.zeros(3, dtype=torch.long))
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_shapes_that_differ_are_named(estimator):
     with pytest.raises(ValueError, match=r"returns \[3\], group \[2\]"):
         estimator(torch.zeros(3), torch.zeros(2, dtype=torch.long))
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_no_trajectory_gives_no_advantage(estimator):
-    assert estimator(torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
 
 
 def test_gae_with_lambda_one_is_the_discounted_return_minus_the_value():

@@ -148,15 +148,6 @@ def test_token_entropy_of_half_precision_is_summed_in_float32():
     )
 
 
-def test_a_masked_response_may_be_nan():
-    entropy = torch.tensor([0.2, torch.nan, 0.8])
-    alpha = aem_coefficients(
-        entropy, torch.zeros(3, dtype=torch.long), mask=torch.tensor([True, False, True])
-    )
-    assert alpha.isfinite().all()
-    assert alpha[1] == 1
-
-
 def test_reversed_swaps_which_end_is_favoured():
     entropy, group = torch.tensor([0.2, 0.8]), torch.zeros(2, dtype=torch.long)
     paper = aem_coefficients(entropy, group)

@@ -168,11 +168,3 @@ def test_minibatches_are_shuffled_by_their_generator_alone():
     once = minibatches(20, 4, torch.Generator().manual_seed(1))
     assert once == minibatches(20, 4, torch.Generator().manual_seed(1))
     assert once != minibatches(20, 4, torch.Generator().manual_seed(2))
-
-
-def test_a_row_over_the_budget_is_a_micro_batch_of_its_own():
-    assert micro_batches([0, 1, 2], torch.tensor([50, 4, 4]), 10) == [[0], [1, 2]]
-
-
-def test_no_rows_are_no_micro_batches():
-    assert micro_batches([], torch.tensor([5]), 10) == []

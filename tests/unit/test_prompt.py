@@ -88,16 +88,19 @@ def test_tagged_takes_exactly_one_action_outside_the_thoughts(response, action):
 
 
 @pytest.mark.parametrize(
-    ("response", "action"),
+    ("settings", "response", "action"),
     [
-        ("<think>why not</think><action>look</action>", "look"),
-        ("<think></think><action>look</action>", "look"),
-        ("<action>look</action>", None),
-        ("<think>why not <action>look</action>", None),
+        ({}, "<think>why not</think><action>look</action>", "look"),
+        ({}, "<think></think><action>look</action>", "look"),
+        ({}, "<action>look</action>", None),
+        ({}, "<think>why not <action>look</action>", None),
+        ({"action": "react"}, "Thought: so\nAction: look", "look"),
+        ({"action": "react"}, "Action: look", None),
+        ({"action": "react"}, "Action: look\nObservation: x\nThought: so", None),
     ],
 )
-def test_required_thinking_makes_a_thoughtless_response_malformed(response, action):
-    assert make_prompt(require_thinking=True).parse(response) == action
+def test_required_thinking_makes_a_thoughtless_response_malformed(settings, response, action):
+    assert make_prompt(**settings, require_thinking=True).parse(response) == action
 
 
 @pytest.mark.parametrize(
@@ -128,13 +131,6 @@ def test_plain_takes_the_whole_response(response, action):
 )
 def test_react_takes_the_one_action_before_what_the_model_makes_up(response, action):
     assert make_prompt(action="react").parse(response) == action
-
-
-def test_react_with_required_thinking_needs_a_thought_of_before_the_observation():
-    prompt = make_prompt(action="react", require_thinking=True)
-    assert prompt.parse("Thought: so\nAction: look") == "look"
-    assert prompt.parse("Action: look") is None
-    assert prompt.parse("Action: look\nObservation: x\nThought: so") is None
 
 
 def test_a_role_and_whole_responses_reach_the_prompt():

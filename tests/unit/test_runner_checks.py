@@ -38,8 +38,9 @@ def changed(cfg, **changes):
 # ------------------------------------------------------------------------------------------ checks
 
 
-def test_the_config_of_the_quickstart_has_no_problems(quickstart):
+def test_the_config_of_the_quickstart_has_no_problems_and_may_evaluate_greedily(quickstart):
     check_config(quickstart)
+    check_config(changed(quickstart, eval_temperature=0))
 
 
 def test_an_option_without_a_default_is_asked_for_by_name():
@@ -119,10 +120,6 @@ def test_half_precision_that_needs_a_scaled_loss_is_refused_before_the_first_rol
     check_config(composed([*given, "trainer=gpu"]))
 
 
-def test_greedy_evaluation_is_allowed(quickstart):
-    check_config(changed(quickstart, eval_temperature=0))
-
-
 def test_every_problem_is_told_at_once(quickstart):
     wrong = {"iterations": 0, "group_size": -1, "memory": "x", "temperature": -2.0}
     with pytest.raises(ConfigError) as error:
@@ -165,13 +162,10 @@ def test_a_checkpoint_is_found_from_any_working_directory(tmp_path, monkeypatch)
     assert find_checkpoint(wish(Path("."), "last"), None).is_absolute()
 
 
-def test_without_any_checkpoint_last_says_so(tmp_path):
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     checkpoint(tmp_path, "other", "1", modified=1)
     with pytest.raises(FileNotFoundError, match=r"ckpt_path=last: no run under .*mine"):
         find_checkpoint(wish(tmp_path, "last"), "mine")
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ckpt_path=/no/such\.ckpt: .*no such file"):
         find_checkpoint(wish(tmp_path, "/no/such.ckpt"), None)
 

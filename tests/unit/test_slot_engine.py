@@ -46,15 +46,6 @@ def make_model(kind="qwen2", **options):
     return model.train()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only lose time to a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def shared_model():
     return make_model()
@@ -327,16 +318,17 @@ def test_submitting_and_polling_before_sync_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"max_new_tokens": 0}]
+    ("kind", "options", "told"),
+    [
+        (Sampling, {"temperature": -1.0}, "temperature"),
+        (Sampling, {"temperature": float("nan")}, "temperature"),
+        (Sampling, {"max_new_tokens": 0}, "max_new_tokens"),
+        (SlotEngine, {"slots": 0}, r"engine\.slots=0"),
+    ],
 )
-def test_sampling_options_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        Sampling(**options)
-
-
-def test_engine_options_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"engine\.slots=0"):
-        SlotEngine(slots=0)
+def test_options_out_of_range_are_refused(kind, options, told):
+    with pytest.raises(ValueError, match=told):
+        kind(**options)
 
 
 def test_closing_frees_the_slot_for_a_waiting_episode(policy):
@@ -419,11 +411,16 @@ def test_inside_autocast_keys_and_values_are_kept_in_its_type_with_the_same_resu
         assert run(wide, asked) == result
 
 
-def test_a_model_whose_layers_share_keys_differently_is_refused():
-    model = make_model()
-    model.config.__dict__["num_key_value_heads"] = [1, 2]
-    with pytest.raises(ValueError, match=r"as many key-value heads in every layer, got \[1, 2\]"):
-        make_engine(SimpleNamespace(causal_lm=model))
+def test_a_model_with_a_sliding_window_or_uneven_layers_is_refused():
+    sliding = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    uneven = make_model()
+    uneven.config.__dict__["num_key_value_heads"] = [1, 2]
+    for model, told in (
+        (sliding, "sliding_attention"),
+        (uneven, r"as many key-value heads in every layer, got \[1, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            make_engine(SimpleNamespace(causal_lm=model))
 
 
 def test_logits_that_are_not_finite_stop_the_run():
@@ -434,12 +431,6 @@ def test_logits_that_are_not_finite_stop_the_run():
     engine.submit([request("ep", tokens(5, 0))])
     with pytest.raises(ValueError, match="ep: the policy's logits are not finite"):
         engine.poll()
-
-
-def test_a_sliding_window_model_is_refused():
-    model = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    with pytest.raises(ValueError, match="sliding_attention"):
-        make_engine(SimpleNamespace(causal_lm=model))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

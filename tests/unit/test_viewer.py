@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
-from runs import COMMAND_ENVIRONMENT
+from runs import COMMAND_ENVIRONMENT, process
 
 from aem_lightning.callbacks.transcripts import append_json_line, episode_record
 from aem_lightning.types import Task, Trajectory, Turn
@@ -247,11 +247,5 @@ def test_the_viewer_starts_without_torch() -> None:
         "import sys, aem_lightning.viewer.__main__\n"
         "print({'torch', 'lightning', 'transformers', 'hydra'} & set(sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=COMMAND_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = process("-c", script)
     assert done.stdout.strip() == "set()", done.stderr

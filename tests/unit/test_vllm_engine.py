@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fake_endpoint import running
 from tiny_play import PLAIN, LocalPool, coin_task, make_policy
 
 from aem_lightning.rollout import (
@@ -101,12 +102,8 @@ def server():
     fake.daemon_threads = True
     fake.seen, fake.names, fake.loaded = [], set(), {}
     fake.may_load, fake.with_ids, fake.delay = True, True, lambda body: 0.0
-    thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield fake
-    fake.shutdown()
-    fake.server_close()
-    thread.join()
+    with running(fake):
+        yield fake
 
 
 @pytest.fixture
