@@ -27,9 +27,13 @@ MENDABLE: tuple[type[Exception], ...] = (
     PermissionError,
     HydraException,
 )
-# And an environment of their own, or an endpoint that does not answer. Their rooms, of which one
-# imports torch, are loaded wherever these are raised.
-OURS = (("aem_lightning.envs", "EnvContractError"), ("aem_lightning.rollout", "EndpointError"))
+# And an environment of their own, workers that do not start, or an endpoint that does not answer.
+# Their rooms, of which one imports torch, are loaded wherever these are raised.
+OURS = (
+    ("aem_lightning.envs", "EnvContractError"),
+    ("aem_lightning.envs", "EnvPoolError"),
+    ("aem_lightning.rollout", "EndpointError"),
+)
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Literal
 
-from aem_lightning.envs.base import Reset, Step
+from aem_lightning.envs.base import EnvPoolError, Reset, Step
 from aem_lightning.envs.swe.grading import Grade, grade
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.official import OUTPUT_BYTES, grade_official, is_official
@@ -101,7 +101,7 @@ def choose_sandbox(settings: SweSettings, *, has_images: bool = False) -> Sandbo
     Raises:
         ValueError: There is none of that name, ``local`` without ``allow_unsafe``, or instances
             that are images (or not) and a sandbox that has none (or needs one).
-        RuntimeError: It does not work here; the message says why.
+        EnvPoolError: It does not work here; the message says why.
     """
     name, image = settings.sandbox, settings.image
     if name not in SANDBOXES:
@@ -131,7 +131,7 @@ def choose_sandbox(settings: SweSettings, *, has_images: bool = False) -> Sandbo
     if name == "auto" and settings.allow_unsafe:
         return LocalSandbox(allow_unsafe=True)
     reasons = "; ".join(f"{sandbox.name}: {isolation.reason}" for sandbox, isolation in found)
-    raise RuntimeError(
+    raise EnvPoolError(
         f"sandbox={name}: nothing here isolates commands ({reasons}). Where their harm would not "
         "matter, type datamodule.environment.sandbox=local datamodule.environment.allow_unsafe=true"
     )
