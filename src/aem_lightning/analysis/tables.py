@@ -22,11 +22,12 @@ COLUMNS = {
     "pick_two_obj_and_place": "Pick2",
 }
 ALL = "all"
-_MEASURES = {
-    "train_success": "success in training, all iterations (%)",
-    "val_success": "success in validation, all iterations (%)",
-    "entropy_early": "entropy, first third (nats)",
-    "entropy_late": "entropy, last third (nats)",
+# Summaries of a run's curves: which curve, which part of it, and in words.
+MEASURES = {
+    "train_success": ("train/success_rate", "all", "success in training, all iterations (%)"),
+    "val_success": ("val/success_rate", "all", "success in validation, all iterations (%)"),
+    "entropy_early": ("aem/entropy", "first third", "entropy, first third (nats)"),
+    "entropy_late": ("aem/entropy", "last third", "entropy, last third (nats)"),
 }
 # What is said of an arm's modulation, and the factor it is shown with.
 _EFFECTS = {
@@ -82,7 +83,7 @@ def _tests(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
         rows = [("success after training (%)", pair["success"].get(ALL), 100)]
         rows += [
             (label, pair[name], 1 if name.startswith("entropy") else 100)
-            for name, label in _MEASURES.items()
+            for name, (*_, label) in MEASURES.items()
         ]
         for label, found, scale in rows:
             p = None if found is None else found["p_sign_flip"]
