@@ -251,14 +251,11 @@ class _Shop:
                     self._attributes[asin] |= {"instruction": f"Find me {wish}", **wanted}
                     combinations = list(itertools.product(*options.values()))
                     count = min(len(combinations), self._wanted.goals_per_product)
-                    self._human[asin] = [
-                        {
-                            "instruction": f"{rng.choice(OPENINGS)} {wish}{_axes(options, values)}",
-                            **wanted,
-                            "instruction_options": list(values),
-                        }
-                        for values in rng.sample(combinations, count)
-                    ]
+                    for values in rng.sample(combinations, count):
+                        chosen = [f"{a} {v}" for a, v in zip(options, values, strict=True)]
+                        told = ", ".join([f"{rng.choice(OPENINGS)} {wish}", *chosen])
+                        goal = {"instruction": told, **wanted, "instruction_options": list(values)}
+                        self._human.setdefault(asin, []).append(goal)
 
     def _add_common(self) -> None:
         """A product that no goal asks for: a cluster of one."""
@@ -312,7 +309,3 @@ class _Shop:
             if asin not in self._asins:
                 self._asins.add(asin)
                 return asin
-
-
-def _axes(options: Mapping[str, Sequence[str]], values: Sequence[str]) -> str:
-    return "".join(f", {axis} {value}" for axis, value in zip(options, values, strict=True))

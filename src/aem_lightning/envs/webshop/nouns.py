@@ -22,10 +22,7 @@ Tagger = Callable[[Iterable[str]], Iterator[list[str]]]
 
 
 def load_tagger(name: str) -> Tagger:
-    """A function from titles to their lists of nouns.
-
-    Args:
-        name: A spaCy model, by its name or folder, or ``fallback``.
+    """A function from titles to their nouns: a spaCy model's, by name or folder, or ``fallback``.
 
     Raises:
         MissingExtraError: spaCy is not installed.
