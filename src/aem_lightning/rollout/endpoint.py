@@ -132,17 +132,16 @@ class Endpoint:
         """
         import openai
 
-        unreachable: Exception | None = None
         try:
             self._client.with_options(max_retries=0, timeout=10.0).models.list()
+            return
         except openai.APITimeoutError:
             return  # a slow one: the first request shows
         except openai.APIConnectionError as error:
             unreachable = self._explained(error)
         except (openai.OpenAIError, ValueError):
             return  # somebody is there; how they speak the protocol shows with the first request
-        if unreachable is not None:
-            raise unreachable
+        raise unreachable  # outside, as in `_post`
 
     def reply(
         self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float | None
@@ -234,7 +233,8 @@ class Endpoint:
                 f"The endpoint's rate limit holds {attempts}: {said}\nType a smaller "
                 "concurrency=..., a larger max_retries=..., or come back later."
             )
-        if isinstance(error, openai.BadRequestError) and _is_about_context(error):
+        about = f"{(error.code or '').replace('_', ' ')} {error.message}"
+        if isinstance(error, openai.BadRequestError) and _CONTEXT_FULL.search(about):
             return ContextFullError(said)
         return self._failed(said)
 
@@ -289,10 +289,6 @@ def read_reply(text: str, messages: Sequence[Message]) -> Reply:
 
 def _count(tokens: int | None, characters: int) -> int:
     return int(tokens) if tokens is not None else -(-characters // CHARACTERS_PER_TOKEN)
-
-
-def _is_about_context(error: openai.BadRequestError) -> bool:
-    return bool(_CONTEXT_FULL.search(f"{(error.code or '').replace('_', ' ')} {error.message}"))
 
 
 def _check(

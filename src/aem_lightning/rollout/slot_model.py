@@ -82,7 +82,9 @@ class SlotModel:
         """Evaluation mode without gradients; every submodule's own mode comes back afterwards."""
         training = [module for module in self.causal_lm.modules() if module.training]
         attention = self._config._attn_implementation
-        _register_attention()
+        from transformers import AttentionInterface  # heavy: only where a model is there anyway
+
+        AttentionInterface.register(_ATTENTION, _slot_attention)
         for module in training:
             module.training = False
         self._config._attn_implementation = _ATTENTION
@@ -156,13 +158,9 @@ class SlotModel:
 
 
 def waves(lengths: dict[int, int]) -> list[list[int]]:
-    """Split rows into batches of similar length, so that their padding is bounded.
+    """Rows by ``lengths`` in batches of similar length, so that their padding is bounded.
 
-    Args:
-        lengths: Tokens of each row.
-
-    Returns:
-        The batches, longest first; the rows of each ascending.
+    The longest batch comes first; the rows of each ascend.
     """
     batches: list[list[int]] = []
     longest = total = 0
@@ -198,12 +196,6 @@ def _query_heads_per_key(config: Any) -> int:
     if not isinstance(keys, int):
         raise ValueError(f"engine=hf wants as many key-value heads in every layer, got {keys}")
     return int(config.num_attention_heads) // keys
-
-
-def _register_attention() -> None:
-    from transformers import AttentionInterface  # heavy: only where a model is there anyway
-
-    AttentionInterface.register(_ATTENTION, _slot_attention)
 
 
 def _slot_attention(
