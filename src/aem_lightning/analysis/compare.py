@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,13 @@ from aem_lightning.analysis.curves import Curve, read_curves
 from aem_lightning.analysis.inputs import checkpoint_wishes, given_runs, overrides_by_arm
 from aem_lightning.analysis.report import need_matplotlib, relative, write_report
 from aem_lightning.analysis.statistics import mcnemar, sign_flip_test, t_interval
-from aem_lightning.analysis.tables import ALL, MEASURES, comparison_markdown, draw_comparison
+from aem_lightning.analysis.tables import (
+    ALL,
+    MEASURES,
+    comparison_markdown,
+    draw_comparison,
+    ordered,
+)
 from aem_lightning.analysis.training import finished_run
 from aem_lightning.runner.evaluation import evaluate
 from aem_lightning.runner.summary import SUMMARY
@@ -91,7 +97,7 @@ def arm_statistics(runs: Sequence[Run]) -> dict[str, Any]:
     """Means over seeds with Student's interval: final success by type, and the four summaries."""
     rates = {
         kind: t_interval([run.success[kind] for run in runs if kind in run.success], rates=True)
-        for kind in _all_first({kind for run in runs for kind in run.success})
+        for kind in ordered({kind for run in runs for kind in run.success})
     }
     return {
         "success": {kind: asdict(found) for kind, found in rates.items()},
@@ -143,15 +149,11 @@ def pair_statistics(runs: Sequence[Run], base: str, arm: str, *, draws: int) -> 
         "seeds": seeds,
         "success": {
             kind: difference(lambda run, kind=kind: run.success.get(kind))  # type: ignore[misc]
-            for kind in _all_first(kinds)
+            for kind in ordered(kinds)
         },
         **{name: difference(partial(_measure, name=name)) for name in MEASURES},
         "mcnemar": _pooled_games(pairs),
     }
-
-
-def _all_first(kinds: Iterable[str]) -> list[str]:
-    return sorted(kinds, key=lambda kind: (kind != ALL, kind))
 
 
 def _measure(run: Run, name: str) -> float | None:
@@ -190,14 +192,13 @@ def _folders(cfg: DictConfig) -> dict[str, dict[int, Path]]:
 
 def _read(cfg: DictConfig, arm: str, seed: int, folder: Path) -> Run:
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    after = summary["success_after"]
-    games = _games(cfg, arm, seed, folder) if cfg.games else None
-    if games is not None:
-        after = games["success"]
+    played = {"success": summary["success_after"], "episodes": []}
+    if cfg.games:
+        played = _games(cfg, arm, seed, folder)
     success = {}
-    if after is not None:
+    if (after := played["success"]) is not None:
         success = {ALL: after["rate"]} | {k: v["rate"] for k, v in after["by_type"].items()}
-    won = {} if games is None else {e["task"]: e["won"] for e in games["episodes"]}
+    won = {episode["task"]: episode["won"] for episode in played["episodes"]}
     return Run(arm, seed, folder, success, read_curves(folder, (*CURVES, *EFFECTS, *MASSES)), won)
 
 

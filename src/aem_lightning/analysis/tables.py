@@ -42,7 +42,7 @@ _EFFECTS = {
 
 def comparison_markdown(content: Mapping[str, Any]) -> str:
     """Final success by task type and arm, then the paired differences with their tests."""
-    kinds = _kinds(content)
+    kinds = ordered({ALL, *(kind for arm in content["arms"].values() for kind in arm["success"])})
     names = [COLUMNS.get(kind, kind) for kind in kinds]
     lines = [
         "Success after training (%), mean over seeds with Student's 95 % interval.",
@@ -100,11 +100,9 @@ def _tests(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _kinds(content: Mapping[str, Any]) -> list[str]:
+def ordered(kinds: set[str]) -> list[str]:
     """Task types in the paper's order, others after them, ``all`` last."""
-    found = {kind for arm in content["arms"].values() for kind in arm["success"]} - {ALL}
-    known = [kind for kind in COLUMNS if kind in found]
-    return [*known, *sorted(found - set(known)), ALL]
+    return sorted(kinds, key=[*COLUMNS, *sorted(kinds - {ALL}), ALL].index)
 
 
 def _cell(found: Mapping[str, Any] | None, scale: float, sign: bool = False) -> str:
