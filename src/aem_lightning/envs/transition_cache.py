@@ -84,10 +84,8 @@ class TransitionStore:
 class TransitionCache:
     """A `TextEnv` that answers for a deterministic one, from memory where it can.
 
-    Args:
-        env: The environment; its answers depend on the reset's options and the actions alone, so
-            copies with different seeds share their transitions.
-        store: Where transitions are remembered.
+    The answers of that one depend on the reset's options and the actions alone, so copies with
+    different seeds share their transitions.
     """
 
     def __init__(self, env: TextEnv, store: TransitionStore) -> None:

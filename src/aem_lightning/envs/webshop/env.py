@@ -137,7 +137,10 @@ class WebShopEnv:
 
     def _act(self, session: _Session, action: str) -> bool:
         """Whether ``action`` was one of the page's."""
-        name, argument = self._parsed(action)
+        found = _ACTION.match(action)
+        name, argument = (found[1], found[2].lower()) if found else ("", "")
+        if not self._exact:
+            name, argument = name.strip().lower(), argument.strip()
         if name == "search" and argument:
             session.found = self._catalogue.search(argument)
             self._open(session, "results", shown=1)
@@ -149,14 +152,6 @@ class WebShopEnv:
             return False
         self._click(session, clicked, part)
         return True
-
-    def _parsed(self, action: str) -> tuple[str, str]:
-        """Name and argument of an action; empty where it has none."""
-        found = _ACTION.match(action)
-        if found is None:
-            return "", ""
-        name, argument = found[1], found[2].lower()
-        return (name, argument) if self._exact else (name.strip().lower(), argument.strip())
 
     def _click(self, session: _Session, name: str, part: Part) -> None:
         """A button's name goes before an option's value, as upstream has it."""

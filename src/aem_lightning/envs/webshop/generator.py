@@ -193,7 +193,6 @@ class _Shop:
         self._wanted = wanted
         self._difficulty = DIFFICULTIES[wanted.difficulty]
         self._rng = random.Random(f"webshop/{VERSION}/{wanted.difficulty}/{wanted.seed}")
-        self._asins: set[str] = set()
         self._products: list[dict[str, Any]] = []
         self._attributes: dict[str, Any] = {}
         self._human: dict[str, Any] = {}
@@ -274,7 +273,9 @@ class _Shop:
         price: float,
     ) -> str:
         """Add an official row; returns its asin."""
-        asin = self._asin()
+        asin = ""
+        while not asin or asin in self._attributes:
+            asin = "B0" + "".join(self._rng.choices(string.ascii_uppercase + string.digits, k=8))
         told = [] if cluster.is_hidden else attributes
         self._products.append(
             {
@@ -302,10 +303,3 @@ class _Shop:
         if self._difficulty.whole:
             return float(rng.randint(int(low), int(high)))
         return round(rng.uniform(low, high), 2)
-
-    def _asin(self) -> str:
-        while True:
-            asin = "B0" + "".join(self._rng.choices(string.ascii_uppercase + string.digits, k=8))
-            if asin not in self._asins:
-                self._asins.add(asin)
-                return asin

@@ -11,7 +11,7 @@ from contextlib import closing
 from functools import cache
 
 from aem_lightning.envs.swe.sandbox.base import Isolation, Level, SessionSpec
-from aem_lightning.envs.swe.sandbox.seccomp import readable, seccomp_program
+from aem_lightning.envs.swe.sandbox.seccomp import seccomp_program
 from aem_lightning.envs.swe.sandbox.session import Session, server_command
 
 HOME = "/home/agent"
@@ -55,9 +55,13 @@ class BubblewrapSandbox:
     def open(self, spec: SessionSpec) -> Session:
         """A session in namespaces of its own; ``spec.image`` is not used."""
         arguments = _arguments(spec)
-        filters = [readable(program)] if (program := seccomp_program()) else []
-        for descriptor in filters:
-            arguments[1:1] = ["--seccomp", str(descriptor)]
+        filters = []
+        if program := seccomp_program():
+            source, sink = os.pipe()  # which holds more than a filter
+            with os.fdopen(sink, "wb") as pipe:
+                pipe.write(program)
+            filters.append(source)
+            arguments[1:1] = ["--seccomp", str(source)]
         return Session(
             _as_nobody(arguments), spec, environment={"PATH": os.defpath}, descriptors=filters
         )
