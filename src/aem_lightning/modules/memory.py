@@ -20,11 +20,9 @@ _SHORT = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class TokenBudget:
-    """Cuts rows into micro-batches, smaller ones after memory has run out.
+    """Cuts rows into micro-batches of at most ``tokens``, smaller ones after memory has run out.
 
-    Args:
-        tokens: Most tokens of a micro-batch.
-        packed: Whether its rows are packed, else padded to the longest.
+    Their rows are packed, or padded to the longest.
     """
 
     def __init__(self, tokens: int, *, packed: bool) -> None:

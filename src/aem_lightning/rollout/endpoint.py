@@ -222,7 +222,13 @@ class Endpoint:
                 "base_url=http://host:port/v1, where /chat/completions is below it."
             )
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return EndpointError(self._refused_key(error.status_code, said))
+            state = "the key in it is refused" if self._key else "that variable is not set"
+            return EndpointError(
+                f"The endpoint answered {error.status_code} to the key of "
+                f"api_key_env={self.api_key_env} ({state}): {said}\nType: "
+                f"export {self.api_key_env}=..., or "
+                "api_key_env=<the variable that holds this endpoint's key>."
+            )
         if isinstance(error, openai.NotFoundError):
             return EndpointError(
                 f"{self.base_url} does not know model={self.model}, or has no /chat/completions "
@@ -237,14 +243,6 @@ class Endpoint:
         if isinstance(error, openai.BadRequestError) and _CONTEXT_FULL.search(about):
             return ContextFullError(said)
         return self._failed(said)
-
-    def _refused_key(self, status: int, said: str) -> str:
-        state = "the key in it is refused" if self._key else "that variable is not set"
-        return (
-            f"The endpoint answered {status} to the key of api_key_env={self.api_key_env} "
-            f"({state}): {said}\nType: export {self.api_key_env}=..., or "
-            "api_key_env=<the variable that holds this endpoint's key>."
-        )
 
     def _failed(self, reason: str) -> Exception:
         """One more failure: of the request, or, after many in a row, of the endpoint."""

@@ -23,13 +23,8 @@ _WAVE_TOKENS = 8192
 class SlotModel:
     """The forward pass of the ``hf`` engine: body and head of a causal LM over a slot cache.
 
-    Weights are used as they are, adapters unmerged.
-
-    Args:
-        causal_lm: A HF ``*ForCausalLM``, injected or wrapped by PEFT or neither.
-        slots: Rows of the cache.
-        max_length: Most tokens of a row.
-        bucket: Attention reads are rounded up to a multiple of it.
+    Weights are used as they are, adapters unmerged: of a HF ``*ForCausalLM``, injected or wrapped
+    by PEFT or neither. The numbers are `SlotEngine`'s.
 
     Raises:
         ValueError: The model's layers or head are of a kind that would be computed wrongly.
@@ -104,15 +99,9 @@ class SlotModel:
     def forward(
         self, rows: Sequence[int], starts: Sequence[int], chunks: Sequence[list[int]]
     ) -> Tensor:
-        """Append a chunk of tokens to each row and return the logits after the last of each.
+        """Logits after the last token of the chunk that each row is appended, [b, V] float32.
 
-        Args:
-            rows: Cache rows, ascending.
-            starts: Tokens that each row holds.
-            chunks: What to append, at least one token a row.
-
-        Returns:
-            [b, V], float32.
+        The ``rows`` of the cache ascend and hold ``starts`` tokens; no chunk is empty.
         """
         counts = [len(chunk) for chunk in chunks]
         width = max(counts)

@@ -219,20 +219,18 @@ class VllmEngine:
                 self._local.connection = None
                 # An idle connection may have been closed by the server: try once with a new one.
                 if is_fresh or attempt or isinstance(error, TimeoutError):
-                    raise VllmError(self._unreachable(path, error)) from error
+                    raise VllmError(
+                        f"No vLLM server answered at {self.url}{path} "
+                        f"({type(error).__name__}: {error}).\n"
+                        f"  start one:      {self.serve_command()}\n"
+                        "  or another URL: engine.url=http://host:port\n"
+                        "  or without it:  engine=hf"
+                    ) from error
                 continue
             if answer.status != 200:
                 raise VllmError(self._refused(path, answer.status, text))
             return text
         raise AssertionError("both attempts return or raise")
-
-    def _unreachable(self, path: str, error: Exception) -> str:
-        return (
-            f"No vLLM server answered at {self.url}{path} ({type(error).__name__}: {error}).\n"
-            f"  start one:      {self.serve_command()}\n"
-            "  or another URL: engine.url=http://host:port\n"
-            "  or without it:  engine=hf"
-        )
 
     def _refused(self, path: str, status: int, text: str) -> str:
         hint = "\nAdapters are loaded at run time only by a server that was started so:\n  "
