@@ -143,19 +143,23 @@ def _gather(trainer: Trainer, sums: Mapping[str, float], device: torch.device) -
 
 
 def _statistics(sums: Mapping[str, float]) -> dict[str, float]:
-    tokens = sum(sums[f"tokens_{sign}"] for sign in _SIGNS)
-    entropy = sum(sums[f"entropy_{sign}"] for sign in _SIGNS)
-    pairs = {"entropy": (entropy, tokens), "gated_groups": (sums["gated"], sums["groups"])}
-    pairs |= {
-        f"entropy_{sign}": (sums[f"entropy_{sign}"], sums[f"tokens_{sign}"]) for sign in _SIGNS
+    responses = sums["responses"]
+    tokens, entropy = (sum(sums[f"{of}_{sign}"] for sign in _SIGNS) for of in ("tokens", "entropy"))
+    # What is averaged, and over how many.
+    pairs = {
+        "entropy": (entropy, tokens),
+        "response_entropy": (entropy, responses),
+        "alpha_mean": (sums["alpha"], responses),
+        "gated_groups": (sums["gated"], sums["groups"]),
     }
-    means = {"response_entropy": entropy, "alpha_mean": sums["alpha"]}
-    means |= {name: sums[name] for name in ("predicted_drift_base", "predicted_drift")}
-    means |= {f"{of}_{sign}": sums[f"{of}_{sign}"] for of in ("share", "effect") for sign in _SIGNS}
-    pairs |= {name: (total, sums["responses"]) for name, total in means.items()}
+    for name in ("predicted_drift_base", "predicted_drift"):
+        pairs[name] = sums[name], responses
+    for sign in _SIGNS:
+        pairs[f"share_{sign}"] = sums[f"share_{sign}"], responses
+        pairs[f"effect_{sign}"] = sums[f"effect_{sign}"], responses
+        pairs[f"entropy_{sign}"] = sums[f"entropy_{sign}"], sums[f"tokens_{sign}"]
     found = {name: total / count for name, (total, count) in pairs.items() if count > 0}
-    ends = ("alpha_min", "alpha_max") if sums["responses"] else ()
-    masses = (f"mass_{base}{sign}" for base in ("base_", "") for sign in _SIGNS[:2])
-    return {f"aem/{name}": value for name, value in found.items()} | {
-        f"aem/{name}": sums[name] for name in (*ends, *masses)
-    }
+    ends = ("alpha_min", "alpha_max") if responses else ()
+    masses = [f"mass_{of}{sign}" for of in ("base_", "") for sign in ("positive", "negative")]
+    found |= {name: sums[name] for name in (*ends, *masses)}
+    return {f"aem/{name}": value for name, value in found.items()}
