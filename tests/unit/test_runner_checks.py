@@ -69,7 +69,6 @@ def test_an_option_without_a_default_is_asked_for_by_name():
         ("anchor_similarity", 0.0, "a number in (0, 1]"),
         ("overlap_share", 1.5, "a number from 0 to 1"),
         ("max_context", 12, "type max_context=48"),
-        ("iterations", 7, "type iterations=10, or iterations_per_epoch=1"),
         ("policy__warm_start__required", False, "policy=tiny"),
         ("policy__warm_start__demonstrations", 0, "a whole number of at least 1"),
         ("policy__warm_start__lr", 0, "a number > 0"),

@@ -107,6 +107,7 @@ def build_datamodule(cfg: DictConfig) -> AgentDataModule:
     # A missing folder or an empty split must show before anything is loaded.
     for split in (datamodule.train_split, *datamodule.evaluation_splits):
         datamodule.tasks(split)
+    datamodule.iterations = cfg.get("iterations")
     return datamodule
 
 
@@ -238,19 +239,28 @@ def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) ->
     return agent
 
 
-def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """The Trainer, with callbacks and loggers; its epochs come from the number of iterations."""
-    callbacks, loggers = _named(cfg.callbacks), _named(cfg.logger)
+def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
+    """The Trainer, with callbacks and loggers; its epochs come from the number of iterations.
+
+    With ``start``, the iteration at which a run goes on, TensorBoard hides what an interrupted run
+    wrote for later ones into the same folder.
+    """
+    callbacks, loggers = _named(cfg.callbacks), []
+    for node in (cfg.logger or {}).values():
+        if node is not None:
+            purges = start and str(node._target_).endswith(".TensorBoardLogger")
+            loggers.append(instantiate(node, **({"purge_step": start} if purges else {})))
     if cfg.profile:
         callbacks.append(Profile())
-    epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number
     # A partial: Hydra would take the objects for configs, and some loggers look like one.
     trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
         callbacks=callbacks,
         logger=loggers,
         # Where none of them saves, Lightning would add a checkpoint of its own.
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        max_epochs=epochs,
+        max_epochs=-(-cfg.iterations // cfg.iterations_per_epoch),
+        # An epoch may be shorter than others: the last, and the first of a resumed run.
+        reload_dataloaders_every_n_epochs=1,
     )
     if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
         log.warning("No GPU was found: this run computes on the CPU")

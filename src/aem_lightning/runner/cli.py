@@ -119,8 +119,6 @@ def quiet_libraries() -> None:
         # Inside Lightning and transformers, of their own older names.
         ".*isinstance.treespec, LeafSpec.*",
         ".*gradient_checkpointing.* is deprecated.*",
-        # A continued run has its own folder, and a test its checkpoints.
-        ".*The dirpath has changed from.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     # Devices found, tips of the day, and that training stopped at its last epoch.
