@@ -150,23 +150,22 @@ def bring_best(state: Mapping[str, Any], callback: ModelCheckpoint, copies: bool
 
     A copy, so that nothing which either run does changes the other's. Who ``copies`` is rank zero.
     """
-    folder = Path(str(callback.dirpath))
-    scores = {}
-    for name, score in state["best_k_models"].items():
-        earlier, mine = Path(name), folder / Path(name).name
-        if not earlier.is_file():
-            log.warning("%s is gone: the best checkpoint is looked for anew", earlier)
-            continue
-        if copies and earlier != mine:
+    folder, limit = Path(str(callback.dirpath)), callback.save_top_k
+    known = {Path(name): score for name, score in state["best_k_models"].items()}
+    for path in known:
+        if not path.is_file():
+            log.warning("%s is gone: the best checkpoint is looked for anew", path)
+    found = [path for path in known if path.is_file()]
+    found.sort(key=lambda path: float(known[path]), reverse=callback.mode == "max")
+    kept = found if limit < 0 else found[:limit]
+    for path in kept if copies else ():
+        if path.parent != folder:
             folder.mkdir(parents=True, exist_ok=True)
-            part = mine.with_name(f"{mine.name}.part")
-            shutil.copyfile(earlier, part)
-            os.replace(part, mine)
-        scores[str(mine)] = score
-    best_first = sorted(
-        scores, key=lambda name: float(scores[name]), reverse=callback.mode == "max"
-    )
-    best, kth = (best_first[0], best_first[-1]) if best_first else ("", "")
+            part = folder / f"{path.name}.part"
+            shutil.copyfile(path, part)
+            os.replace(part, folder / path.name)
+    scores = {str(folder / path.name): known[path] for path in kept}
+    best, kth = (next(iter(names), "") for names in (scores, reversed(scores)))
     return {
         **state,
         "dirpath": callback.dirpath,

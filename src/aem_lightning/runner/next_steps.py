@@ -95,30 +95,41 @@ def overrides_of(cfg: DictConfig) -> list[str]:
 
 def _changes(base: Any, wanted: Any, prefix: str = "") -> Iterable[str]:
     """The overrides that turn the plain ``base`` into ``wanted``."""
-    for key in base:
-        if key not in wanted:
-            yield f"~{prefix}{key}"
+    yield from (f"~{key}" for key in base if key not in wanted)
     for key, value in wanted.items():
+        name, is_node = f"{prefix}{key}", isinstance(value, dict)
         if key not in base:
-            yield f"+{prefix}{key}={_written(value)}"
-        elif isinstance(value, dict) and isinstance(base[key], dict):
-            yield from _changes(base[key], value, f"{prefix}{key}.")
+            yield f"+{name}={_written(value)}"
+        elif is_node and isinstance(base[key], dict) and not _lacks(value, base[key]):
+            yield from _changes(base[key], value, f"{name}.")
+        elif is_node and not prefix:  # another option of the group; Hydra deletes no null inside
+            yield from (f"~{name}", f"+{name}={_written(value)}")
         elif value != base[key]:
-            yield f"{prefix}{key}={_written(value)}"
+            yield f"{name}={_written(value)}"
+
+
+def _lacks(node: dict[Any, Any], base: dict[Any, Any]) -> bool:
+    """Whether ``base`` has a key, at any depth, that ``node`` has not."""
+    return any(
+        key not in node
+        or (isinstance(value, dict) and isinstance(node[key], dict) and _lacks(node[key], value))
+        for key, value in base.items()
+    )
 
 
 def _without(words: Sequence[str], keys: Sequence[str]) -> list[str]:
     return [word for word in words if word.lstrip("+~").partition("=")[0] not in keys]
 
 
-def _written(value: Any) -> str:
+def _written(value: Any, inside: bool = False) -> str:
     if isinstance(value, dict):
-        return f"{{{','.join(f'{_written(k)}:{_written(v)}' for k, v in value.items())}}}"
+        return f"{{{','.join(f'{key}:{_written(value[key], inside=True)}' for key in value)}}}"
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(_written, value))}]"
+        return f"[{','.join(_written(item, inside=True) for item in value)}]"
     if not isinstance(value, str):
         return "null" if value is None else str(value).lower()
-    return value if _is_bare(value) else QuotedString(value, Quote.single).with_quotes()
+    bare = not inside and _is_bare(value)
+    return value if bare else QuotedString(value, Quote.single).with_quotes()
 
 
 def _is_bare(text: str) -> bool:
