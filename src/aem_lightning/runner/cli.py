@@ -58,7 +58,7 @@ def _mendable(error: Exception) -> str | None:
     if _is_full_disk(error):
         return (
             f"The disk is full: {error}. Free some room, or write to another disk: type "
-            "paths.root_dir=/other/disk. ckpt_path=last continues from the last completed epoch."
+            "paths.root_dir=/other/disk. ckpt_path=last goes on from the last checkpoint."
         )
     ours = [getattr(sys.modules[room], name) for room, name in OURS if room in sys.modules]
     mendable = (*MENDABLE, *ours)

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 BEFORE = "success_before.json"
 # The shape of what is trained: a checkpoint's weights fit no other.
 SHAPE = ("policy.lora.r", "policy.lora.target_modules", "policy.architecture")
+# Places, and what looks on.
+OF_ONE_RUN = ("paths", "ckpt_path", "callbacks", "logger", "trainer.default_root_dir")
 # What the evaluation before training depends on, beside the environment.
 OF_EVALUATION = (
     "seed",
@@ -99,7 +101,7 @@ def _differences(
 ) -> Iterator[str]:
     """``key=value (was value)`` of settings; places and what looks on are left out."""
     for key in {**then, **now}:
-        if not prefix and key in ("paths", "ckpt_path", "callbacks", "logger"):
+        if f"{prefix}{key}" in OF_ONE_RUN:
             continue
         was, value = then.get(key), now.get(key)
         if isinstance(was, Mapping) and isinstance(value, Mapping):
