@@ -179,12 +179,15 @@ def test_the_best_checkpoint_stays_behind(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_a_run_in_the_same_folder_has_points_twice(tmp_path: Path) -> None:
-    cfg = toy_config(tmp_path, None)
+    cfg = toy_config(tmp_path, None, "logger=[tensorboard,csv]")
     for start, value in ((0, 1.0), (2, 2.0)):
-        (logger,) = build_trainer(cfg, start).loggers
-        for step in range(start, 4):
-            logger.log_metrics({"x": value}, step)
-        logger.finalize("success")
+        loggers = build_trainer(cfg, start).loggers
+        for logger in loggers:
+            for step in range(start, 4):
+                logger.log_metrics({"x": value}, step)
+            logger.finalize("success")
+    tables = [tmp_path / "csv" / f"metrics{end}.csv" for end in ("", "_before_2")]
+    assert [table.read_text().splitlines()[-1] for table in tables] == ["3,2.0", "3,1.0"]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("x")
     assert [(e.step, e.value) for e in events] == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0)]
 

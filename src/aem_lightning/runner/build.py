@@ -13,6 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.algorithms import check_group_size
@@ -243,13 +245,11 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
     """The Trainer, with callbacks and loggers; its epochs come from the number of iterations.
 
     With ``start``, the iteration at which a run goes on, TensorBoard hides what an interrupted run
-    wrote for later ones into the same folder.
+    wrote for later ones into the same folder, and a table of that run is kept.
     """
-    callbacks, loggers = _named(cfg.callbacks), []
-    for node in (cfg.logger or {}).values():
-        if node is not None:
-            purges = start and str(node._target_).endswith(".TensorBoardLogger")
-            loggers.append(instantiate(node, **({"purge_step": start} if purges else {})))
+    callbacks, loggers = _named(cfg.callbacks), _named(cfg.logger)
+    for logger in loggers if start else ():
+        _go_on(logger, start)
     if cfg.profile:
         callbacks.append(Profile())
     # A partial: Hydra would take the objects for configs, and some loggers look like one.
@@ -265,6 +265,16 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
     if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
         log.warning("No GPU was found: this run computes on the CPU")
     return trainer
+
+
+def _go_on(logger: Any, start: int) -> None:
+    """Let a logger of Lightning's go on at iteration ``start`` of the run in its folder."""
+    if isinstance(logger, TensorBoardLogger):
+        logger._kwargs["purge_step"] = start  # of the SummaryWriter, which is made at first use
+    elif isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        table = Path(logger.log_dir) / "metrics.csv"
+        if table.is_file():  # it would be deleted
+            table.rename(table.with_name(f"metrics_before_{start}.csv"))
 
 
 def _named(nodes: DictConfig | None) -> list[Any]:

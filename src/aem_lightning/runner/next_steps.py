@@ -88,9 +88,8 @@ def overrides_of(cfg: DictConfig) -> list[str]:
         return []
     with initialize_config_dir(str(configs), version_base="1.3"):
         base = compose("train")
-    return list(
-        _changes(*(OmegaConf.to_container(config, resolve=False) for config in (base, cfg)))
-    )
+    plain: list[Any] = [OmegaConf.to_container(each, resolve=False) for each in (base, cfg)]
+    return list(_changes(*plain))
 
 
 def _changes(base: Any, wanted: Any, prefix: str = "") -> Iterable[str]:
