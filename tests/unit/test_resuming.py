@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from aem_lightning.modules import AgentModule
 from aem_lightning.modules.resuming import bring_best, keep_typed_options, take_over_callbacks
-from aem_lightning.runner.build import build_trainer
+from aem_lightning.runner.build import build_trainer, plain
 from aem_lightning.runner.checks import ConfigError
 from aem_lightning.runner.folder import check_free, held
 from aem_lightning.runner.resuming import BEFORE, earlier_run
@@ -164,16 +164,18 @@ def test_the_best_checkpoint_stays_behind(tmp_path: Path, caplog: pytest.LogCapt
         Path(name).write_text(name)
     state = {"best_k_models": scores, "dirpath": str(old), "best_model_path": "", "kth_value": 0}
     callback = ModelCheckpoint(new, monitor="x", mode="max", save_top_k=1)
-    callback.load_state_dict(bring_best(state, callback, copies=True))
+    callback.load_state_dict(bring_best(state, callback, old, copies=True))
     assert callback.best_model_path == callback.kth_best_model_path == str(new / "b")
     assert float(callback.best_model_score) == float(callback.kth_value) == pytest.approx(0.9)
     assert [path.name for path in new.iterdir()] == ["b"]
     (new / "b").write_text("the next one")
     assert (old / "b").read_text() == str(old / "b")
-    (old / "b").unlink()
-    (old / "a").unlink()
+    moved = old.rename(tmp_path / "moved")
+    assert bring_best(state, callback, moved, copies=True)["best_model_path"] == str(new / "b")
+    assert (new / "b").read_text() == str(old / "b")
+    assert not caplog.records
     callback = ModelCheckpoint(new, monitor="x", mode="max")
-    callback.load_state_dict(bring_best(state, callback, copies=True))
+    callback.load_state_dict(bring_best(state, callback, tmp_path, copies=True))
     assert callback.best_model_score is None
     assert f"{old / 'b'} is gone" in caplog.text
 
@@ -193,9 +195,8 @@ def test_a_run_in_the_same_folder_has_points_twice(tmp_path: Path) -> None:
 
 
 def stored(folder: Path, cfg: Any, iteration: int) -> Path:
-    from aem_lightning.runner.build import plain
-
-    path = folder / "some.ckpt"
+    path = folder / "checkpoints" / "some.ckpt"
+    path.parent.mkdir()
     ours = {"iteration": iteration, "config": plain(cfg)}
     torch.save({"aem_lightning": ours, "state_dict": {}}, path)
     return path
@@ -205,13 +206,18 @@ def test_what_a_checkpoint_cannot_change_is_not_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    path = stored(tmp_path, toy_config(tmp_path, "model", "policy.lora.r=4"), iteration=3)
+    path = stored(tmp_path, toy_config(tmp_path, None, "policy.lora.r=4"), iteration=3)
+    typed = ("policy.lora.r=2", "policy.architecture.hidden_size=64", "iterations=2")
     with pytest.raises(ConfigError) as error:
-        earlier_run(toy_config(tmp_path, "model", "policy.lora.r=2", "iterations=2"), path)
-    assert "policy.lora.r=2: the weights in ckpt_path=" in str(error.value)
-    assert "are of policy.lora.r=4" in str(error.value)
-    assert "iterations=2: the run of" in str(error.value)
-    cfg = toy_config(tmp_path, "model", "optimizer.lr=0.5", "iterations=3", "logger=csv")
+        earlier_run(toy_config(tmp_path, None, *typed), path)
+    for word in (
+        "policy.lora.r=2: the weights in ckpt_path=",
+        "Type policy.lora.r=4, or start without",
+        "Type policy.architecture.hidden_size=32",
+        "iterations=2: the run of",
+    ):
+        assert word in str(error.value)
+    cfg = toy_config(tmp_path, None, "optimizer.lr=0.5", "iterations=3", "logger=csv")
     assert earlier_run(cfg, path).iteration == 3
     assert "All of iterations=3 are played" in caplog.text
     told = [r.getMessage() for r in caplog.records if "differ" in r.getMessage()]

@@ -138,25 +138,34 @@ def take_over_callbacks(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         if state is None:
             continue
         if isinstance(callback, ModelCheckpoint):
-            states[callback.state_key] = bring_best(state, callback, trainer.is_global_zero)
+            beside = Path(str(trainer.ckpt_path)).parent
+            states[callback.state_key] = bring_best(
+                state, callback, beside, copies=trainer.is_global_zero
+            )
         elif isinstance(callback, Timer):
             states[callback.state_key] = {}
         elif "patience" in state:
             state["patience"] = getattr(callback, "patience", state["patience"])
 
 
-def bring_best(state: Mapping[str, Any], callback: ModelCheckpoint, copies: bool) -> dict[str, Any]:
+def bring_best(
+    state: Mapping[str, Any], callback: ModelCheckpoint, beside: Path, *, copies: bool
+) -> dict[str, Any]:
     """``state`` for the folder of ``callback``: its best checkpoints, copied, with their scores.
 
     A copy, so that nothing which either run does changes the other's. Who ``copies`` is rank zero.
+    Those that are not where they were may be ``beside`` the checkpoint, in a folder that was moved.
     """
     folder, limit = Path(str(callback.dirpath)), callback.save_top_k
-    known = {Path(name): score for name, score in state["best_k_models"].items()}
-    for path in known:
-        if not path.is_file():
-            log.warning("%s is gone: the best checkpoint is looked for anew", path)
-    found = [path for path in known if path.is_file()]
-    found.sort(key=lambda path: float(known[path]), reverse=callback.mode == "max")
+    known = {}
+    for name, score in state["best_k_models"].items():
+        places = (Path(name), beside / Path(name).name)
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            log.warning("%s is gone: the best checkpoint is looked for anew", name)
+        else:
+            known[path] = score
+    found = sorted(known, key=lambda path: float(known[path]), reverse=callback.mode == "max")
     kept = found if limit < 0 else found[:limit]
     for path in kept if copies else ():
         if path.parent != folder:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 BEFORE = "success_before.json"
 # The shape of what is trained: a checkpoint's weights fit no other.
-SHAPE = ("policy.lora.r", "policy.lora.target_modules", "policy.architecture")
+SHAPE = ("policy.lora.r", "policy.lora.target_modules", "policy.architecture.")
 # Places, and what looks on.
 OF_ONE_RUN = ("paths", "ckpt_path", "callbacks", "logger", "trainer.default_root_dir")
 # What the evaluation before training depends on, beside the environment.
@@ -64,12 +64,13 @@ def earlier_run(cfg: DictConfig, checkpoint: Path) -> Earlier:
     """
     ours = read_checkpoint(checkpoint)["aem_lightning"]
     then, now, iteration = ours["config"], plain(cfg), int(ours["iteration"])
-    shapes = SHAPE if cfg.policy.model is None else SHAPE[:-1]
+    changes = dict(_changes(then, now))
+    made_here = SHAPE if cfg.policy.model is None else SHAPE[:-1]
     problems = [
-        f"{override(name, _at(now, name))}: the weights in ckpt_path={checkpoint} are of "
-        f"{override(name, _at(then, name))}. Type that, or start without ckpt_path"
-        for name in shapes
-        if _at(then, name) != _at(now, name)
+        f"{name}={value!r}: the weights in ckpt_path={checkpoint} are of {name}={was!r}. Type "
+        f"{override(name, was)}, or start without ckpt_path"
+        for name, (was, value) in changes.items()
+        if name.startswith(made_here)
     ]
     if iteration > cfg.iterations:
         problems.append(
@@ -80,14 +81,15 @@ def earlier_run(cfg: DictConfig, checkpoint: Path) -> Earlier:
     log.info("going on from %s, after iteration %d of %d", checkpoint, iteration, cfg.iterations)
     if iteration == cfg.iterations:
         log.warning("All of iterations=%d are played: a larger number trains on", iteration)
-    if changed := ", ".join(_differences(then, now)):
-        log.info("settings that differ from the checkpoint's: %s", changed)
-    return Earlier(checkpoint, iteration, _before(cfg, then))
+    if changes:
+        told = ", ".join(f"{name}={now} (was {was})" for name, (was, now) in changes.items())
+        log.info("settings that differ from the checkpoint's: %s", told)
+    return Earlier(checkpoint, iteration, _before(cfg, then, checkpoint))
 
 
-def _before(cfg: DictConfig, then: Mapping[str, Any]) -> dict[str, Any] | None:
+def _before(cfg: DictConfig, then: Mapping[str, Any], checkpoint: Path) -> dict[str, Any] | None:
     now = plain(cfg)
-    known = Path(then["paths"]["output_dir"]) / BEFORE
+    known = checkpoint.parent.parent / BEFORE  # in the run's folder, which may have been moved
     same = all(_at(then, name) == _at(now, name) for name in OF_EVALUATION)
     played = {name: then["datamodule"].get(name) for name in warm_start_data(cfg)}
     if not (same and played == warm_start_data(cfg) and known.is_file()):
@@ -96,18 +98,18 @@ def _before(cfg: DictConfig, then: Mapping[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def _differences(
+def _changes(
     then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> Iterator[str]:
-    """``key=value (was value)`` of settings; places and what looks on are left out."""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Each setting that differs: its dotted name, what it was, and what it is."""
     for key in {**then, **now}:
-        if f"{prefix}{key}" in OF_ONE_RUN:
+        name, was, value = f"{prefix}{key}", then.get(key), now.get(key)
+        if name in OF_ONE_RUN:
             continue
-        was, value = then.get(key), now.get(key)
         if isinstance(was, Mapping) and isinstance(value, Mapping):
-            yield from _differences(was, value, f"{prefix}{key}.")
+            yield from _changes(was, value, f"{name}.")
         elif was != value:
-            yield f"{prefix}{key}={value} (was {was})"
+            yield name, (was, value)
 
 
 def _at(config: Mapping[str, Any], name: str) -> Any:
