@@ -156,7 +156,7 @@ def test_last_is_the_newest_checkpoint_of_the_runs_with_that_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pens", "seeds/one", "lr[1e-4]", "my pens", "a*?", "[!x]"])
-@pytest.mark.parametrize("job", ["2031", "multirun_2031/1"])
+@pytest.mark.parametrize("job", ["2031", "multirun_2031/1", "multirun_2031/a=1/b"])
 def test_last_passes_over_a_run_for_its_name_or_place(name, job, tmp_path):
     checkpoint(tmp_path, "pens_other", "2030", modified=100)
     checkpoint(tmp_path, "ax", "2030", modified=200)

@@ -51,7 +51,8 @@ def _last_checkpoints(logs: Path, run: str | None) -> list[Path]:
     Raises:
         FileNotFoundError: The newest is of a sweep that left nothing for this job of a sweep.
     """
-    runs = ["**"] if run is None else [f"{glob.escape(run)}/{job}" for job in ("*", f"{SWEEP}*/*")]
+    jobs = ("*", f"{SWEEP}*/**/*")  # a sweep's jobs may lie deeper: hydra.sweep.subdir
+    runs = ["**"] if run is None else [f"{glob.escape(run)}/{job}" for job in jobs]
     names = [
         name
         for pattern in runs
@@ -64,8 +65,9 @@ def _last_checkpoints(logs: Path, run: str | None) -> list[Path]:
         return found
     mine, job = Path(HydraConfig.get().sweep.dir).absolute(), HydraConfig.get().sweep.subdir
     found = [path for path in found if not path.absolute().is_relative_to(mine)]
-    sweep = found[-1].parents[2] if found else mine
-    if sweep.name.startswith(SWEEP):
+    folders = found[-1].parents if found else ()
+    sweep = next((folder for folder in folders if folder.name.startswith(SWEEP)), None)
+    if sweep is not None:
         found = [path for path in found if path.parents[1] == sweep / str(job)]
         if not found:
             raise FileNotFoundError(
