@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from aem_lightning import runner
@@ -71,8 +72,7 @@ def finished_run(cfg: DictConfig, folder: Path, arm: Sequence[str], seed: int) -
 
 def quoted(value: Any) -> str:
     """A value as Hydra's override grammar takes it, whatever characters it holds."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
+    return QuotedString(str(value), Quote.single).with_quotes()
 
 
 def arm_overrides(cfg: DictConfig, name: str) -> list[str]:
