@@ -13,6 +13,9 @@ from aem_lightning.functional.segments import (
     segment_sum,
 )
 
+# Squares of larger float32 values overflow: an infinite deviation would call every group uniform.
+_SQUARABLE = 1e15
+
 
 def grpo_advantages(
     returns: Tensor,
@@ -154,6 +157,8 @@ def _counted(
     broken = keep[~values.isfinite()]
     if broken.numel():
         raise ValueError(f"returns must be finite; those at {broken.tolist()} are not")
+    if (values.abs() > _SQUARABLE).any():
+        values = values.double()
     ids, count = segment_ids(group[keep])
     return keep, values, ids, count
 
@@ -169,4 +174,4 @@ def _centred(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _placed(values: Tensor, keep: Tensor, like: Tensor) -> Tensor:
     """The values at their indices, 0 elsewhere."""
-    return torch.zeros_like(like).index_copy(0, keep, values)
+    return torch.zeros_like(like).index_copy(0, keep, values.to(like.dtype))

@@ -26,6 +26,7 @@ from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.attention import is_packed
 from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
 from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform
+from aem_lightning.modules.finite import FiniteCheck, check_weights
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy, check_adapters
 from aem_lightning.modules.reporting import environment_metrics, rollout_metrics
@@ -35,14 +36,15 @@ from aem_lightning.modules.timing import Stopwatch
 from aem_lightning.modules.update import (
     UpdatePlan,
     accumulate_gradients,
-    check_finite,
     means_of_steps,
+    reason_to_skip,
     rows_with_gradient,
     sum_gradients,
 )
 from aem_lightning.rollout import (
     Collector,
     EngineResponder,
+    EnvironmentPool,
     PromptEncoder,
     RewardShaping,
     RolloutEngine,
@@ -131,6 +133,7 @@ class AgentModule(L.LightningModule):
             trajectories, dropped = split_uniform(played, self.rollout.collection_rounds)
             rollouts = make_batch(trajectories, self.rollout, self.modulation, self.encoder)
             rollouts = rollouts.to(self.device)
+        finite = FiniteCheck(self.iteration, trajectories, rollouts)  # of NaN and infinity
         with watch("advantage"):
             advantages = self.estimate(rollouts)  # [R]; PPO: [S, L]
         plan = self.plan_update(rollouts, advantages)
@@ -138,9 +141,10 @@ class AgentModule(L.LightningModule):
         with watch("modulation"):
             modulated = self.modulation(rollouts)  # alpha [R]
             scaled = modulated.apply(advantages, rollouts)  # as advantages
+        finite.look(advantages, modulated.alpha, scaled)
         with watch("update"):
             self.adapt_entropy(rollouts)
-            metrics = self.update(rollouts, scaled, plan) if plan.skipped is None else {}
+            metrics = self.update(rollouts, scaled, plan, finite) if plan.skipped is None else {}
         done = Iteration(
             index=self.iteration,
             trajectories=trajectories,
@@ -165,6 +169,7 @@ class AgentModule(L.LightningModule):
 
         With ``collection_rounds`` above 1, those of more tasks follow while groups are uniform.
         """
+        check_weights(self.iteration, self.policy)
         self.engine.sync(self.policy, self.iteration)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         source = GroupSource(
@@ -178,12 +183,14 @@ class AgentModule(L.LightningModule):
         watch.add("environment", source.environment_seconds)
         return played
 
-    def collector(self, temperature: float, seed: tuple[object, ...]) -> Collector:
-        """A collector that plays the trainer's environments with this policy."""
+    def collector(
+        self, temperature: float, seed: tuple[object, ...], pool: EnvironmentPool | None = None
+    ) -> Collector:
+        """A collector that plays the environments of ``pool``, or the trainer's."""
         settings = self.rollout
         sampling = Sampling(temperature, settings.max_new_tokens, self.encoder.stop_ids)
         return Collector(
-            pool=self.trainer.datamodule.pool,  # type: ignore[attr-defined]
+            pool=pool or self.trainer.datamodule.pool,  # type: ignore[attr-defined]
             encoder=self.encoder,
             responder=EngineResponder(self.engine, sampling, seed, settings.overlap_share),
             rewards=self.rewards,
@@ -206,18 +213,12 @@ class AgentModule(L.LightningModule):
         """The optimizer steps of this iteration, without the rows that change no gradient."""
         seed = stable_seed(self.seed, self.iteration, self.global_rank, "plan")
         generator = torch.Generator().manual_seed(seed)
-        skipped = self.reason_to_skip(advantages)
+        spread = self.global_sum(advantages.abs().sum())
+        skipped = reason_to_skip(spread, self.modulation, self.loss)
         others = bool(self.critic or self.covariance) or not self.modulation.keeps_zeros
         active = rows_with_gradient(batch, advantages, self.loss, zeros_count=others)
         active &= skipped is None
         return UpdatePlan.draw(active, self.update_settings, generator, skipped)
-
-    def reason_to_skip(self, advantages: Tensor) -> str | None:
-        """Why there is nothing to learn from this batch, on every rank; ``None`` when there is."""
-        uniform = self.global_sum(advantages.abs().sum()) == 0
-        if uniform and self.modulation.keeps_zeros and self.loss.keeps_zeros:
-            return "every group is uniform: all copies of each task earned the same return"
-        return None
 
     @cached_property
     def budget(self) -> TokenBudget:
@@ -255,7 +256,9 @@ class AgentModule(L.LightningModule):
 
     # --------------------------------------------------------------------------------------- update
 
-    def update(self, batch: RolloutBatch, advantages: Tensor, plan: UpdatePlan) -> dict[str, float]:
+    def update(
+        self, batch: RolloutBatch, advantages: Tensor, plan: UpdatePlan, finite: FiniteCheck
+    ) -> dict[str, float]:
         """Every optimizer step of the plan; ``advantages`` are [R] (PPO: [S, L]).
 
         Metrics are means over steps and over the tokens of active rows. The loss is divided by the
@@ -278,8 +281,8 @@ class AgentModule(L.LightningModule):
         tokens_of_row = trained_units(batch, "token")  # [S]
         sums: dict[str, Tensor] = {}
         norms: list[Tensor] = []
-        check = partial(check_finite, self.iteration)
         for step in plan.steps:
+            check = finite.of_update(objective, step.active, self.budget.cut)
             counts = [units_of_row[step.rows].sum(), tokens_of_row[step.active].sum()]
             units, tokens = self.global_sum(torch.stack(counts)).clamp(min=1)
             work = partial(accumulate_gradients, objective, units=units, check=check)
@@ -289,6 +292,7 @@ class AgentModule(L.LightningModule):
             norms.append(self.clip_gradients_globally())
             check("gradient norm", norms[-1])
             optimizer.step()
+            check_weights(self.iteration, self.policy, optimizer.optimizer, finite)
         metrics = means_of_steps(sums or objective.no_stats(), plan, self.global_sum)
         metrics["grad_norm"] = float(torch.stack(norms).mean())
         metrics["entropy_coef"] = getattr(self.loss, "entropy_coef", 0.0)

@@ -28,6 +28,7 @@ from aem_lightning.modules import (
     check_dtype,
 )
 from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner.broken_batch import BrokenBatch
 from aem_lightning.runner.early import read_template
 from aem_lightning.runner.parts import check_classes
 from aem_lightning.runner.warm_start import (
@@ -240,7 +241,7 @@ def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) ->
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
     """The Trainer, with callbacks and loggers; its epochs come from the number of iterations."""
-    callbacks, loggers = _named(cfg.callbacks), _named(cfg.logger)
+    callbacks, loggers = [*_named(cfg.callbacks), BrokenBatch()], _named(cfg.logger)
     if cfg.profile:
         callbacks.append(Profile())
     epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number

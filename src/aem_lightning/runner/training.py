@@ -25,7 +25,8 @@ from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
 from aem_lightning.runner.evaluation import play_all
 from aem_lightning.runner.next_steps import after_training, after_warm_start
-from aem_lightning.runner.summary import StageClock, write_summary
+from aem_lightning.runner.preflight import preflight
+from aem_lightning.runner.summary import StageClock, learning_verdict, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ def reinforce(
         policy, _ = build_policy(cfg, datamodule)
     module = build_agent(cfg, policy, datamodule)
     trainer = build_trainer(cfg)
+    checked = preflight(cfg, trainer, module, datamodule, checkpoint)
+    if cfg.preflight == "only":
+        return {"name": cfg.name, "preflight": checked}
     before = after = None
     if cfg.evaluate:
         with clock("evaluation_before"):
@@ -77,7 +81,8 @@ def reinforce(
     if not trainer.strategy.broadcast(last.exists()):
         # Lightning's callback saves nothing before the first update.
         trainer.save_checkpoint(last, weights_only=False)
-    if cfg.evaluate:
+    verdict = learning_verdict(trainer.callbacks)  # type: ignore[attr-defined]
+    if cfg.evaluate and not (cfg.strict and verdict):
         with clock("evaluation_after"):
             after = play_all(trainer, module, datamodule)["success"]
     summary = {
@@ -86,6 +91,8 @@ def reinforce(
         "seed": cfg.seed,
         "success_before": before,
         "success_after": after,
+        "verdict": verdict,
+        "preflight": checked and checked["verdict"],
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
         "next": after_training(cfg, last),
