@@ -53,7 +53,8 @@ def compute(module: AgentModule, iteration: int, kept: dict[str, Any]) -> None:
         return
     episodes = [Trajectory(Task(task), group, copy) for task, group, copy in kept["episodes"]]
     known = RolloutBatch.__dataclass_fields__
-    played = RolloutBatch(ref_logprobs=None, **{k: v for k, v in kept.items() if k in known})
+    given = {name: value for name, value in kept.items() if name in known}
+    played = RolloutBatch(**{"ref_logprobs": None, **given})
     finite = FiniteCheck(iteration, episodes, played)
     if module.critic is not None:
         fill_values(policy, played, module.critic, module.budget)
@@ -72,7 +73,7 @@ def compute(module: AgentModule, iteration: int, kept: dict[str, Any]) -> None:
         chosen=choose_tokens(module.covariance, played, scaled, module.seed),
         critic=module.critic,
     )
-    rows = played.response_index.ge(0).any(dim=1).nonzero()[:, 0].tolist()
+    rows = kept.get("rows") or list(range(len(played.input_ids)))
     check = finite.of_update(objective, rows, module.budget.cut)
     units = trained_units(played, module.loss.aggregation).sum().clamp(min=1)
     micro = module.budget.cut(rows, played.row_length)

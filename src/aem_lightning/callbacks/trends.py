@@ -97,12 +97,13 @@ class TrendWatch(Callback):
 
 def curves_of(done: Iteration) -> dict[str, float]:
     """Mean token entropy in nats, KL of the update in nats a token, tokens a response."""
-    batch = done.batch
-    tokens = float(batch.length.sum())
+    counted = done.batch.response_mask
+    length, entropy = done.batch.length[counted], done.batch.entropy[counted]
+    tokens = float(length.sum())
     return {
-        "entropy": float((batch.entropy * batch.length).sum()) / max(1.0, tokens),
+        "entropy": float((entropy * length).sum()) / max(1.0, tokens),
         "kl": done.metrics.get("policy/approx_kl", 0.0),
-        "length": tokens / max(1, batch.num_responses),
+        "length": tokens / max(1, len(length)),
     }
 
 

@@ -123,7 +123,7 @@ class FiniteCheck:
                 f"{cause(objective, response)}. The weights are those of the last update",
                 tensor=name,
                 response=response,
-                kept={"advantages": objective.advantages.detach()},
+                kept={"rows": list(rows)},
             )
 
         return check
@@ -137,7 +137,7 @@ class FiniteCheck:
         tensor: str,
         response: int | None = None,
         trajectory: int | None = None,
-        kept: Mapping[str, Tensor] | None = None,
+        kept: Mapping[str, Any] | None = None,
     ) -> None:
         turn = None
         if response is not None:
@@ -193,7 +193,7 @@ def check_weights(
         f"The {name} of iteration {iteration} is {float(broken[~broken.isfinite()][0])}",
         stage="start" if optimizer is None else "update",
         tensor=name,
-        advice=_NO_UPDATE if optimizer is None else _of_optimizer(optimizer),
+        advice=_NO_UPDATE if optimizer is None else _of_optimizer(optimizer, name),
         kept=None if finite is None else finite.kept(),
     )
 
@@ -273,12 +273,13 @@ def cause(objective: Objective, response: int | None) -> str:
     )
 
 
-def _of_optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """Why an optimizer made weights of finite gradients that are not finite."""
+def _of_optimizer(optimizer: torch.optim.Optimizer, name: str) -> str:
+    """Why a finite gradient left the tensor ``name`` not finite."""
     group: dict[str, Any] = optimizer.param_groups[0]
     if group.get("eps") == 0:
-        return (
-            "its gradient is finite: optimizer.eps=0 divides by zero where a gradient is zero. "
-            "Type optimizer.eps=1e-8"
-        )
-    return f"its gradient is finite: optimizer.lr={group['lr']:g} is too high. Type a lower one"
+        told = "optimizer.eps=0 divides by zero where a gradient is zero. Type optimizer.eps=1e-8"
+    elif name.startswith("weight"):
+        told = f"optimizer.lr={group['lr']:g} is too high. Type a lower one"
+    else:
+        told = "its square is not. Type a smaller max_grad_norm=..., e.g. max_grad_norm=1.0"
+    return f"the gradient is finite: {told}"
