@@ -187,6 +187,7 @@ def test_a_broken_batch_is_lost_or_shows_something_else(toy_model, tmp_path, cap
     notes = "\n".join(caught.value.__notes__)
     assert f"aem_lightning.analysis batch file={file}" in notes
     assert "no checkpoint yet" in notes
+    assert not list(tmp_path.glob("checkpoints/*"))
     with pytest.raises(NotFiniteError) as again, caplog.at_level(logging.INFO):
         compute_again(OmegaConf.create({"file": str(file)}))
     assert again.value.tensor == caught.value.tensor

@@ -302,13 +302,13 @@ def measure_change(trainer: Trainer, pl_module: LightningModule, done: Iteration
         return Change(0.0, None)
     rows = rows[:: max(1, len(rows) // ROWS)][:ROWS]
     rows = rows[: max(1, TOKENS // int(batch.row_length.max()))]
-    ids, mask = batch.input_ids[rows], inside[rows]
+    mask = inside[rows]
 
     def distance(before: Tensor) -> float:
-        logprobs, _ = agent.policy.score(ids, mask, agent.rollout.temperature)
-        return float((logprobs - before[rows][mask]).abs().mean())
+        logprobs, _ = agent.scores(batch, [rows.tolist()])
+        return float((logprobs[rows] - before[rows])[mask].abs().mean())
 
-    with _unseen(trainer, ids.device):
+    with _unseen(trainer, rows.device):
         moved = distance(batch.old_logprobs)
         if batch.ref_logprobs is None:
             return Change(moved, None)

@@ -121,6 +121,7 @@ class AgentModule(L.LightningModule):
         self.iteration = 0
         self.config: dict[str, Any] = {}
         self.tested: list[Trajectory] = []
+        self.finite: FiniteCheck  # of the iteration under way
         self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
         self.validation_metrics = EpisodeMetrics(task_types)
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -133,7 +134,7 @@ class AgentModule(L.LightningModule):
             trajectories, dropped = split_uniform(played, self.rollout.collection_rounds)
             rollouts = make_batch(trajectories, self.rollout, self.modulation, self.encoder)
             rollouts = rollouts.to(self.device)
-        finite = FiniteCheck(self.iteration, trajectories, rollouts)  # of NaN and infinity
+        self.finite = FiniteCheck(self.iteration, trajectories, rollouts)
         with watch("advantage"):
             advantages = self.estimate(rollouts)  # [R]; PPO: [S, L]
         plan = self.plan_update(rollouts, advantages)
@@ -141,10 +142,10 @@ class AgentModule(L.LightningModule):
         with watch("modulation"):
             modulated = self.modulation(rollouts)  # alpha [R]
             scaled = modulated.apply(advantages, rollouts)  # as advantages
-        finite.look(advantages, modulated.alpha, scaled)
+        self.finite.look(advantages, modulated.alpha, scaled)
         with watch("update"):
             self.adapt_entropy(rollouts)
-            metrics = self.update(rollouts, scaled, plan, finite) if plan.skipped is None else {}
+            metrics = self.update(rollouts, scaled, plan) if plan.skipped is None else {}
         done = Iteration(
             index=self.iteration,
             trajectories=trajectories,
@@ -236,14 +237,11 @@ class AgentModule(L.LightningModule):
         either on rows without a gradient. Entropies that no engine gave are needed of every row.
         """
         parts = plan.first_epoch
-        scores = partial(
-            score_rows, self.policy, batch, temperature=self.rollout.temperature, budget=self.budget
-        )
         from_engine = bool((batch.entropies != 0).any())
         if not (from_engine and plan.is_on_policy):
             with watch("old_logprobs"):
                 idle = [] if from_engine else [plan.idle]
-                batch.old_logprobs, entropies = scores(parts=[*parts, *idle])
+                batch.old_logprobs, entropies = self.scores(batch, [*parts, *idle])
             if not from_engine:
                 batch.entropies = entropies
                 batch.entropy = response_entropy(
@@ -251,14 +249,16 @@ class AgentModule(L.LightningModule):
                 )
         if self.loss.needs_reference:
             with watch("ref_logprobs"), self.policy.reference():
-                batch.ref_logprobs, _ = scores(parts=parts)
+                batch.ref_logprobs, _ = self.scores(batch, parts)
         return batch, "engine" if from_engine else "trainer"
+
+    def scores(self, batch: RolloutBatch, parts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of rows under the present weights, both [S, L]."""
+        return score_rows(self.policy, batch, parts, self.rollout.temperature, self.budget)
 
     # --------------------------------------------------------------------------------------- update
 
-    def update(
-        self, batch: RolloutBatch, advantages: Tensor, plan: UpdatePlan, finite: FiniteCheck
-    ) -> dict[str, float]:
+    def update(self, batch: RolloutBatch, advantages: Tensor, plan: UpdatePlan) -> dict[str, float]:
         """Every optimizer step of the plan; ``advantages`` are [R] (PPO: [S, L]).
 
         Metrics are means over steps and over the tokens of active rows. The loss is divided by the
@@ -282,7 +282,7 @@ class AgentModule(L.LightningModule):
         sums: dict[str, Tensor] = {}
         norms: list[Tensor] = []
         for step in plan.steps:
-            check = finite.of_update(objective, step.active, self.budget.cut)
+            check = self.finite.of_update(objective, step.active, self.budget.cut)
             counts = [units_of_row[step.rows].sum(), tokens_of_row[step.active].sum()]
             units, tokens = self.global_sum(torch.stack(counts)).clamp(min=1)
             work = partial(accumulate_gradients, objective, units=units, check=check)
@@ -292,7 +292,7 @@ class AgentModule(L.LightningModule):
             norms.append(self.clip_gradients_globally())
             check("gradient norm", norms[-1])
             optimizer.step()
-            check_weights(self.iteration, self.policy, optimizer.optimizer, finite)
+            check_weights(self.iteration, self.policy, optimizer.optimizer, self.finite)
         metrics = means_of_steps(sums or objective.no_stats(), plan, self.global_sum)
         metrics["grad_norm"] = float(torch.stack(norms).mean())
         metrics["entropy_coef"] = getattr(self.loss, "entropy_coef", 0.0)
