@@ -54,6 +54,7 @@ def test_a_preflight_takes_longer_than_its_time(toy_model, tmp_path, monkeypatch
         "bad": False,
     }
     assert report["whole"] == 0
+    assert report["hours"] is None
     assert report["longest_batch"]["fits"] is None  # seconds are told without trying it
 
 

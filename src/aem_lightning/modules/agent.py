@@ -36,10 +36,10 @@ from aem_lightning.modules.timing import Stopwatch
 from aem_lightning.modules.update import (
     UpdatePlan,
     accumulate_gradients,
+    clip_globally,
     means_of_steps,
     reason_to_skip,
     rows_with_gradient,
-    sum_gradients,
 )
 from aem_lightning.rollout import (
     Collector,
@@ -146,6 +146,7 @@ class AgentModule(L.LightningModule):
         with watch("update"):
             self.adapt_entropy(rollouts)
             metrics = self.update(rollouts, scaled, plan) if plan.skipped is None else {}
+        del self.finite  # and with it the batch
         done = Iteration(
             index=self.iteration,
             trajectories=trajectories,
@@ -281,6 +282,7 @@ class AgentModule(L.LightningModule):
         tokens_of_row = trained_units(batch, "token")  # [S]
         sums: dict[str, Tensor] = {}
         norms: list[Tensor] = []
+        limit = self.update_settings.max_grad_norm
         for step in plan.steps:
             check = self.finite.of_update(objective, step.active, self.budget.cut)
             counts = [units_of_row[step.rows].sum(), tokens_of_row[step.active].sum()]
@@ -289,7 +291,7 @@ class AgentModule(L.LightningModule):
             stats = self.budget.run(work, step.active, batch.row_length)
             for name, value in stats.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / tokens
-            norms.append(self.clip_gradients_globally())
+            norms.append(clip_globally(self.policy.parameters(), limit, self.trainer.world_size))
             check("gradient norm", norms[-1])
             optimizer.step()
             check_weights(self.iteration, self.policy, optimizer.optimizer, self.finite)
@@ -303,12 +305,6 @@ class AgentModule(L.LightningModule):
         if isinstance(self.loss, ClippedLoss) and self.loss.adaptive_entropy is not None:
             total, tokens = self.global_sum(entropy_sums(batch)).tolist()
             self.loss, self.entropy_coef = self.loss.adapted(self.entropy_coef, total / tokens)
-
-    def clip_gradients_globally(self) -> Tensor:
-        """Sum the gradients over ranks, then clip; the norm before clipping."""
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        sum_gradients(parameters, self.trainer.world_size)
-        return torch.nn.utils.clip_grad_norm_(parameters, self.update_settings.max_grad_norm)
 
     def global_sum(self, value: Tensor) -> Tensor:
         """``value`` summed over ranks."""

@@ -157,6 +157,15 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], world_size: int) -> 
             parameter.grad = piece.view_as(parameter)
 
 
+def clip_globally(
+    parameters: Iterable[torch.nn.Parameter], max_norm: float, world_size: int
+) -> Tensor:
+    """Sum the gradients over ranks, then clip; the norm before clipping."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    sum_gradients(trained, world_size)
+    return torch.nn.utils.clip_grad_norm_(trained, max_norm)
+
+
 def reason_to_skip(spread: Tensor, modulation: Modulation, loss: Loss) -> str | None:
     """Why there is nothing to learn from a batch; ``None`` when there is.
 

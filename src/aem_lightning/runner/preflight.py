@@ -142,10 +142,11 @@ def play(
     tasks = sorted(tasks, key=lambda task: stable_seed(module.seed, "preflight", task.id))
     settings = module.rollout
     # A response cannot be stopped half way: a slow policy gets fewer tokens.
-    probed = _wave(module, datamodule, tasks[:1], deadline, ("probe",), PROBE_TOKENS, turns=1)
+    few = min(PROBE_TOKENS, settings.max_new_tokens)
+    probed = _wave(module, datamodule, tasks[:1], deadline, ("probe",), few, turns=1)
     room = (deadline - time.monotonic()) / 2
-    longest = int(room * PROBE_TOKENS / max(probed.seconds, 1e-6))
-    tokens = min(settings.max_new_tokens, max(PROBE_TOKENS, longest))
+    longest = int(room * few / max(probed.seconds, 1e-6))
+    tokens = min(settings.max_new_tokens, max(few, longest))
     played = Played(max_turns=settings.max_turns, tokens=tokens)
     size = 1
     while tasks and len(played.trajectories) < EPISODES and time.monotonic() < deadline:
@@ -257,10 +258,10 @@ def _tell(report: Mapping[str, Any], target: Path) -> None:
         *(share(cut[name]) for name in ("max_new_tokens", "max_turns", "max_context")),
     )
     log.info(
-        "preflight: longest batch %.1f s, %.1f GB; the run takes about %.1f h; %s",
+        "preflight: longest batch %.1f s, %.1f GB; the run takes about %s h; %s",
         batch["seconds"],
         batch["gigabytes"],
-        report["hours"],
+        "?" if report["hours"] is None else f"{report['hours']:.1f}",
         target,
     )
     verdict = report["verdict"]

@@ -156,11 +156,11 @@ def _judged(cfg: DictConfig, found: dict[str, Any]) -> tuple[str, str]:
 
 def expected_hours(
     cfg: DictConfig, played: Played, batch: dict[str, Any], datamodule: AgentDataModule
-) -> float:
-    """The run's hours, evaluations included, at the speed that was measured."""
+) -> float | None:
+    """The run's hours at the speed that was measured, evaluations included; ``None``: no turn."""
     turns = sum(len(t.turns) for t in played.trajectories)
     if not turns:
-        return float("inf")
+        return None
     episodes = cfg.tasks_per_iteration * cfg.group_size
     each = played.seconds / turns * played.turns_per_episode  # seconds of an episode's play
     tokens = sum(len(row) for t in played.trajectories for row in t.rows) / turns
