@@ -221,3 +221,18 @@ def test_a_curve_runs_away_unseen_or_is_told_twice(name, values, said, panel, ca
         watch = resumed
     assert [record.message.partition(" (")[0] for record in caplog.records] == [said] * bool(said)
     assert panel in caplog.text
+
+
+def test_broken_episodes_are_called_uniform(caplog):
+    watch = LearningWatch(patience=2)
+    strategy = SimpleNamespace(reduce=lambda counts, reduce_op: counts)
+    trainer = SimpleNamespace(optimizers=[], strategy=strategy, world_size=1, is_global_zero=True)
+    for index in range(2):
+        done = replace(
+            make_iteration(index), advantages=torch.zeros(5), skipped="every episode broke: died"
+        )
+        for trajectory in done.trajectories:
+            trajectory.infra_error = "died"
+        watch.on_train_batch_end(trainer, None, {"iteration": done})
+    assert watch.verdict.name == "no_update"
+    assert "every episode broke: died" in watch.verdict.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +27,16 @@ MALFORMED = 0.9
 SHARE, NOISE = 0.3, 10.0
 ROUNDING = 1e-5  # nats that a float32 log-probability may be off
 ROWS, TOKENS = 8, 4096  # that are scored again after an update
+
+_QUIET = {
+    "malformed_replies": " nine of ten replies were malformed (rollout/malformed_rate). Look at "
+    "transcripts/: type another prompt=..., a larger max_new_tokens=..., or start from a policy "
+    "that knows the format (stage=warm_start)",
+    "uniform_groups": " all copies of each task earned the same (rollout/mixed_groups is 0), so "
+    "there is nothing to compare. Where all lose, type easier tasks, a larger group_size=... or a "
+    "warm start; where all win, harder ones",
+    "no_update": " there was no update",
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class LearningWatch(Callback):
         self._updated = 0
         self._symptoms: list[str | None] = []
         self._quiet: list[str] = []
+        self._why = ""
         self._gap: float | None = None
         self._change: Change | None = None
         self._rate = 0.0
@@ -105,7 +117,7 @@ class LearningWatch(Callback):
             return
         found = self._of_symptoms(len(self._symptoms), pl_module)
         if self._updated == 0 and self._quiet:
-            found = _quiet_verdict(self._quiet[-1], len(self._quiet))
+            found = self._of_quiet()
         agent: Any = pl_module
         self._pronounce(trainer, found, agent.iteration - 1)
 
@@ -205,7 +217,7 @@ class LearningWatch(Callback):
 
     def _count_quiet(self, trainer: Trainer, done: Iteration) -> tuple[str, str] | None:
         """Count iterations in a row that teach nothing; a verdict when ``patience`` is over."""
-        turns = [turn for trajectory in done.played for turn in trajectory.turns]
+        turns = [turn for t in done.played if t.infra_error is None for turn in t.turns]
         malformed = sum(turn.action is None for turn in turns)
         compared = int(done.advantages.count_nonzero())
         counts = torch.tensor([malformed, len(turns), compared], device=done.advantages.device)
@@ -214,14 +226,17 @@ class LearningWatch(Callback):
         if total and malformed >= MALFORMED * total:
             self._quiet.append("malformed_replies")
         elif not compared:
-            said = done.skipped or ""
-            self._quiet.append("uniform_groups" if not said or "uniform" in said else said)
+            self._why = done.skipped or "every group is uniform"
+            self._quiet.append("uniform_groups" if "uniform" in self._why else "no_update")
         else:
             self._quiet.clear()
-        if len(self._quiet) < self.patience:
-            return None
-        same = self._quiet[-1] if len(set(self._quiet)) == 1 else "uniform_groups"
-        return _quiet_verdict(same, len(self._quiet))
+        return self._of_quiet() if len(self._quiet) >= self.patience else None
+
+    def _of_quiet(self) -> tuple[str, str]:
+        """The verdict of iterations that taught nothing: what most of them lacked."""
+        ((name, _),) = Counter(self._quiet).most_common(1)
+        why = f": {self._why}" if name == "no_update" else ""
+        return name, f"in {len(self._quiet)} iteration(s) in a row{_QUIET[name]}{why}"
 
     def _pronounce(self, trainer: Trainer, found: tuple[str, str] | None, iteration: int) -> None:
         if trainer.world_size > 1:
@@ -244,18 +259,6 @@ class LearningWatch(Callback):
         self._updated, self._quiet = state_dict["updated"], list(state_dict["quiet"])
         said = state_dict["verdict"]
         self.verdict = None if said is None else Verdict(**said)
-
-
-def _quiet_verdict(name: str, count: int) -> tuple[str, str]:
-    texts = {
-        "malformed_replies": f"nine of ten replies were malformed in {count} iteration(s) in a "
-        "row (rollout/malformed_rate). Look at transcripts/: type another prompt=..., a larger "
-        "max_new_tokens=..., or start from a policy that knows the format (stage=warm_start)",
-        "uniform_groups": f"in {count} iteration(s) in a row all copies of each task earned the "
-        "same (rollout/mixed_groups is 0), so there is nothing to compare. Where all lose, type "
-        "easier tasks, a larger group_size=... or a warm start; where all win, harder ones",
-    }
-    return (name, texts[name]) if name in texts else ("no_update", f"no update was made: {name}")
 
 
 def learning_rate(trainer: Trainer) -> float:

@@ -41,7 +41,7 @@ class TrendWatch(Callback):
     ) -> None:
         """Look at the curves with the iteration that ended."""
         done = iteration_of(outputs)
-        if done is None:
+        if done is None or not done.batch.response_mask.any():
             return
         point = curves_of(done)
         if len(self._first) < self._window:

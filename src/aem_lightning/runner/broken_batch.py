@@ -41,7 +41,7 @@ class BrokenBatch(Callback):
         if broken:
             exception.add_note(f"Weights that are not finite: {len(broken)}, the first {broken[0]}")
         again = command("-m", "aem_lightning.analysis", "batch", f"file={path}")
-        exception.add_note(f"Batch and weights: {path}\nThe same again: {again}")
+        exception.add_note(f"Kept: {path}\nThe same again: {again}")
         last = folder / "checkpoints" / "last.ckpt"
         exception.add_note(
             f"The last checkpoint: ckpt_path={last}"

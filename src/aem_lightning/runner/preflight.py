@@ -63,7 +63,8 @@ def preflight(
     with isolate_rng(), trainer.precision_plugin.forward_context():
         played = play(cfg, module, datamodule, start + PLAY_SECONDS)
         batch = longest_batch(cfg, module.policy, start + SECONDS)
-    shown = [episode_record(trajectory) for trajectory in played.trajectories[:3]]
+    by_copy = sorted(played.trajectories, key=lambda trajectory: trajectory.copy)  # three tasks
+    shown = [episode_record(trajectory) for trajectory in by_copy[:3]]
     report = {
         **played.report(),
         "longest_batch": batch,

@@ -83,8 +83,6 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
         table.add_row(stage.replace("_", " "), f"{seconds:,.0f} s")
     console = Console()
     console.print(table)
-    if verdict := summary.get("verdict"):
-        console.print(Text(f"verdict {verdict['name']}: {verdict['text']}", "bold red"))
     for name, path in summary["paths"].items():
         console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
     for line in summary["next"]:
