@@ -10,8 +10,9 @@ import pytest
 import torch
 from runs import built, composed, equal_bits, toy_config, toy_overrides, weights
 
+from aem_lightning.modules import RolloutSettings
 from aem_lightning.runner import preflight as module
-from aem_lightning.runner.preflight import DeadlinePool, expected_seconds, preflight
+from aem_lightning.runner.preflight import DeadlinePool, expected_seconds, play, preflight
 from aem_lightning.runner.preflight_report import Played, advice
 from aem_lightning.types import EnvStep, Task, Trajectory, Turn
 
@@ -56,6 +57,32 @@ def test_a_preflight_takes_longer_than_its_time(toy_model, tmp_path, monkeypatch
     assert report["whole"] == 0
     assert report["hours"] is None
     assert report["longest_batch"]["fits"] is None  # seconds are told without trying it
+
+
+def test_a_slow_policy_writes_replies_that_nobody_can_stop(monkeypatch):
+    asked = []
+
+    def wave(agent, data, tasks, deadline, key, tokens, turns=None):
+        asked.append(tokens)
+        return Played(14, tokens, [], set(), seconds=10.0)
+
+    monkeypatch.setattr(module, "_wave", wave)
+    agent = SimpleNamespace(
+        engine=SimpleNamespace(sync=lambda policy, version: None),
+        policy=None,
+        iteration=0,
+        seed=0,
+        rollout=RolloutSettings(max_new_tokens=512),
+    )
+    data = SimpleNamespace(
+        train_split="train", tasks=lambda split: [Task(str(n)) for n in range(3)]
+    )
+    found = play(None, agent, data, time.monotonic() + 75)
+    assert asked[0] == 16
+    assert asked[1] == found.tokens
+    assert 50 <= found.tokens <= 60  # half of the time, at 10 s for 16 tokens
+    few = advice(composed(["experiment=quickstart", "max_new_tokens=512"]), found, {"fits": True})
+    assert f"cut at {found.tokens} tokens here" in few["text"]
 
 
 def test_episodes_play_on_after_the_deadline():

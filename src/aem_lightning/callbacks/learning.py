@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -250,15 +250,13 @@ class LearningWatch(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know of the iterations before."""
-        said = None if self.verdict is None else asdict(self.verdict)
-        return {"updated": self._updated, "quiet": list(self._quiet), "verdict": said}
+        """What a resumed run has to know; after a verdict it is judged anew: it may be mended."""
+        quiet = self._quiet if self.verdict is None else []
+        return {"updated": self._updated, "quiet": list(quiet)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting; a verdict of before is not said again."""
+        """Go on counting."""
         self._updated, self._quiet = state_dict["updated"], list(state_dict["quiet"])
-        said = state_dict["verdict"]
-        self.verdict = None if said is None else Verdict(**said)
 
 
 def learning_rate(trainer: Trainer) -> float:
