@@ -138,6 +138,8 @@ def test_the_verdict_names_another_cause(make, name, told):
     assert found["name"] == name
     assert told in found["text"]
     assert found["bad"] == (name != "learns")
+    if name == "uniform_groups":  # PPO has a critic to compare with
+        assert not advice(cfg, Played(14, 512, groups(make)), {"fits": True}, compares=False)["bad"]
 
 
 def test_broken_or_few_episodes_are_judged():

@@ -69,7 +69,7 @@ def preflight(
         **played.report(),
         "longest_batch": batch,
         "hours": expected_hours(cfg, played, batch, datamodule),
-        "verdict": advice(cfg, played, batch),
+        "verdict": advice(cfg, played, batch, compares=module.estimator.min_group_size > 1),
         "seconds": time.monotonic() - start,
         "transcripts": shown,
     }

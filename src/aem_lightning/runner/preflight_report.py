@@ -90,10 +90,17 @@ class Played:
         }
 
 
-def advice(cfg: DictConfig, played: Played, batch: dict[str, Any]) -> dict[str, Any]:
-    """Will this run learn, and if not, what to change: ``name``, ``text`` and ``bad``."""
+def advice(
+    cfg: DictConfig, played: Played, batch: dict[str, Any], *, compares: bool = True
+) -> dict[str, Any]:
+    """Will this run learn, and if not, what to change: ``name``, ``text`` and ``bad``.
+
+    ``compares`` says whether the estimator compares the copies of a group, as PPO does not.
+    """
     found = played.report()
     name, text = _judged(cfg, found)
+    if name == "uniform_groups" and not compares:
+        name, text = "learns", f"this can learn: {share(found['success'])} of the episodes are won"
     if batch["fits"] is False:
         text += (
             f". Memory does not hold micro_batch_tokens={cfg.micro_batch_tokens}: it will halve by "
