@@ -161,7 +161,10 @@ class Trajectory:
     @property
     def total_reward(self) -> float:
         # Exact, so that the same rewards in another order are the same return.
-        return math.fsum(turn.reward for turn in self.turns)
+        try:
+            return math.fsum(turn.reward for turn in self.turns)
+        except (OverflowError, ValueError):  # over the largest float; infinities of both signs
+            return math.nan
 
     @property
     def response_tokens(self) -> int:

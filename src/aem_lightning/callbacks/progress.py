@@ -128,7 +128,7 @@ class Progress(Callback):
             parts.append(f"KL {iteration.metrics['policy/approx_kl']:.4f}")
         parts += [duration(self._iterations[-1]), f"{duration(self._left(trainer, left))} left"]
         if iteration.skipped is not None:
-            parts.append(f"no update: {iteration.skipped}")
+            parts.append("no update")  # LearningWatch says why, once
         number = iteration.index + 1
         log.info("iteration %d/%d: %s", number, number + left, ", ".join(parts))
 

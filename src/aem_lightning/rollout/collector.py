@@ -22,6 +22,7 @@ from typing import Protocol, TypeVar
 from aem_lightning.rollout.constraint import Constraint
 from aem_lightning.rollout.encoder import Encoder
 from aem_lightning.rollout.engine import Request, Result, RolloutEngine, Sampling
+from aem_lightning.rollout.finite import NotFiniteError, place_of
 from aem_lightning.rollout.rewards import RewardShaping
 from aem_lightning.types import EnvStep, ResetRequest, Task, Trajectory, Turn
 
@@ -127,6 +128,7 @@ class EngineResponder:
     seed: tuple[object, ...]
     share: float = 0.5
     _under_way: int = field(default=0, init=False)
+    _asked: dict[str, Live] = field(default_factory=dict, init=False, repr=False)
 
     def ask(self, live: Mapping[str, Live]) -> None:
         self.engine.submit(
@@ -134,15 +136,23 @@ class EngineResponder:
             for key, item in live.items()
         )
         self._under_way += len(live)
+        self._asked |= live
 
     def answers(self) -> Sequence[Result]:
-        results = self.engine.poll(at_least=max(1, math.ceil(self.share * self._under_way)))
+        try:
+            results = self.engine.poll(at_least=max(1, math.ceil(self.share * self._under_way)))
+        except NotFiniteError as error:  # an engine knows of no task
+            item = self._asked.get(error.said.partition(":")[0])
+            if item is not None:
+                error.place = place_of(item.trajectory, len(item.trajectory.turns))
+            raise
         self._under_way -= len(results)
         return results
 
     def forget(self, keys: Iterable[str]) -> None:
         for key in keys:
             self.engine.close(key)
+            self._asked.pop(key, None)
 
     def _seed(self, item: Live) -> int:
         episode, turn = item.episode, len(item.trajectory.turns)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from aem_lightning.rollout.anchors import anchor_states
+from aem_lightning.rollout.finite import NotFiniteError, place_of
 from aem_lightning.types import RolloutBatch, Trajectory, Turn
 
 
@@ -33,7 +34,8 @@ def pack(
         anchor_similarity: How alike two observations are that share an anchor; 1 is equality.
 
     Raises:
-        ValueError: There is no response at all, or a log-probability or entropy is not finite.
+        ValueError: There is no response at all.
+        NotFiniteError: A log-probability or entropy is not finite.
     """
     responses = [
         (n, t, turn)
@@ -44,7 +46,6 @@ def pack(
         raise ValueError(
             f"None of the {len(trajectories)} trajectories holds a response; nothing to train on."
         )
-    _check_finite(trajectories, responses)
     rows = [row for trajectory in trajectories for row in trajectory.rows]
     first_row = [0, *accumulate(len(trajectory.rows) for trajectory in trajectories)]
     shape = (len(rows), max(map(len, rows)))
@@ -59,6 +60,8 @@ def pack(
         logprobs[s, span] = torch.tensor(turn.logprobs)
         if turn.entropies is not None:
             entropies[s, span] = torch.tensor(turn.entropies)
+    columns = {"log-probabilities": logprobs, "entropies": entropies}
+    _check_finite(trajectories, responses, input_ids, response_index, columns)
     turns = [turn for _, _, turn in responses]
     judged = torch.tensor([bool(tr.turns) and tr.infra_error is None for tr in trajectories])
     truncated = torch.tensor([trajectory.truncated for trajectory in trajectories])
@@ -121,15 +124,25 @@ def minibatches(num_rows: int, count: int, generator: torch.Generator) -> list[l
 
 
 def _check_finite(
-    trajectories: Sequence[Trajectory], responses: Sequence[tuple[int, int, Turn]]
+    trajectories: Sequence[Trajectory],
+    responses: Sequence[tuple[int, int, Turn]],
+    input_ids: Tensor,
+    response_index: Tensor,
+    columns: Mapping[str, Tensor],
 ) -> None:
-    for n, t, turn in responses:
-        values = torch.tensor([*turn.logprobs, *(turn.entropies or ())])
-        if not torch.isfinite(values).all():
-            trajectory = trajectories[n]
-            raise ValueError(
-                "A log-probability or entropy is not finite in episode "
-                f"{trajectory.key} (task {trajectory.task.id!r}), turn {t}: "
-                "the policy has diverged. Go back to the last checkpoint with ckpt_path=last and a "
-                "lower learning rate: optimizer.lr=..."
+    """Raise where the engine's ``columns``, [S, L] each, are not finite."""
+    for name, values in columns.items():
+        broken = (~values.isfinite()).nonzero()
+        if len(broken):
+            row, column = broken[0].tolist()
+            n, t, _ = responses[int(response_index[row, column])]
+            raise NotFiniteError(
+                f"The engine's {name} are not finite",
+                stage="rollout",
+                tensor=name,
+                place=place_of(trajectories[n], t),
+                advice="the policy's logits were not. Where an update drove them there, a lower "
+                "optimizer.lr=... mends it; where the engine computes in half precision, a wider "
+                "one does",
+                kept={"input_ids": input_ids[row : row + 1]},
             )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
+from aem_lightning.rollout.finite import NotFiniteError
 from aem_lightning.rollout.sampling import allowed_tokens, draw, request_uniforms
 from aem_lightning.rollout.slot_model import SlotModel, waves
 from aem_lightning.rollout.slots import Job, Slot, common_prefix
@@ -141,7 +142,7 @@ class SlotEngine:
 
         Raises:
             RuntimeError: ``sync`` was never called.
-            ValueError: The model gave logits that are not finite.
+            NotFiniteError: The model gave logits that are not finite.
         """
         done: list[tuple[int, Result]] = []
         with self._policy().sampling_mode():
@@ -323,10 +324,15 @@ class SlotEngine:
         done, stay = [], []
         for row, job, token, logprob, entropy in zip(self._running, jobs, *table, strict=True):
             if not math.isfinite(entropy):
-                raise ValueError(
+                raise NotFiniteError(
                     f"{job.request.key}: the policy's logits are not finite at token "
-                    f"{len(job.tokens)} of the response (entropy {entropy}): a weight has become "
-                    "NaN or infinite; lower optimizer.lr"
+                    f"{len(job.tokens)} of the response (entropy {entropy})",
+                    stage="rollout",
+                    tensor="logits",
+                    advice="a weight is NaN or infinite, or half precision overflows. To lower "
+                    "optimizer.lr=... helps where an update did it; a model that came so needs "
+                    "another policy.model=..., or policy.dtype=float32",
+                    kept={"input_ids": torch.tensor([[*job.request.prompt, *job.tokens]])},
                 )
             job.take(int(token), logprob, entropy)
             if reason := job.finish_reason():

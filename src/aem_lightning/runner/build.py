@@ -30,6 +30,7 @@ from aem_lightning.modules import (
     check_dtype,
 )
 from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner.broken_batch import BrokenBatch
 from aem_lightning.runner.early import read_template
 from aem_lightning.runner.parts import check_classes
 from aem_lightning.runner.warm_start import (
@@ -247,7 +248,7 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
     With ``start``, the iteration at which a run goes on, TensorBoard hides what an interrupted run
     wrote for later ones into the same folder, and a table of that run is kept.
     """
-    callbacks, loggers = _named(cfg.callbacks), _named(cfg.logger)
+    callbacks, loggers = [*_named(cfg.callbacks), BrokenBatch()], _named(cfg.logger)
     for logger in loggers if start else ():
         _go_on(logger, start)
     if cfg.profile:

@@ -26,8 +26,9 @@ from aem_lightning.runner.early import check_training
 from aem_lightning.runner.evaluation import play_all
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
+from aem_lightning.runner.preflight import preflight
 from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
-from aem_lightning.runner.summary import StageClock, write_summary
+from aem_lightning.runner.summary import StageClock, learning_verdict, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,10 @@ def reinforce(
         policy, _ = build_policy(cfg, datamodule)
     module = build_agent(cfg, policy, datamodule)
     trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
+    checkpoint = earlier.checkpoint if earlier else None
+    checked = preflight(cfg, trainer, module, datamodule, checkpoint)
+    if cfg.preflight == "only":
+        return {"name": cfg.name, "preflight": checked}
     before = after = None
     if cfg.evaluate:
         with clock("evaluation_before"):
@@ -71,7 +76,6 @@ def reinforce(
             before = known or play_all(trainer, module, datamodule)["success"]
         (output / BEFORE).write_text(json.dumps(before, indent=2), encoding="utf-8")
     with clock("training"):
-        checkpoint = earlier.checkpoint if earlier else None
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     last = output / "checkpoints" / "last.ckpt"
     if trainer.strategy.broadcast(not _is_of(last, module.iteration)):
@@ -81,7 +85,8 @@ def reinforce(
     if module.iteration < cfg.iterations:
         next_steps.insert(0, to_continue(cfg, last))
         log.warning("Stopped after iteration %d of %d", module.iteration, cfg.iterations)
-    if cfg.evaluate:
+    verdict = learning_verdict(trainer.callbacks)  # type: ignore[attr-defined]
+    if cfg.evaluate and not (cfg.strict and verdict):
         with clock("evaluation_after"):
             after = play_all(trainer, module, datamodule)["success"]
     summary = {
@@ -90,6 +95,8 @@ def reinforce(
         "seed": cfg.seed,
         "success_before": before,
         "success_after": after,
+        "verdict": verdict,
+        "preflight": checked and checked["verdict"],
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
         "next": next_steps,
