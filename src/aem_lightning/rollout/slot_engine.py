@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class SlotEngine:
         if self._model is not None:
             # Nothing in the cache is read again: no slot has ids.
             model.inherit(self._model)
-        if model.graphs is None and self._wants_graphs(model.device):
+        if model.graphs is None and self.cuda_graphs != "off" and model.device.type == "cuda":
             model.graphs = DecodeGraphs(self.slots, self.max_length - 1)
         self._model = model
         self.version = version
@@ -164,8 +164,20 @@ class SlotEngine:
         self._slots[row].key = None
         self._slots[row].job = None
 
-    def _wants_graphs(self, device: torch.device) -> bool:
-        return self.cuda_graphs != "off" and device.type == "cuda"
+    def state_dict(self, most: int) -> dict[str, Any] | None:
+        """What the cache holds; ``None`` above ``most`` bytes, or among unfinished requests."""
+        if self._model is None or self._waiting or self._running:
+            return None
+        slots = [[slot.key, slot.ids, slot.used] for slot in self._slots]
+        held = self._model.cache.held(max(len(slot.ids) for slot in self._slots), most)
+        return {"clock": self._clock, "slots": slots, "tensors": held} if held else None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, bit by bit, as an engine of the same policy and settings left off."""
+        self._clock = state["clock"]
+        self._slots = [Slot(key, ids=list(ids), used=used) for key, ids, used in state["slots"]]
+        self._owner = {slot.key: row for row, slot in enumerate(self._slots) if slot.key}
+        self._policy().cache.fill(state["tensors"], self._policy().device)
 
     def _forget(self) -> None:
         self._slots = [Slot() for _ in range(self.slots)]

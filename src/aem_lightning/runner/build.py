@@ -23,6 +23,7 @@ from aem_lightning.modules import (
     Architecture,
     Lora,
     Policy,
+    RolloutJournal,
     RolloutSettings,
     UpdateSettings,
     check_dtype,
@@ -243,6 +244,8 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     callbacks, loggers = _named(cfg.callbacks), _named(cfg.logger)
     if cfg.profile:
         callbacks.append(Profile())
+    if cfg.get("rollout_journal"):  # earlier checkpoints have no such key
+        callbacks.append(RolloutJournal())
     epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number
     # A partial: Hydra would take the objects for configs, and some loggers look like one.
     trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(

@@ -44,6 +44,7 @@ _CHOICES = {
     "action": ("free", "constrained"),
     "packing": ("auto", "packed", "padded"),
     "profile": (False, True),
+    "rollout_journal": (False, True),
 }
 # The groups whose option custom.yaml leaves the class to a person.
 _CUSTOM = {
