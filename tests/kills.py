@@ -17,6 +17,8 @@ import torch
 from runs import equal_bits, fit, toy_config, weights
 from torch import Tensor
 
+from aem_lightning.rollout import journal
+
 RUN = ("iterations=4", "iterations_per_epoch=2", "update_epochs=2")
 
 
@@ -25,6 +27,7 @@ def start(folder: Path, model: str, *overrides: str) -> int:
     child = os.fork()
     if child:
         return child
+    journal.TIME_SHARE = float("inf")  # a run of a second: its engine is saved at every pass
     try:
         last = folder / "checkpoints" / "last.ckpt"
         cfg = toy_config(folder, model, *RUN, *overrides)
@@ -58,7 +61,7 @@ def killed_runs(
         run, killed = folder / f"killed_{number}", 0
         while not (run / "weights.pt").exists():
             child = start(run, model, *overrides)
-            patience = chooser.uniform(0, 1) * seconds if done < kills else 600.0
+            patience = chooser.uniform(0, 1.3) * seconds if done < kills else 600.0
             deadline = time.monotonic() + patience
             while not (ended := os.waitpid(child, os.WNOHANG)[0]) and time.monotonic() < deadline:
                 time.sleep(0.005)

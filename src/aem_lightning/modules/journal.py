@@ -55,7 +55,8 @@ class RolloutJournal(L.Callback):
 
         def record(play: Play, seed: tuple[object, ...]) -> Collector:
             name = "-".join(map(str, seed[2:]))  # iteration, rank, and a round after the first
-            return recorded(play(seed), agent.engine, folder / f"{name}.jsonl", f"{key} {seed}")
+            path, several = folder / f"{name}.jsonl", trainer.world_size > 1
+            return recorded(play(seed), agent.engine, path, f"{key} {seed}", awake=several)
 
         agent.recorded = record
 

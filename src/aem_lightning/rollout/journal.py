@@ -40,11 +40,14 @@ TIME_SHARE, DISK_SHARE, MOST_BYTES = 0.01, 0.1, 4 << 30
 UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, TypeError)
 
 
-def recorded(collector: Collector, engine: Any, path: Path, key: str) -> Collector:
+def recorded(
+    collector: Collector, engine: Any, path: Path, key: str, *, awake: bool = False
+) -> Collector:
     """``collector``, which plays one rollout with ``engine`` and keeps its journal at ``path``.
 
     Where ``path`` has the beginning of the rollout ``key``, or all of it, that is not played again.
-    A journal that another process writes to is left alone, and none is kept.
+    A journal that another process writes to is left alone, and none is kept. With ``awake`` an
+    environment starts even if none is needed: all ranks have the same counters then.
     """
     try:
         tape = Tape(path, key)
@@ -52,7 +55,7 @@ def recorded(collector: Collector, engine: Any, path: Path, key: str) -> Collect
         log.warning("no journal of this rollout is kept: %s", error)
         return collector
     player = RecordedResponder(collector.responder, engine, tape)
-    return replace(collector, pool=RecordedPool(collector.pool, tape), responder=player)
+    return replace(collector, pool=RecordedPool(collector.pool, tape, awake), responder=player)
 
 
 class Tape:
@@ -176,6 +179,7 @@ class RecordedPool:
 
     pool: EnvironmentPool
     tape: Tape
+    awake: bool = False
     _starts: dict[str, ResetRequest] = field(default_factory=dict)
     _actions: dict[str, list[str]] = field(default_factory=dict)
     _seen: dict[str, EnvStep] = field(default_factory=dict)
@@ -197,8 +201,16 @@ class RecordedPool:
         self._sent = [*requests, *actions]
         if not self._starts:
             self.tape.end()
-        if self._is_live:
+        elif self._is_live:
             self._send(self._sent)
+        elif self.tape.recorded is None:
+            self._catch_up()
+        elif self.awake and requests:
+            key = next(iter(requests))
+            self.pool.send({key: requests[key]})
+            self.pool.receive()
+            self.pool.release([key])
+            self.awake = False
 
     def receive(self) -> Mapping[str, EnvStep]:
         """The steps of the pass under way."""
@@ -301,7 +313,10 @@ class RecordedResponder:
         """Recorded answers, then those of the policy."""
         record = self.tape.recorded
         if record is not None and self.tape.at < self._believed:
-            results = [Result(*row, version=0, reused=0) for row in record["results"]]
+            results = [
+                Result(key, tokens, logprobs, entropies, reason, version=0, reused=0)
+                for key, tokens, logprobs, entropies, reason in record["results"]
+            ]
             for result in results:
                 del self._waiting[result.key]
             return results
