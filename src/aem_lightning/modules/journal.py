@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from aem_lightning.rollout import Collector
 from aem_lightning.rollout.journal import recorded
@@ -38,11 +39,17 @@ class RolloutJournal(L.Callback):
     It lies in ``journal/`` beside ``checkpoints/``, of the run that is continued until this one has
     a checkpoint of its own. A rollout whose weights, tasks and settings are those of a journal is
     read from it (`aem_lightning.rollout.journal`). The weights come out the same with it and
-    without.
+    without. So that there is something to go on from, a new run begins with a checkpoint, where
+    one is kept as ``last``.
     """
 
     def __init__(self) -> None:
         self._saved: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the beginning."""
+        if trainer.ckpt_path is None:
+            save_last(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -66,13 +73,23 @@ class RolloutJournal(L.Callback):
         self._saved = agent.iteration
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Drop everything; the last checkpoint is written."""
+        """Drop everything. Where no update was made since the checkpoint, Lightning saved none."""
+        agent: Any = pl_module
+        if self._saved is not None and self._saved < agent.iteration:
+            save_last(trainer)
         if self._saved is not None:
             remove(trainer, before=self._saved)
 
     def _folder(self, trainer: L.Trainer) -> Path:
         own, *continued = folders(trainer)
         return continued[0] if continued and self._saved is None else own
+
+
+def save_last(trainer: L.Trainer) -> None:
+    """Save a checkpoint where a callback of the trainer keeps the last one."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.filename == "last":
+            trainer.save_checkpoint(Path(str(callback.dirpath)) / "last.ckpt", weights_only=False)
 
 
 def folders(trainer: L.Trainer) -> list[Path]:

@@ -36,7 +36,7 @@ from aem_lightning.types import EnvStep, ResetRequest
 log = logging.getLogger(__name__)
 
 # What saved states may take: of the time of a rollout, of the disk that is free, and bytes at most.
-TIME_SHARE, DISK_SHARE, MOST_BYTES = 0.01, 0.1, 4 << 30
+TIME_SHARE, DISK_SHARE, MOST_BYTES = 0.005, 0.1, 4 << 30
 UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, TypeError)
 
 
