@@ -61,7 +61,8 @@ def killed_runs(
         run, killed = folder / f"killed_{number}", 0
         while not (run / "weights.pt").exists():
             child = start(run, model, *overrides)
-            patience = chooser.uniform(0, 1) * seconds if done < kills else 600.0
+            # The more often a run was killed the longer it may go on: a machine can grow busy.
+            patience = chooser.uniform(0, 1 + killed / 3) * seconds if done < kills else 600.0
             deadline = time.monotonic() + patience
             while not (ended := os.waitpid(child, os.WNOHANG)[0]) and time.monotonic() < deadline:
                 time.sleep(0.005)
