@@ -116,7 +116,9 @@ def fingerprint(agent: Any, tasks: list[Any]) -> str:
     """A hash of all that a rollout depends on: weights, tasks, settings, bit by bit."""
     config = {name: value for name, value in agent.config.items() if name not in UNRELATED}
     parts = [config, repr(agent.rollout), [task.id for task in tasks], torch.__version__]
-    digest = hashlib.blake2b(json.dumps(parts, sort_keys=True, default=repr).encode())
+    text = json.dumps(parts, sort_keys=True, default=repr)
+    own = agent.config.get("paths", {}).get("output_dir")  # a continued run may have another folder
+    digest = hashlib.blake2b((text.replace(own, "") if own else text).encode())
     for name, weight in sorted(agent.policy.trainable().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
