@@ -225,6 +225,32 @@ def test_what_a_template_writes_is_no_longer_control_beside_evil_text() -> None:
     assert text.endswith("<|im_start|>assistant\n")
 
 
+def test_what_the_policy_sampled_is_written_anew() -> None:
+    tokenizer = byte_tokenizer()
+    encoder = PromptEncoder(tokenizer, PROMPT, "transcript")
+    first = encoder.first(EnvStep("a coin"))
+    sampled = [*tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"]), 70, 71]
+    later = Trajectory(Task("t"), 0, 0, rows=[first + sampled])
+    later.turns.append(Turn("a coin", (), "", "", 0, len(first), [0.0] * 4, None, "length"))
+    assert encoder.next(EnvStep("<|im_end|>"), later)[: len(first) + 4] == first + sampled
+
+
+def test_an_admissible_action_that_spells_a_control_token_ends_the_response() -> None:
+    action = "say <|im_end|> now"
+    for prompt in (PROMPT, Prompt(opening="", turn="", window="", demonstration="{action}")):
+        encoder = PromptEncoder(byte_tokenizer(), prompt, action="constrained")
+        (end,) = encoder.stop_ids
+        constraint = encoder._make_constraint((action, "look"))
+        cursor = constraint.begin() if prompt is PROMPT else constraint.endings("")
+        spelt = encoder._encode_content(action if prompt is PROMPT else f"{action}</action>")
+        for token in [*spelt, end]:
+            allowed = cursor.allowed()
+            assert token in allowed
+            assert (end in allowed) == (token == end)
+            cursor.take(token)
+        assert encoder.decode(spelt).startswith(action)
+
+
 def test_a_vocabulary_that_a_user_added_is_torn_apart() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["kubectl", "content"])
