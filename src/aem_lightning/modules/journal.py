@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,8 @@ from aem_lightning.rollout.journal import recorded
 
 Play = Callable[[tuple[object, ...]], Collector]
 # What of a config no rollout depends on, but through the weights.
-UNRELATED = (
-    *(
-        "advantage",
-        "algorithm",
-        "arm",
-        "callbacks",
-        "ckpt_path",
-        "evaluate",
-        "iterations",
-        "logger",
-    ),
-    *("loss", "modulation", "name", "optimizer", "paths", "profile", "scheduler"),
-)
+UNRELATED = {"advantage", "algorithm", "arm", "callbacks", "ckpt_path", "evaluate", "iterations"}
+UNRELATED |= {"logger", "loss", "modulation", "name", "optimizer", "paths", "profile", "scheduler"}
 
 
 class RolloutJournal(L.Callback):
@@ -49,12 +38,14 @@ class RolloutJournal(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the beginning."""
         if trainer.ckpt_path is None:
-            save_last(trainer)
+            save_last(trainer, over=False)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Let the rollout of this iteration be recorded; drop those before the checkpoint."""
+        if not trainer.checkpoint_callbacks:
+            return  # nothing to go on from
         agent: Any = pl_module
         if self._saved is not None:
             remove(trainer, before=self._saved)
@@ -76,7 +67,7 @@ class RolloutJournal(L.Callback):
         """Drop everything. Where no update was made since the checkpoint, Lightning saved none."""
         agent: Any = pl_module
         if self._saved is not None and self._saved < agent.iteration:
-            save_last(trainer)
+            save_last(trainer, over=True)
         if self._saved is not None:
             remove(trainer, before=self._saved)
 
@@ -85,11 +76,13 @@ class RolloutJournal(L.Callback):
         return continued[0] if continued and self._saved is None else own
 
 
-def save_last(trainer: L.Trainer) -> None:
-    """Save a checkpoint where a callback of the trainer keeps the last one."""
+def save_last(trainer: L.Trainer, over: bool) -> None:
+    """Save a checkpoint where a callback keeps the last one; ``over`` an earlier one or not."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.filename == "last":
-            trainer.save_checkpoint(Path(str(callback.dirpath)) / "last.ckpt", weights_only=False)
+            path = Path(str(callback.dirpath)) / "last.ckpt"
+            if over or not trainer.strategy.broadcast(path.exists()):
+                trainer.save_checkpoint(path, weights_only=False)
 
 
 def folders(trainer: L.Trainer) -> list[Path]:
@@ -108,8 +101,8 @@ def remove(trainer: L.Trainer, before: int) -> None:
             iteration, rank = path.stem.split("-")[:2]
             if int(iteration) < before and int(rank) == trainer.global_rank:
                 path.unlink(missing_ok=True)
-        if folder.is_dir() and not any(folder.iterdir()):
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            folder.rmdir()
 
 
 def fingerprint(agent: Any, tasks: list[Any]) -> str:
@@ -121,5 +114,5 @@ def fingerprint(agent: Any, tasks: list[Any]) -> str:
     digest = hashlib.blake2b((text.replace(own, "") if own else text).encode())
     for name, weight in sorted(agent.policy.trainable().items()):
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
