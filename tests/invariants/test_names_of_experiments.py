@@ -14,7 +14,7 @@ BEFORE = Path(__file__).parents[1] / "data" / "experiments_before_algorithms.jso
 NAMES = ROOT / "docs" / "names.md"
 # What there was no word for.
 NEW = (
-    *("algorithm", "arm", "aem_scope", "fast", "preflight", "strict"),
+    *("algorithm", "arm", "aem_scope", "fast", "preflight", "strict", "rollout_journal"),
     *("datamodule.memory_gb", "datamodule.pass_environment", "datamodule.on_bad_answer"),
     *(f"callbacks.{name}." for name in ("progress", "hyperparameters", "learning", "trends")),
 )

@@ -124,6 +124,7 @@ class AgentModule(L.LightningModule):
         self.tested: list[Trajectory] = []
         self.finite: FiniteCheck  # of the iteration under way
         self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
+        self.recorded: Callable[..., Collector] | None = None  # whoever keeps rollouts
         self.validation_metrics = EpisodeMetrics(task_types)
         self._optimizer, self._scheduler = optimizer, scheduler
 
@@ -176,8 +177,9 @@ class AgentModule(L.LightningModule):
         check_weights(self.iteration, self.policy)
         self.engine.sync(self.policy, self.iteration)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        play = partial(self.collector, self.rollout.temperature)
         source = GroupSource(
-            collector=partial(self.collector, self.rollout.temperature),
+            collector=play if self.recorded is None else partial(self.recorded, play),
             group_size=self.rollout.group_size,
             tasks=lambda: data.tasks(data.train_split),
             key=("train", self.seed, self.iteration, self.global_rank),

@@ -16,8 +16,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -167,6 +167,21 @@ class SlotEngine:
         # The ids stay: the next owner may share a head with them.
         self._slots[row].key = None
         self._slots[row].job = None
+
+    def state_dict(self, most: int) -> dict[str, Any] | None:
+        """What the cache holds; ``None`` above ``most`` bytes, or among unfinished requests."""
+        if self._model is None or self._waiting or self._running:
+            return None
+        slots = [[slot.key, slot.ids, slot.used] for slot in self._slots]
+        held = self._model.cache.held(max(len(slot.ids) for slot in self._slots), most)
+        return {"clock": next(self._clock), "slots": slots, "tensors": held} if held else None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, bit by bit, as an engine of the same policy and settings left off."""
+        self._clock = itertools.count(state["clock"])
+        self._slots = [Slot(key, ids=list(ids), used=used) for key, ids, used in state["slots"]]
+        self._owner = {slot.key: row for row, slot in enumerate(self._slots) if slot.key}
+        self._policy().cache.fill(state["tensors"], self._policy().device)
 
     def _check_request(self, request: Request, busy: set[str | None]) -> None:
         prompt, new = len(request.prompt), request.sampling.max_new_tokens

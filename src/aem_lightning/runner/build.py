@@ -25,6 +25,7 @@ from aem_lightning.modules import (
     Architecture,
     Lora,
     Policy,
+    RolloutJournal,
     RolloutSettings,
     UpdateSettings,
     check_dtype,
@@ -253,6 +254,8 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
         _go_on(logger, start)
     if cfg.profile:
         callbacks.append(Profile())
+    if cfg.get("rollout_journal"):  # earlier checkpoints have no such key
+        callbacks.append(RolloutJournal())
     # A partial: Hydra would take the objects for configs, and some loggers look like one.
     trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
         callbacks=callbacks,

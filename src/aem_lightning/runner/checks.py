@@ -46,6 +46,7 @@ _CHOICES = {
     "profile": (False, True),
     "preflight": ("auto", True, False, "only"),
     "strict": (False, True),
+    "rollout_journal": (False, True),
 }
 # The groups whose option custom.yaml leaves the class to a person.
 _CUSTOM = {
