@@ -179,7 +179,8 @@ LOCAL = ("datamodule._target_=local_coin.LocalCoin", "evaluate=false", "prefligh
 
 
 def test_a_broken_batch_is_lost_or_shows_something_else(toy_model, tmp_path, caplog):
-    cfg = toy_config(tmp_path, toy_model, *LOCAL, "optimizer.lr=1e30", "rewards.malformed=-0.3")
+    wishes = ("optimizer.lr=1e30", "rewards.malformed=-0.3", "rollout_journal=false")
+    cfg = toy_config(tmp_path, toy_model, *LOCAL, *wishes)
     with pytest.raises(NotFiniteError) as caught:
         train(cfg)
     (file,) = tmp_path.glob("not_finite_0_0.pt")
