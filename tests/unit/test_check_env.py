@@ -234,5 +234,5 @@ def test_the_line_that_loads_torch_into_every_worker_is_named_and_no_other(
     monkeypatch.syspath_prepend(tmp_path)
     check_env(importlib.import_module("home").Env, TASKS, resets=0)
     warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == (line is not None) + 1  # and that the worker was killed
+    assert len(warnings) == (line is not None)  # and not that the worker was killed
     assert line is None or re.search(line, warnings[-1])
