@@ -16,6 +16,7 @@ once.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import weakref
 from collections import Counter
@@ -90,14 +91,7 @@ class EnvPool:
             raise ValueError(f"workers={workers}; a pool needs at least 1")
         if slots_per_worker is not None and slots_per_worker < 1:
             raise ValueError(f"slots_per_worker={slots_per_worker}; allowed: None, or at least 1")
-        if timeout_s <= 0:
-            raise ValueError(f"timeout_s={timeout_s}; it must be positive")
-        if memory_gb is not None and not memory_gb > 0:
-            raise ValueError(f"memory_gb={memory_gb}; allowed: None, or more than 0")
-        if isinstance(pass_environment, str):
-            raise ValueError(f"pass_environment={pass_environment!r}; a list: [{pass_environment}]")
-        if on_bad_answer not in get_args(OnBadAnswer):
-            raise ValueError(f"on_bad_answer={on_bad_answer!r}; allowed: mask, stop")
+        check_pool_settings(timeout_s, memory_gb, pass_environment, on_bad_answer)
         self.make_env = make_env
         self.workers = workers
         self.slots_per_worker = slots_per_worker
@@ -304,6 +298,37 @@ _ARGUMENTS = (
     "pass_environment",
     "on_bad_answer",
 )
+
+
+def check_pool_settings(
+    timeout_s: float, memory_gb: float | None, pass_environment: Sequence[str], on_bad_answer: str
+) -> None:
+    """Raise unless `EnvPool` takes these; in the words of a DataModule's config.
+
+    Raises:
+        ValueError: Every value that is out of range.
+    """
+    names = pass_environment
+    is_list = not isinstance(names, str) and all(isinstance(name, str) for name in names)
+    checks = (
+        ("timeout_s", timeout_s, _is_above_0(timeout_s), "seconds, more than 0, e.g. 120"),
+        (
+            "memory_gb",
+            memory_gb,
+            memory_gb is None or _is_above_0(memory_gb),
+            "null, or GB, e.g. 4",
+        ),
+        ("pass_environment", names, is_list, "a list of names, e.g. [MY_TOKEN]"),
+        ("on_bad_answer", on_bad_answer, on_bad_answer in get_args(OnBadAnswer), "mask, or stop"),
+    )
+    if problems := [
+        f"datamodule.{name}={v!r}: type {w}" for name, v, fits, w in checks if not fits
+    ]:
+        raise ValueError("; ".join(problems))
+
+
+def _is_above_0(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
 def _end(crew: Crew, owner: int) -> None:

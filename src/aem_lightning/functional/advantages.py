@@ -153,7 +153,10 @@ def _counted(
     values = returns[keep]
     broken = keep[~values.isfinite()]
     if broken.numel():
-        raise ValueError(f"returns must be finite; those at {broken.tolist()} are not")
+        raise ValueError(
+            f"returns must be finite; those at {broken.tolist()}, of the groups (tasks of the "
+            f"iteration) {group[broken].tolist()}, are {returns[broken].tolist()}"
+        )
     ids, count = segment_ids(group[keep])
     return keep, values, ids, count
 

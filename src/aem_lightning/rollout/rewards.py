@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Real
 
 from aem_lightning.types import EnvStep
+
+
+class BadRewardError(ValueError):
+    """An environment's reward that counts is no finite number."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,16 @@ class RewardShaping:
                 )
 
     def __call__(self, step: EnvStep, *, malformed: bool) -> float:
-        """The shaped reward of the turn that ``step`` answers."""
-        reward = self.environment * step.reward + self.step
+        """The shaped reward of the turn that ``step`` answers.
+
+        Raises:
+            BadRewardError: The environment's own counts, and is no finite number.
+        """
+        reward = float(self.step)
+        if self.environment:
+            if not isinstance(step.reward, Real) or not math.isfinite(step.reward):
+                raise BadRewardError(f"reward={step.reward!r}; expected a finite number")
+            reward += self.environment * float(step.reward)
         if step.won:
             reward += self.success
         if malformed:

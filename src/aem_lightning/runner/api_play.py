@@ -152,7 +152,7 @@ def _seats(datamodule: AgentDataModule, episodes: int) -> Iterator[Callable[[Epi
     """A seat for each episode, in as many processes as the DataModule has workers."""
     tables = [
         (
-            EnvPool(datamodule.env_factory(), workers=1, timeout_s=datamodule.timeout_s),
+            EnvPool(datamodule.env_factory(), workers=1, **datamodule.pool_settings),
             threading.Lock(),
         )
         for _ in range(min(datamodule.workers, episodes))

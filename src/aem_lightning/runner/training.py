@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.envs import check_env
+from aem_lightning.metrics import NothingToJudgeError
+from aem_lightning.modules import AgentModule
 from aem_lightning.runner.build import (
     build_agent,
     build_datamodule,
@@ -69,7 +71,7 @@ def reinforce(
     before = after = None
     if cfg.evaluate:
         with clock("evaluation_before"):
-            before = known or play_all(trainer, module, datamodule)["success"]
+            before = known or _success(trainer, module, datamodule)
         (output / BEFORE).write_text(json.dumps(before, indent=2), encoding="utf-8")
     with clock("training"):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -79,13 +81,14 @@ def reinforce(
         trainer.save_checkpoint(last, weights_only=False)
     if cfg.evaluate:
         with clock("evaluation_after"):
-            after = play_all(trainer, module, datamodule)["success"]
+            after = _success(trainer, module, datamodule)
     summary = {
         "name": cfg.name,
         "iterations": module.iteration,
         "seed": cfg.seed,
         "success_before": before,
         "success_after": after,
+        "quarantine": dict(datamodule.pool.quarantine),
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
         "next": after_training(cfg, last),
@@ -93,6 +96,18 @@ def reinforce(
     if trainer.is_global_zero:
         write_summary(output, summary)
     return summary
+
+
+def _success(
+    trainer: L.Trainer, module: AgentModule, datamodule: AgentDataModule
+) -> dict[str, Any] | None:
+    """Success over the evaluation; ``None``, and the run goes on, where every episode broke."""
+    try:
+        success: dict[str, Any] = play_all(trainer, module, datamodule)["success"]
+    except NothingToJudgeError as error:
+        log.warning("%s", error)
+        return None
+    return success
 
 
 def warm_start_only(
