@@ -118,7 +118,7 @@ def _number(name: str, value: Any) -> float:
 
 def _is_finite(value: Any) -> bool:
     value = _plain(value)
-    return isinstance(value, Real) and bool(abs(value) <= LARGEST)  # NaN is not
+    return isinstance(value, Real) and bool(-LARGEST <= value <= LARGEST)  # type: ignore[operator]
 
 
 def _plain(value: Any) -> Any:

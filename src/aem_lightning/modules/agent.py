@@ -207,16 +207,19 @@ class AgentModule(L.LightningModule):
         """The optimizer steps of this iteration, without the rows that change no gradient."""
         seed = stable_seed(self.seed, self.iteration, self.global_rank, "plan")
         generator = torch.Generator().manual_seed(seed)
-        skipped = self.reason_to_skip(advantages)
+        skipped = self.reason_to_skip(batch, advantages)
         others = bool(self.critic or self.covariance) or not self.modulation.keeps_zeros
         active = rows_with_gradient(batch, advantages, self.loss, zeros_count=others)
         active &= skipped is None
         return UpdatePlan.draw(active, self.update_settings, generator, skipped)
 
-    def reason_to_skip(self, advantages: Tensor) -> str | None:
+    def reason_to_skip(self, batch: RolloutBatch, advantages: Tensor) -> str | None:
         """Why there is nothing to learn from this batch, on every rank; ``None`` when there is."""
-        uniform = self.global_sum(advantages.abs().sum()) == 0
-        if uniform and self.modulation.keeps_zeros and self.loss.keeps_zeros:
+        sums = torch.stack([advantages.abs().sum(), batch.judged.sum().to(advantages.dtype)])
+        size, episodes = self.global_sum(sums).tolist()
+        if not episodes:
+            return "every episode broke"
+        if not size and self.modulation.keeps_zeros and self.loss.keeps_zeros:
             return "every group is uniform: all copies of each task earned the same return"
         return None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -43,12 +44,12 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
     groups, dropped = ({t.group for t in part} for part in (done.played, done.dropped))
     turns = [turn for trajectory in trained for turn in trajectory.turns]
     entropy, tokens = entropy_sums(batch).tolist()
-    shares = {
+    shares: dict[str, tuple[float, Collection[Any]]] = {
         "train/success_rate": (sum(t.won for t in played), played),
         "train/score": (sum(t.score for t in played), played),
         "train/return": (sum(t.total_reward for t in played), played),
         "rollout/turns": (len(turns), trained),
-        "rollout/response_tokens": (tokens, turns),
+        "rollout/response_tokens": (sum(turn.length for turn in turns), turns),
         "rollout/malformed_rate": (sum(turn.action is None for turn in turns), turns),
         "rollout/inadmissible_rate": (
             sum(turn.action is not None and not turn.is_valid for turn in turns),
@@ -57,7 +58,7 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
         "rollout/truncated_rate": (sum(t.truncated for t in trained), trained),
         "rollout/mixed_groups": (len(mixed_groups(done.trajectories)), groups),
     }
-    means = {name: float(total) / len(over) for name, (total, over) in shares.items() if over}
+    means = {name: total / len(over) for name, (total, over) in shares.items() if over}
     if tokens:
         means["rollout/entropy"] = entropy / tokens
     return {
@@ -101,7 +102,10 @@ def over_ranks(metrics: dict[str, float], played: Sequence[Trajectory]) -> dict[
     dist.all_gather_object(found, (metrics, len(judged(played))))
     result = {}
     for name in dict.fromkeys(name for part, _ in found for name in part):
-        given = [(part[name], max(1, count)) for part, count in found if name in part]
-        total = sum(value if name in COUNTS else value * weight for value, weight in given)
-        result[name] = total if name in COUNTS else total / sum(weight for _, weight in given)
+        values = [part[name] for part, _ in found if name in part]
+        weights = [judged for part, judged in found if name in part]
+        if name in COUNTS or not any(weights):
+            result[name] = sum(values) if name in COUNTS else statistics.fmean(values)
+        else:
+            result[name] = statistics.fmean(values, weights)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from numbers import Real
+from typing import Any
 
 from aem_lightning.types import EnvStep
 
@@ -51,9 +52,10 @@ class RewardShaping:
         """
         reward = float(self.step)
         if self.environment:
-            if not isinstance(step.reward, Real) or not math.isfinite(step.reward):
-                raise BadRewardError(f"reward={step.reward!r}; expected a finite number")
-            reward += self.environment * float(step.reward)
+            given: Any = step.reward
+            if not isinstance(given, Real) or not math.isfinite(given):
+                raise BadRewardError(f"reward={given!r}; expected a finite number")
+            reward += self.environment * float(given)
         if step.won:
             reward += self.success
         if malformed:

@@ -25,7 +25,7 @@ from aem_lightning.runner.build import (
 )
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
-from aem_lightning.runner.evaluation import play_all
+from aem_lightning.runner.evaluation import from_all_ranks, play_all
 from aem_lightning.runner.next_steps import after_training, after_warm_start
 from aem_lightning.runner.summary import StageClock, write_summary
 
@@ -88,7 +88,7 @@ def reinforce(
         "seed": cfg.seed,
         "success_before": before,
         "success_after": after,
-        "quarantine": dict(datamodule.pool.quarantine),
+        "quarantine": dict(from_all_ranks(list(datamodule.pool.quarantine.items()))),
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
         "next": after_training(cfg, last),
