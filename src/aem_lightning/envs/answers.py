@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -41,16 +41,16 @@ def checked_answer(
     """
     if not isinstance(result, tuple | list) or len(result) != len(names):
         raise BadAnswerError(f"{_shown(result)}; expected a tuple ({', '.join(names)})")
-    found = dict(zip(names, result, strict=True))
-    reward = found.get("reward", 0.0)
-    if uses_reward or _is_finite(reward):
-        reward = _number("reward", reward)
+    observation, *rest, info = result
+    reward, terminated, truncated = rest or (0.0, False, False)
+    if not uses_reward and not _is_finite(reward):
+        reward = 0.0
     return EnvStep(
-        _text("observation", found["observation"]),
-        reward if _is_finite(reward) else 0.0,
-        _flag("terminated", found.get("terminated", False)),
-        _flag("truncated", found.get("truncated", False)),
-        _info(found["info"], task_id),
+        _text("observation", observation),
+        _number("reward", reward),
+        _flag("terminated", terminated),
+        _flag("truncated", truncated),
+        _info(info, task_id),
     )
 
 
@@ -58,31 +58,23 @@ def _info(given: Any, task_id: str | None) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise BadAnswerError(f"info={_shown(given)}; expected dict")
     info = dict(given)
-    for name in ("task_id", "goal"):
-        if name in info:
-            info[name] = _text(f"info[{name!r}]", info[name])
+    for key, check in _CHECKS.items():
+        if key in info:
+            info[key] = check(f"info[{key!r}]", info[key])
     if task_id is not None and info.get("task_id", task_id) != task_id:
         raise BadAnswerError(f"info['task_id']={_shown(info['task_id'])}; expected {task_id!r}")
-    for name in ("is_action_valid", "won"):
-        if name in info:
-            info[name] = _flag(f"info[{name!r}]", info[name])
-    if "score" in info:
-        info["score"] = _number("info['score']", info["score"])
-    if info.get("infra_error") is not None:
-        reason = info["infra_error"]
-        if not isinstance(reason, str):
-            raise BadAnswerError(f"info['infra_error']={_shown(reason)}; expected str or None")
-        info["infra_error"] = printable(reason)
-    actions = info.get("admissible_actions")
-    if actions is not None:
-        info["admissible_actions"] = _texts("info['admissible_actions']", actions)
     return info
 
 
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, tuple | list) or not all(isinstance(text, str) for text in value):
-        raise BadAnswerError(f"{name}={_shown(value)}; expected a tuple of str")
-    _text(name, "\n".join(value))
+def _texts(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, tuple | list):
+            raise TypeError
+        _text(name, "\n".join(value))
+    except TypeError:
+        raise BadAnswerError(f"{name}={_shown(value)}; expected a tuple of str") from None
     return tuple(value)
 
 
@@ -101,6 +93,12 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
+def _reason(name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise BadAnswerError(f"{name}={_shown(value)}; expected str or None")
+    return None if value is None else printable(value)
+
+
 def _flag(name: str, value: Any) -> bool:
     value = _plain(value)
     if not isinstance(value, bool):
@@ -117,13 +115,28 @@ def _number(name: str, value: Any) -> float:
 
 
 def _is_finite(value: Any) -> bool:
-    value = _plain(value)
-    return isinstance(value, Real) and bool(-LARGEST <= value <= LARGEST)  # type: ignore[operator]
+    """Whether it is a number that a tensor holds; NaN is not."""
+    number = _plain(value)
+    known = isinstance(number, (int, float, Real))  # the first two for their speed
+    return known and bool(-LARGEST <= number <= LARGEST)
 
 
 def _plain(value: Any) -> Any:
     """A scalar of numpy as Python's own; numpy itself is not imported."""
-    return value.item() if getattr(value, "shape", None) == () else value
+    if type(value) in (bool, float, int) or getattr(value, "shape", None) != ():
+        return value
+    return value.item()
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "task_id": _text,
+    "goal": _text,
+    "admissible_actions": _texts,
+    "is_action_valid": _flag,
+    "score": _number,
+    "won": _flag,
+    "infra_error": _reason,
+}
 
 
 def printable(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from aem_lightning.envs.answers import STEP, checked_answer
 from aem_lightning.types import EnvStep, ResetRequest
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 OUTCOME_BYTES = 64 << 20  # a larger outcome is refused, and a longer line no answer at all
 
 
@@ -118,7 +119,7 @@ def write_answer(kind: type[Answer], *values: Any) -> bytes:
     Raises:
         TypeError, ValueError, RecursionError: JSON cannot say a value.
     """
-    return json.dumps([kind.__name__, *values], separators=(",", ":")).encode() + b"\n"
+    return _encode([kind.__name__, *values]).encode() + b"\n"
 
 
 def write_played(number: int, steps: Sequence[EnvStep]) -> bytes:
@@ -154,7 +155,7 @@ def read_answer(line: bytes) -> Answer:
         ValueError: Anything that is not an answer, in form or in type.
     """
     try:
-        word, *values = json.loads(line)
+        word, *values = json.loads(line.decode())
         return _READERS[word](*values)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{line[:200]!r}") from error

@@ -144,6 +144,7 @@ class WorkerProcess:
         try:
             self._socket.settimeout(timeout_s)
             self._socket.sendall(data)
+            self._socket.setblocking(False)
         except TimeoutError:
             raise WorkerHungError(f"it read nothing for {timeout_s:g} s{self.said()}") from None
         except OSError:
@@ -157,7 +158,6 @@ class WorkerProcess:
         """
         while self._out:
             try:
-                self._socket.settimeout(0)
                 chunk = self._socket.recv(CHUNK)
             except BlockingIOError:
                 return
