@@ -33,7 +33,7 @@ class Hyperparameters(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the run into TensorBoard's table, beside the point that Lightning itself logs."""
         rate = trainer.callback_metrics.get(METRIC)
-        if self._in_table or rate is None:
+        if self._in_table or rate is None or rate.isnan():
             return
         self._in_table = True
         for logger in trainer.loggers:

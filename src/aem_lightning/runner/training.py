@@ -88,7 +88,7 @@ def reinforce(
         "seed": cfg.seed,
         "success_before": before,
         "success_after": after,
-        "quarantine": dict(from_all_ranks(list(datamodule.pool.quarantine.items()))),
+        "quarantine": dict(from_all_ranks([*getattr(datamodule.pool, "quarantine", {}).items()])),
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
         "next": after_training(cfg, last),
