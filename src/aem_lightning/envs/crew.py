@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -27,6 +28,7 @@ K = TypeVar("K", bound=Hashable)
 Due = dict[str, str | None]
 """The action of every episode whose answer is still missing; None: its reset."""
 
+GRACE_S = 1.0  # for all workers together, to end by themselves
 PROBES = 16  # processes at most in which the episodes of workers that hung are tried, at once
 
 
@@ -89,10 +91,11 @@ class Crew:
         """End the workers."""
         for process in self.processes:
             process.hang_up()
+        end = time.monotonic() + GRACE_S
         for process in self.processes:
             if tail := process.stderr_tail():
                 logger.debug("Worker %d wrote: %s", process.pid, tail)
-            process.kill(grace_s=1.0)
+            process.kill(max(0.0, end - time.monotonic()))
         self.processes.clear()
 
     def counters(self) -> Counter[str]:

@@ -122,7 +122,7 @@ def write_answer(kind: type[Answer], *values: Any) -> bytes:
     return _encode([kind.__name__, *values]).encode() + b"\n"
 
 
-def write_played(number: int, steps: Sequence[EnvStep]) -> bytes:
+def write_played(number: int, steps: Sequence[EnvStep], task_id: str) -> bytes:
     """A line of `Played`, or of `Refused` where it would be too long.
 
     Keys of ``info`` that JSON cannot say are left out.
@@ -136,7 +136,7 @@ def write_played(number: int, steps: Sequence[EnvStep]) -> bytes:
         line = write_answer(Played, number, rows)
     if len(line) <= OUTCOME_BYTES:
         return line
-    reason = f"an answer of {len(line):,} bytes; allowed are {OUTCOME_BYTES:,}"
+    reason = f"task {task_id!r}: an answer of {len(line):,} bytes; allowed are {OUTCOME_BYTES:,}"
     return write_answer(Refused, number, reason)
 
 

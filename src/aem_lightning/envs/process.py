@@ -35,9 +35,11 @@ K = TypeVar("K", bound=Hashable)
 
 WORKER = "aem_lightning.envs.worker"
 LEAST_START_S = 30.0  # an interpreter's own on a busy machine, however little an answer may take
+FACTORY_S = 300.0  # to take the factory in, which may hold a whole data set
 STDERR_TAIL = 2_000
 STDERR_LIMIT = 1 << 20
 CHUNK = 1 << 18
+LOOK_S = 1.0  # between two looks at whether workers still live
 STARTS, COUNTS = 0, -1  # what is out, beside the numbers of orders
 
 
@@ -89,7 +91,11 @@ class WorkerProcess:
         with contextlib.suppress(
             WorkerLostError
         ):  # one that is dead already is found by wait_ready
-            self._write(factory, LEAST_START_S)
+            self._write(factory, FACTORY_S)
+
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._popen.poll() is not None
 
     @property
     def owes(self) -> bool:
@@ -148,7 +154,7 @@ class WorkerProcess:
         except TimeoutError:
             raise WorkerHungError(f"it read nothing for {timeout_s:g} s{self.said()}") from None
         except OSError:
-            raise WorkerLostError(self._obituary()) from None
+            raise WorkerLostError(self.obituary()) from None
 
     def read(self) -> Iterator[Answer]:
         """What has come of the answers that are out, without waiting.
@@ -164,7 +170,7 @@ class WorkerProcess:
             except OSError:
                 chunk = b""
             if not chunk:
-                raise WorkerLostError(self._obituary())
+                raise WorkerLostError(self.obituary())
             self._parts.append(chunk)
             if b"\n" in chunk:
                 *lines, rest = b"".join(self._parts).split(b"\n")
@@ -190,7 +196,8 @@ class WorkerProcess:
             raise WorkerLostError(f"it said what is no answer: {line[:200]!r}{self.said()}")
         return answer
 
-    def _obituary(self) -> str:
+    def obituary(self) -> str:
+        """How the worker ended, and its last words."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1.0)
         return f"worker {self.pid} ended with exit status {self._popen.returncode}{self.said()}"
@@ -246,13 +253,16 @@ def listen(
         for key in waiting:
             selector.register(processes[key], selectors.EVENT_READ, key)
         while waiting:
-            selector.select(max(0.0, min(waiting.values()) - time.monotonic()))
+            selector.select(min(LOOK_S, max(0.0, min(waiting.values()) - time.monotonic())))
             for key in list(waiting):
                 process = processes[key]
+                ended = process.has_ended()  # asked first: what it said last is read all the same
                 try:
                     for answer in process.read():
                         waiting[key] = time.monotonic() + timeout_s
                         yield key, answer
+                    if process.owes and ended:  # a child of it may hold the socket open
+                        raise WorkerLostError(process.obituary())
                     if process.owes and time.monotonic() > waiting[key]:
                         raise WorkerHungError(f"no answer within {timeout_s:g} s{process.said()}")
                 except WorkerLostError as lost:

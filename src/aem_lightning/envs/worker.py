@@ -100,7 +100,8 @@ class EnvSlots:
         Where memory runs out the process ends: a new one may have enough.
         """
         try:
-            return write_played(number, list(self._play(order, beat))[-2:])
+            steps = list(self._play(order, beat))[-2:]
+            return write_played(number, steps, self._slots[order.slot].request.task_id)
         except MemoryError:
             print(f"MemoryError: {_out_of_memory()}", file=sys.stderr, flush=True)
             os._exit(1)  # whatever threads the environment has
