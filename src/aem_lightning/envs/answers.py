@@ -58,9 +58,9 @@ def _info(given: Any, task_id: str | None) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise BadAnswerError(f"info={_shown(given)}; expected dict")
     info = dict(given)
-    for key, check in _CHECKS.items():
+    for key, name, check in _CHECKS:
         if key in info:
-            info[key] = check(f"info[{key!r}]", info[key])
+            info[key] = check(name, info[key])
     if task_id is not None and info.get("task_id", task_id) != task_id:
         raise BadAnswerError(f"info['task_id']={_shown(info['task_id'])}; expected {task_id!r}")
     return info
@@ -100,6 +100,8 @@ def _reason(name: str, value: Any) -> str | None:
 
 
 def _flag(name: str, value: Any) -> bool:
+    if value is True or value is False:
+        return value
     value = _plain(value)
     if not isinstance(value, bool):
         raise BadAnswerError(f"{name}={_shown(value)}; expected bool")
@@ -107,6 +109,8 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _number(name: str, value: Any) -> float:
+    if type(value) is float and -LARGEST <= value <= LARGEST:
+        return value
     if not _is_finite(value):
         kind = "a finite number" if isinstance(_plain(value), Real) else "a number"
         raise BadAnswerError(f"{name}={_shown(value)}; expected {kind}")
@@ -128,7 +132,7 @@ def _plain(value: Any) -> Any:
     return value.item()
 
 
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+_OF_INFO: dict[str, Callable[[str, Any], Any]] = {
     "task_id": _text,
     "goal": _text,
     "admissible_actions": _texts,
@@ -137,6 +141,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "won": _flag,
     "infra_error": _reason,
 }
+_CHECKS = [(key, f"info[{key!r}]", check) for key, check in _OF_INFO.items()]
 
 
 def printable(text: str) -> str:

@@ -43,7 +43,7 @@ from aem_lightning.envs.orders import (
 from aem_lightning.types import EnvStep, ResetRequest
 
 BEAT_S = 1.0
-TOLD_S = 0.02  # what is known for so long is told; more often costs the pool's time
+TOLD_S = 0.25  # what is known for so long is told; more often costs the time of both ends
 STIRS_S = 0.005  # processor time between two beats of which more is work, and less our own thread
 
 
