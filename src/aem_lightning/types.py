@@ -48,11 +48,13 @@ class ResetRequest:
         task_id: The start state.
         seed: Seed of the environment's own randomness; the copies of a group share it.
         affinity: Episodes with the same number are played by the same worker: a group's number.
+        uses_reward: The environment's own reward counts; one that does not is not looked at.
     """
 
     task_id: str
     seed: int = 0
     affinity: int = 0
+    uses_reward: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,11 @@ from aem_lightning.functional import response_entropy
 from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.attention import is_packed
 from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
-from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform
+from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform, why_all_broke
 from aem_lightning.modules.finite import FiniteCheck, check_weights
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy, check_adapters
-from aem_lightning.modules.reporting import environment_metrics, rollout_metrics
+from aem_lightning.modules.reporting import environment_metrics, over_ranks, rollout_metrics, shown
 from aem_lightning.modules.resuming import advanced, resume, stored_state, take_up
 from aem_lightning.modules.scoring import Objective, fill_values, score_rows
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
@@ -158,7 +158,7 @@ class AgentModule(L.LightningModule):
             gated=modulated.gated,
             seconds=watch.seconds,
             metrics=metrics,
-            skipped=plan.skipped,
+            skipped=plan.skipped and (why_all_broke(played) or plan.skipped),
             entropy_source=entropy_source,
             dropped=dropped,
         )
@@ -205,6 +205,7 @@ class AgentModule(L.LightningModule):
             max_new_tokens=settings.max_new_tokens,
             concurrency=settings.concurrency,
             episodes_over=self.episodes_over,
+            must_fit=self.iteration == 0,  # a run that has played goes on without such a task
         )
 
     # ---------------------------------------------------------------------------------------- score
@@ -219,8 +220,9 @@ class AgentModule(L.LightningModule):
         """The optimizer steps of this iteration, without the rows that change no gradient."""
         seed = stable_seed(self.seed, self.iteration, self.global_rank, "plan")
         generator = torch.Generator().manual_seed(seed)
-        spread = self.global_sum(advantages.abs().sum())
-        skipped = reason_to_skip(spread, self.modulation, self.loss)
+        sums = torch.stack([advantages.abs().sum(), batch.judged.sum().to(advantages.dtype)])
+        spread, episodes = self.global_sum(sums).tolist()
+        skipped = reason_to_skip(spread, episodes, self.modulation, self.loss)
         others = bool(self.critic or self.covariance) or not self.modulation.keeps_zeros
         active = rows_with_gradient(batch, advantages, self.loss, zeros_count=others)
         active &= skipped is None
@@ -308,19 +310,14 @@ class AgentModule(L.LightningModule):
         """Move the entropy coefficient by the batch's entropy, where the loss has a target."""
         if isinstance(self.loss, ClippedLoss) and self.loss.adaptive_entropy is not None:
             total, tokens = self.global_sum(entropy_sums(batch)).tolist()
-            self.loss, self.entropy_coef = self.loss.adapted(self.entropy_coef, total / tokens)
+            if tokens:
+                self.loss, self.entropy_coef = self.loss.adapted(self.entropy_coef, total / tokens)
 
     def global_sum(self, value: Tensor) -> Tensor:
         """``value`` summed over ranks."""
         if self.trainer.world_size > 1:
             dist.all_reduce(value)
         return value
-
-    def mean_over_ranks(self, metrics: dict[str, float], played: int) -> dict[str, float]:
-        """Each of ``metrics`` averaged over ranks, a rank weighing as many as it has ``played``."""
-        values = torch.tensor([*metrics.values(), 1.0], device=self.device)
-        *sums, episodes = self.global_sum(values * played).tolist()
-        return dict(zip(metrics, [total / episodes for total in sums], strict=True))
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -334,12 +331,11 @@ class AgentModule(L.LightningModule):
     def report(self, done: Iteration) -> None:
         """Log the iteration; the x axis is iterations, never optimizer steps."""
         counted = environment_metrics(self.trainer.datamodule.pool)  # type: ignore[attr-defined]
-        episodes = self.mean_over_ranks({**rollout_metrics(done), **counted}, len(done.played))
+        episodes = over_ranks({**rollout_metrics(done), **counted}, done.played)
         metrics = {**episodes, **done.metrics, "policy/lr": self.learning_rate()}
         for logger in self.loggers:
             logger.log_metrics(metrics, step=done.index)
-        shown = {"success": metrics["train/success_rate"], "entropy": metrics["rollout/entropy"]}
-        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+        self.log_dict(shown(metrics), prog_bar=True, logger=False, batch_size=1)
 
     def learning_rate(self) -> float:
         """The learning rate of this iteration; the schedule moves on after it."""
@@ -368,7 +364,11 @@ class AgentModule(L.LightningModule):
         values = self.validation_metrics.compute()
         self.validation_metrics.reset()
         self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=False)
-        self.log("val", values["success_rate"], prog_bar=True, logger=False)
+        success = values.get("success_rate")
+        if success is None:  # a curve has a gap there, but what monitors it needs a value
+            success = torch.tensor(torch.nan)
+            self.log("val/success_rate", success, logger=False)
+        self.log("val", success, prog_bar=True, logger=False)
 
     on_test_epoch_start = on_validation_epoch_start
 

@@ -166,14 +166,19 @@ def clip_globally(
     return torch.nn.utils.clip_grad_norm_(trained, max_norm)
 
 
-def reason_to_skip(spread: Tensor, modulation: Modulation, loss: Loss) -> str | None:
+def reason_to_skip(
+    spread: float, episodes: float, modulation: Modulation, loss: Loss
+) -> str | None:
     """Why there is nothing to learn from a batch; ``None`` when there is.
 
     Args:
         spread: The sum of absolute advantages, over all ranks.
+        episodes: How many of theirs can be judged.
         modulation: Whether it moves advantages of 0.
         loss: Whether it has a gradient for them.
     """
+    if not episodes:
+        return "every episode broke"
     if spread == 0 and modulation.keeps_zeros and loss.keeps_zeros:
         return "every group is uniform: all copies of each task earned the same return"
     return None

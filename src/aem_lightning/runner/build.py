@@ -202,6 +202,9 @@ def warm_start_data(cfg: DictConfig) -> dict[str, Any]:
         "evaluation_splits",
         "workers",
         "timeout_s",
+        "memory_gb",
+        "pass_environment",
+        "on_bad_answer",
         "seed",
         "cached_engine",
     )

@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.envs import check_env
+from aem_lightning.metrics import NothingToJudgeError
+from aem_lightning.modules import AgentModule
 from aem_lightning.runner.build import (
     build_agent,
     build_datamodule,
@@ -23,7 +25,7 @@ from aem_lightning.runner.build import (
 )
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
-from aem_lightning.runner.evaluation import play_all
+from aem_lightning.runner.evaluation import from_all_ranks, play_all
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
 from aem_lightning.runner.preflight import preflight
@@ -73,7 +75,7 @@ def reinforce(
     if cfg.evaluate:
         with clock("evaluation_before"):
             known = earlier.before if earlier else None
-            before = known or play_all(trainer, module, datamodule)["success"]
+            before = known or _success(trainer, module, datamodule)
         (output / BEFORE).write_text(json.dumps(before, indent=2), encoding="utf-8")
     with clock("training"):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -88,7 +90,7 @@ def reinforce(
     verdict = learning_verdict(trainer.callbacks)  # type: ignore[attr-defined]
     if cfg.evaluate and not (cfg.strict and verdict):
         with clock("evaluation_after"):
-            after = play_all(trainer, module, datamodule)["success"]
+            after = _success(trainer, module, datamodule)
     summary = {
         "name": cfg.name,
         "iterations": module.iteration,
@@ -97,6 +99,7 @@ def reinforce(
         "success_after": after,
         "verdict": verdict,
         "preflight": checked and checked["verdict"],
+        "quarantine": dict(from_all_ranks([*getattr(datamodule.pool, "quarantine", {}).items()])),
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
         "next": next_steps,
@@ -104,6 +107,18 @@ def reinforce(
     if trainer.is_global_zero:
         write_summary(output, summary)
     return summary
+
+
+def _success(
+    trainer: L.Trainer, module: AgentModule, datamodule: AgentDataModule
+) -> dict[str, Any] | None:
+    """Success over the evaluation; ``None``, and the run goes on, where every episode broke."""
+    try:
+        success: dict[str, Any] = play_all(trainer, module, datamodule)["success"]
+    except NothingToJudgeError as error:
+        log.warning("%s", error)
+        return None
+    return success
 
 
 def warm_start_only(
