@@ -130,7 +130,9 @@ class Progress(Callback):
             parts.append(f"KL {iteration.metrics['policy/approx_kl']:.4f}")
         parts += [duration(self._iterations[-1]), f"{duration(self._left(trainer, left))} left"]
         if iteration.skipped is not None:
-            parts.append("no update")  # LearningWatch says why, once
+            broken = all(trajectory.infra_error for trajectory in iteration.played)
+            # Of any other reason LearningWatch speaks, once.
+            parts.append(f"no update: {iteration.skipped}" if broken else "no update")
         number = iteration.index + 1
         log.info("iteration %d/%d: %s", number, number + left, ", ".join(parts))
 
