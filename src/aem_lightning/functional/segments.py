@@ -129,6 +129,7 @@ def counted_rows(
     broken = keep[~values[keep].isfinite()]
     if broken.numel():
         raise ValueError(
-            f"{name} must be finite; those at {broken.tolist()} are {values[broken].tolist()}"
+            f"{name} must be finite; those at {broken.tolist()} are {values[broken].tolist()}, of "
+            f"the groups (tasks of the batch) {group[broken].tolist()}"
         )
     return keep, values[keep], *segment_ids(group[keep])
