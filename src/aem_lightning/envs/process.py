@@ -52,6 +52,7 @@ class WorkerProcess:
                 stdout=self._stderr,
                 stderr=self._stderr,
                 env=_environment(),
+                process_group=0,  # what a terminal signals is for its pool, which ends it
             )
         self._connection: Connection[Any, Any] = Connection(ours.detach())
         with contextlib.suppress(OSError):  # a worker that is dead already is found by wait_ready

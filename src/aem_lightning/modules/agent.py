@@ -120,6 +120,7 @@ class AgentModule(L.LightningModule):
         self.config: dict[str, Any] = {}
         self.tested: list[Trajectory] = []
         self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
+        self.committing: Callable[[], object] = bool  # called before the first change of a step
         self.validation_metrics = EpisodeMetrics(task_types)
         self._optimizer, self._scheduler = optimizer, scheduler
 
@@ -139,6 +140,7 @@ class AgentModule(L.LightningModule):
             modulated = self.modulation(rollouts)  # alpha [R]
             scaled = modulated.apply(advantages, rollouts)  # as advantages
         with watch("update"):
+            self.committing()
             self.adapt_entropy(rollouts)
             metrics = self.update(rollouts, scaled, plan) if plan.skipped is None else {}
         done = Iteration(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 import lightning as L
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies.launchers import subprocess_script
 from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.algorithms import check_group_size
@@ -28,8 +31,12 @@ from aem_lightning.modules import (
     check_dtype,
 )
 from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner import ranks
+from aem_lightning.runner.checkpoint_io import SealedCheckpointIO
 from aem_lightning.runner.early import read_template
 from aem_lightning.runner.parts import check_classes
+from aem_lightning.runner.signals import stop_signals
+from aem_lightning.runner.stopping import KeepLastIteration
 from aem_lightning.runner.warm_start import (
     WarmStart,
     WarmStartSettings,
@@ -243,6 +250,8 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     callbacks, loggers = _named(cfg.callbacks), _named(cfg.logger)
     if cfg.profile:
         callbacks.append(Profile())
+    if (signals := stop_signals()) is not None:
+        callbacks.append(KeepLastIteration(cfg, signals))
     epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number
     # A partial: Hydra would take the objects for configs, and some loggers look like one.
     trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
@@ -251,6 +260,12 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         # Where none of them saves, Lightning would add a checkpoint of its own.
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         max_epochs=epochs,
+    )
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no choice of the user's
+        trainer.strategy.checkpoint_io = SealedCheckpointIO()
+    # Lightning's own watch ends this process too, without a word.
+    subprocess_script._launch_process_observer = partial(
+        ranks.watch_others, Path(cfg.paths.output_dir), lambda: [each.save() for each in loggers]
     )
     if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
         log.warning("No GPU was found: this run computes on the CPU")

@@ -38,6 +38,13 @@ def after_training(cfg: DictConfig, checkpoint: Path) -> list[str]:
     ]
 
 
+def to_continue(cfg: DictConfig, checkpoint: Path) -> str:
+    """The command that goes on from ``checkpoint`` with the overrides of this run."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    kept = [word for word in given if not word.startswith("ckpt_path=")]
+    return command(_script("train.py"), *kept, f"ckpt_path={checkpoint}")
+
+
 def after_warm_start(model: Path) -> list[str]:
     """The run that goes on from ``model``: the overrides of this one, without its stage."""
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()

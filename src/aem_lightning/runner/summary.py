@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aem_lightning.callbacks.files import write_atomically
+
 SUMMARY = "summary.json"
 
 
@@ -56,7 +58,7 @@ def print_results(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
     """Write ``summary.json`` and show the same to the person at the terminal."""
     target = folder / SUMMARY
-    target.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    write_atomically(target, json.dumps(summary, indent=2))
     shown = {
         name: summary[name] for name in ("success_before", "success_after") if summary.get(name)
     }

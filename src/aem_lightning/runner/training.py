@@ -10,7 +10,9 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
+from aem_lightning.callbacks.files import write_atomically
 from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.datamodules.agent import TaskSampler
 from aem_lightning.envs import check_env
 from aem_lightning.runner.build import (
     build_agent,
@@ -25,6 +27,7 @@ from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
 from aem_lightning.runner.evaluation import play_all
 from aem_lightning.runner.next_steps import after_training, after_warm_start
+from aem_lightning.runner.stopping import requeued_checkpoint
 from aem_lightning.runner.summary import StageClock, write_summary
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     check_training(cfg)
     if cfg.stage == "train":
         check_parts(cfg)
-    checkpoint = find_checkpoint(cfg, cfg.name)
+    checkpoint = find_checkpoint(cfg, cfg.name) or requeued_checkpoint(cfg)
     before = _before(checkpoint)  # now: a broken file must show before anything is made
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     clock = StageClock()
@@ -66,11 +69,14 @@ def reinforce(
         policy, _ = build_policy(cfg, datamodule)
     module = build_agent(cfg, policy, datamodule)
     trainer = build_trainer(cfg)
+    # What ranks cannot share is refused now, before a game is played.
+    TaskSampler(1, cfg.tasks_per_iteration, 1, cfg.seed, world_size=trainer.world_size)
     before = after = None
     if cfg.evaluate:
         with clock("evaluation_before"):
             before = known or play_all(trainer, module, datamodule)["success"]
-        (output / BEFORE).write_text(json.dumps(before, indent=2), encoding="utf-8")
+        if trainer.is_global_zero:
+            write_atomically(output / BEFORE, json.dumps(before, indent=2))
     with clock("training"):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     last = output / "checkpoints" / "last.ckpt"
