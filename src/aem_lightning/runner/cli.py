@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
 from aem_lightning.runner import ranks
-from aem_lightning.runner.signals import Stopped, stoppable
+from aem_lightning.runner.signals import stoppable
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +47,11 @@ def clear_errors() -> Iterator[None]:
     The traceback goes to ``error.log``. With several ranks rank 0 alone has the last word.
     """
     if ranks.rank():
-        ranks.watch_first()
+        ranks.watch_first(Path(HydraConfig.get().runtime.output_dir))
     try:
         with stoppable():
             yield
             ranks.wait_for_others()
-    except Stopped as stop:
-        ranks.end_others()
-        log.warning("%s: %s", stop.signal.name, stop.told)
-        raise
     except Exception as error:
         message = _mendable(error)
         if ranks.several():
@@ -135,6 +131,9 @@ def quiet_libraries() -> None:
         # Inside Lightning and transformers, of their own older names.
         ".*isinstance.treespec, LeafSpec.*",
         ".*gradient_checkpointing.* is deprecated.*",
+        # Of several ranks: every metric is of all of them already.
+        ".*It is recommended to use `self.log.*sync_dist=True.*",
+        ".*torch.distributed.nn.functional.all_gather is deprecated.*",
         # A continued run has its own folder, and a test its checkpoints.
         ".*The dirpath has changed from.*",
     ):

@@ -23,7 +23,6 @@ POLL_S = 0.5
 NOTICE_S = 5.0  # between a rank's last word on the network and the end of its process
 GRACE_S = 15.0  # what the main thread has to notice by itself that another rank is lost
 FAREWELL_S = 60.0  # what other ranks have to end once rank 0 is done
-GO_ON = "All ranks end with it; ckpt_path=last continues from the last checkpoint"
 
 _others: list[subprocess.Popen[bytes]] = []  # what rank 0 has started, from rank 1 on
 
@@ -64,13 +63,13 @@ def watch_others(
     threading.Thread(target=watch, daemon=True, name="ranks").start()
 
 
-def watch_first() -> None:
+def watch_first(folder: Path) -> None:
     """Let another rank end soon after the process that started it."""
 
     def watch(parent: int) -> None:
         while os.getppid() == parent:
             time.sleep(POLL_S)
-        log.error("Rank 0 was killed. %s.", GO_ON)
+        log.error("Rank 0 was killed. %s", _go_on(folder))
         os._exit(1)
 
     threading.Thread(target=watch, args=(os.getppid(),), daemon=True, name="ranks").start()
@@ -90,7 +89,7 @@ def lost(folder: Path) -> str | None:
             why = f"raised {said.read_text(encoding='utf-8').partition(chr(10))[0]} ({said})"
         else:
             why = f"ended with exit status {status}"
-        return f"Rank {number} {why}. {GO_ON}."
+        return f"Rank {number} {why}. {_go_on(folder)}"
     return None
 
 
@@ -116,7 +115,7 @@ def last_word(error: Exception, message: str, folder: Path) -> str:
     while is_echo and (reason := lost(folder)) is None and time.monotonic() < until:
         time.sleep(POLL_S)
     end_others()
-    return reason or f"Rank 0 raised {message} ({said}). {GO_ON}."
+    return reason or f"Rank 0 raised {message} ({said}). {_go_on(folder)}"
 
 
 def end_others() -> None:
@@ -133,6 +132,12 @@ def wait_for_others() -> None:
             process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def _go_on(folder: Path) -> str:
+    """What a lost rank means for the run, for people."""
+    last = folder / "checkpoints" / "last.ckpt"
+    return "All ranks end with it" + (f"; ckpt_path={last} goes on." if last.exists() else ".")
 
 
 def _last_words(folder: Path, number: int) -> Path:

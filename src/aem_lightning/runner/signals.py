@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_S = 0.2  # a terminal that closes tells its processes more than once
-TIDY_S = 30  # what may pass between a stop and the end, where nothing is held
+TIDY_S = 30  # what tidying up may take, where nothing is held
 
 
 class Stopped(SystemExit):
@@ -49,6 +50,7 @@ class StopSignals:
         self.held = False
         self._former: dict[int, object] = {}
         self._received: tuple[int, float] | None = None
+        self._ticks = 0
 
     def install(self, *others: int) -> None:
         """Take over the signals, ``others`` too; what was ignored (``nohup``) stays so."""
@@ -62,8 +64,7 @@ class StopSignals:
         """Give the signals back."""
         for number, former in self._former.items():
             signal.signal(number, former)  # type: ignore[arg-type]  # what getsignal gave
-        if self._received is not None:
-            signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def release(self) -> None:
         """Nothing is half done here.
@@ -73,8 +74,9 @@ class StopSignals:
         """
         self.held = False
         if self._received is not None and not ranks.rank():
-            signal.signal(signal.SIGALRM, self._end_late)
-            signal.alarm(TIDY_S)
+            self._former.setdefault(signal.SIGALRM, signal.getsignal(signal.SIGALRM))
+            signal.signal(signal.SIGALRM, self._tick)
+            signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
             raise Stopped(self._received[0])
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -88,11 +90,20 @@ class StopSignals:
         elif now - self._received[1] > SAME_S:
             self._end(number)
 
-    def _end_late(self, number: int, frame: FrameType | None) -> None:
-        """End what does not tidy up in time, such as threads that wait for a server."""
-        if self.held:  # a checkpoint is being written
-            signal.alarm(TIDY_S)
-        elif self._received is not None:
+    def _tick(self, number: int, frame: FrameType | None) -> None:
+        """Each second after a stop: end what waits for too long, raise what was swallowed.
+
+        Python drops what is raised in the callback of a weak reference, as imports have them.
+        """
+        if self._received is None or self.held:
+            return
+        error = sys.exception()
+        while error is not None and not isinstance(error, Stopped):
+            error = error.__context__
+        if error is None:
+            raise Stopped(self._received[0])
+        self._ticks += 1
+        if self._ticks > TIDY_S:
             self._end(self._received[0])
 
     def _end(self, number: int) -> None:
@@ -123,6 +134,10 @@ def stoppable() -> Iterator[None]:
     try:
         _active.install()
         yield
+    except Stopped as stop:
+        ranks.end_others()
+        log.warning("%s: %s", stop.signal.name, stop.told)
+        raise
     finally:
         _active.restore()
         _active = None
