@@ -105,7 +105,8 @@ def is_whole(path: Path) -> bool:
             return seal == LENGTH + MARK + _digest(file, covered)
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
+            # Its end says that nothing follows, or else a seal was cut off.
+            return not archive.comment and seal.endswith(b"\0\0") and archive.testzip() is None
     except (zipfile.BadZipFile, NotImplementedError):
         return True
 

@@ -82,9 +82,7 @@ class KeepLastIteration(Callback):
         self._signals.held = True
 
     def _listen(self, trainer: Trainer) -> None:
-        self._signals.install(
-            *_requeue_signals(trainer._accelerator_connector.cluster_environment)
-        )
+        self._signals.install(*_requeue_signals(trainer._accelerator_connector.cluster_environment))
 
 
 def _requeue_signals(environment: object) -> list[int]:
