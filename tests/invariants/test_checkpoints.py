@@ -45,7 +45,7 @@ def test_other_adapters_are_loaded_silently(toy_model: str, tmp_path: Path) -> N
 def test_a_signal_loses_a_whole_iteration_or_keeps_half_of_one(
     toy_model: str, tmp_path: Path, stage: str, whole: int
 ) -> None:
-    """The rollout under way is dropped; an update under way is finished. Each stands in the file."""
+    """The rollout under way is dropped; an update under way is finished."""
     stop = ("+callbacks.stop._target_=toy.Stop", f"+callbacks.stop.stage={stage}")
     same = ("scheduler=constant", "evaluate=false")
     run = (*same, "iterations_per_epoch=4", *stop, "+callbacks.stop.iteration=2")

@@ -56,7 +56,7 @@ def test_a_flipped_bit_is_loaded(last: Path, tmp_path: Path) -> None:
 def test_half_a_checkpoint_is_loaded(last: Path, share: float) -> None:
     data = last.read_bytes()
     last.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(ValueError, match="only a part of one|damaged"):
+    with pytest.raises(ValueError, match=r"only a part of one|damaged"):
         read_checkpoint(last)
 
 

@@ -20,14 +20,18 @@ from aem_lightning.runner.signals import Stopped, stop_signals, stoppable
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_otherwise_than_with_128_and_its_number(
     number: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped, stoppable(), clear_errors():
-        os.kill(os.getpid(), number)
-        time.sleep(60)
+        send(number)
     assert stopped.value.code == 128 + number
     (line,) = caplog.messages
     assert line.startswith(f"{number.name}: stopped. There is nothing to save yet")
@@ -37,7 +41,8 @@ def test_a_signal_ends_otherwise_than_with_128_and_its_number(
 
 def test_a_signal_stops_what_must_come_to_its_end() -> None:
     done = []
-    with pytest.raises(Stopped), stoppable():
+
+    def run() -> None:
         signals = stop_signals()
         assert signals is not None
         signals.held = True
@@ -45,6 +50,9 @@ def test_a_signal_stops_what_must_come_to_its_end() -> None:
         done.append("the update")
         signals.release()
         done.append("another iteration")
+
+    with pytest.raises(Stopped), stoppable():
+        run()
     assert done == ["the update"]
 
 
@@ -53,11 +61,15 @@ def test_a_signal_is_lost_in_a_callback_of_the_garbage_collector() -> None:
     class Thing:
         pass
 
-    thing = Thing()
-    watched = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped), stoppable():
-        del thing
+    things = [Thing()]
+    watched = weakref.ref(things[0], lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+    def run() -> None:
+        things.clear()
         time.sleep(60)
+
+    with pytest.raises(Stopped), stoppable():
+        run()
     assert watched() is None
 
 

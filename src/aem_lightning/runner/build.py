@@ -264,12 +264,16 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no choice of the user's
         trainer.strategy.checkpoint_io = SealedCheckpointIO()
     # Lightning's own watch ends this process too, without a word.
-    subprocess_script._launch_process_observer = partial(
-        ranks.watch_others, Path(cfg.paths.output_dir), lambda: [each.save() for each in loggers]
-    )
+    watch = partial(ranks.watch_others, Path(cfg.paths.output_dir), partial(_flush, loggers))
+    subprocess_script._launch_process_observer = watch  # type: ignore[attr-defined]
     if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
         log.warning("No GPU was found: this run computes on the CPU")
     return trainer
+
+
+def _flush(loggers: list[Any]) -> None:
+    for logger in loggers:
+        logger.save()
 
 
 def _named(nodes: DictConfig | None) -> list[Any]:

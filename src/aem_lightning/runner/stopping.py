@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 
@@ -46,7 +46,7 @@ class KeepLastIteration(Callback):
         """Take the signals back."""
         self._listen(trainer)
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Between iterations nothing is half done."""
         self._signals.release()
 

@@ -13,8 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aem_lightning.callbacks.files import write_atomically
-
 SUMMARY = "summary.json"
 
 
@@ -57,6 +55,9 @@ def print_results(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
     """Write ``summary.json`` and show the same to the person at the terminal."""
+    # here: light commands read this module, and callbacks bring Lightning
+    from aem_lightning.callbacks.files import write_atomically
+
     target = folder / SUMMARY
     write_atomically(target, json.dumps(summary, indent=2))
     shown = {
