@@ -39,9 +39,9 @@ class Ended:
             return f"left {self.orphans} processes"
         if self.status > 128 or self.status < 0:
             return "stopped"
-        if "Traceback (most recent call last)" in self.said:
-            return "traceback"
-        return "went on" if self.status == 0 else "named error"
+        if self.status == 0:
+            return "went on"
+        return "traceback" if "Traceback (most recent call last)" in self.said else "named error"
 
     @property
     def last_line(self) -> str:

@@ -254,7 +254,9 @@ def kinds() -> Iterator[Kind]:
     yield Kind("signal", "SIGTERM twice", twice, ("bit-equal",))
     for name, does in (("disk is full", full), ("killed", die)):
         for call, number in (("fsync", 5), ("fsync", 20), ("replace", 2), ("replace", 5)):
-            run = partial(interrupted, at_random(), prepare=partial(nth, call, number, does))
+            run = partial(
+                interrupted, signals=at_random(), prepare=partial(nth, call, number, does)
+            )
             yield Kind("writing", f"{name} at {call} {number}", run, ("bit-equal",))
     for name, damage in DAMAGES.items():
         yield Kind("checkpoint", name, partial(damaged, damage), ("named error",))

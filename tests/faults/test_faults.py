@@ -10,7 +10,7 @@ from faults.__main__ import table, tried
 from faults.kinds import kinds
 
 KINDS = {kind.name: kind for kind in kinds()}
-SHORT = ("worker is killed", "bit flipped anywhere", "SIGTERM at a random moment")
+SHORT = ("bit flipped anywhere", "killed at fsync 20")
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,7 @@ def end_others() -> None:
     """End the other ranks at once; their environment workers end with them."""
     for process in _others:
         process.kill()
+    _others.clear()  # none of them is lost
 
 
 def wait_for_others() -> None:

@@ -100,11 +100,11 @@ class StopSignals:
         error = sys.exception()
         while error is not None and not isinstance(error, Stopped):
             error = error.__context__
-        if error is None:
-            raise Stopped(self._received[0])
         self._ticks += 1
         if self._ticks > TIDY_S:
             self._end(self._received[0])
+        if error is None:
+            raise Stopped(self._received[0])
 
     def _end(self, number: int) -> None:
         ranks.end_others()

@@ -73,7 +73,8 @@ class KeepLastIteration(Callback):
             self._signals.held = False
         if last.exists():
             go_on = to_continue(self._cfg, last)
-            exception.told = f"stopped after iteration {iteration}. To go on, type: {go_on}"
+            after = f" after iteration {iteration}" if iteration else ""
+            exception.told = f"stopped{after}. To go on, type: {go_on}"
             environment = trainer._accelerator_connector.cluster_environment
             if exception.signal in _requeue_signals(environment):
                 exception.told += f" ({requeue(self._cfg, last)})"
