@@ -82,7 +82,7 @@ def find_run(cfg: DictConfig) -> Path:
                 f"ended, e.g. run={logs}/quickstart/<time>"
             )
         return Path(cfg.run)
-    found = list(logs.glob(f"*/*/{TIMES}"))
+    found = list(logs.rglob(TIMES))  # those of sweeps, too
     if not found:
         raise FileNotFoundError(
             f"run=null: no run under {logs} has a {TIMES} yet. Type run=<folder of a run>"

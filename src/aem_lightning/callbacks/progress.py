@@ -104,7 +104,8 @@ class Progress(Callback):
     ) -> None:
         """Begin an iteration."""
         agent: Any = pl_module
-        number = f"{agent.iteration + 1}/{agent.iteration + _iterations_left(trainer, batch_idx)}"
+        left = _iterations_left(trainer, agent.iteration, batch_idx)
+        number = f"{agent.iteration + 1}/{agent.iteration + left}"
         self._begin(trainer, f"iteration {number}", len(batch) * agent.rollout.group_size)
 
     def on_train_batch_end(
@@ -120,7 +121,7 @@ class Progress(Callback):
         iteration = iteration_of(outputs)
         if iteration is None or not trainer.is_global_zero:
             return
-        left = _iterations_left(trainer, batch_idx) - 1
+        left = _iterations_left(trainer, iteration.index, batch_idx) - 1
         shown = trainer.callback_metrics
         parts = [f"success {100 * shown['success']:.1f} %", f"entropy {shown['entropy']:.3f}"]
         if "policy/approx_kl" in iteration.metrics:
@@ -189,8 +190,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def _iterations_left(trainer: Trainer, batch_idx: int) -> int:
-    """Iterations from that of ``batch_idx`` on, to the end of the run."""
+def _iterations_left(trainer: Trainer, iteration: int, batch_idx: int) -> int:
+    """Iterations from ``iteration``, that of ``batch_idx``, on to the end of the run."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if getattr(data, "iterations", None) is not None:
+        return int(data.iterations - iteration)
     epochs = (trainer.max_epochs or 0) - trainer.current_epoch
     return int(epochs * trainer.num_training_batches) - batch_idx
 

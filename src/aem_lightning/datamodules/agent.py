@@ -22,11 +22,26 @@ else:
 
 
 class TaskSampler:
-    """The tasks of an epoch: a pure function of seed, epoch and rank.
+    """The tasks of an epoch: a pure function of seed, epoch, rank, and where the run goes on.
 
     So a resumed run sees what it would have seen. Tasks come in passes over the whole split, each
     pass in an order of its own. Iteration ``i`` takes the next ``tasks_per_iteration`` tasks; ranks
-    take disjoint, equal shares of them.
+    take disjoint, equal shares of them. Epoch ``e`` is iterations ``e * iterations_per_epoch`` and
+    on, of which those before ``start`` and from ``end`` on are not played.
+
+    Args:
+        num_tasks: Tasks of the split.
+        tasks_per_iteration: Tasks of one iteration, over all ranks.
+        iterations_per_epoch: Iterations of a whole epoch.
+        seed: Key of the orders.
+        rank: This rank.
+        world_size: Number of ranks.
+        start: The run's next iteration.
+        played: Tasks that were taken before it; ``None``: as many as ``start`` iterations take.
+        end: Iterations of the run; ``None``: as many as there are epochs for.
+
+    Raises:
+        ValueError: The tasks of an iteration cannot be shared by the ranks.
     """
 
     def __init__(
@@ -37,6 +52,10 @@ class TaskSampler:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        *,
+        start: int = 0,
+        played: int | None = None,
+        end: int | None = None,
     ) -> None:
         if tasks_per_iteration % world_size:
             raise ValueError(
@@ -46,8 +65,11 @@ class TaskSampler:
             )
         self._num_tasks = num_tasks
         self._per_iteration = tasks_per_iteration
-        self._iterations = iterations_per_epoch
+        self._per_epoch = iterations_per_epoch
         self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._start, self._end = start, end
+        # Where iteration 0 would have been, had every iteration taken as many tasks.
+        self._origin = 0 if played is None else played - start * tasks_per_iteration
         self._epoch = 0
 
     @property
@@ -59,13 +81,18 @@ class TaskSampler:
         """Called by the trainer before each epoch."""
         self._epoch = epoch
 
+    @property
+    def iterations(self) -> range:
+        """The iterations of this epoch."""
+        first, after = self._epoch * self._per_epoch, (self._epoch + 1) * self._per_epoch
+        return range(max(first, self._start), after if self._end is None else min(after, self._end))
+
     def __len__(self) -> int:
-        return self._iterations * self.share
+        return len(self.iterations) * self.share
 
     def __iter__(self) -> Iterator[int]:
-        for i in range(self._iterations):
-            iteration = self._epoch * self._iterations + i
-            first = iteration * self._per_iteration + self._rank * self.share
+        for iteration in self.iterations:
+            first = self._origin + iteration * self._per_iteration + self._rank * self.share
             yield from (self._task(position) for position in range(first, first + self.share))
 
     def _task(self, position: int) -> int:
@@ -95,6 +122,7 @@ class AgentDataModule(LightningDataModule):
     """
 
     train_split = "train"
+    iterations: int | None = None  # of the whole run; None: as many as the trainer has epochs for
     keep_groups = True  # a group's copies share a worker; False: they play at the same time
 
     def __init__(
@@ -166,10 +194,24 @@ class AgentDataModule(LightningDataModule):
     # ---------------------------------------------------------------------------------- dataloaders
 
     def train_dataloader(self) -> DataLoader[Task]:
-        """Batches of tasks, one batch an iteration."""
+        """Batches of tasks, one batch an iteration, from the module's ``iteration`` on."""
         tasks = self.tasks(self.train_split)
         sizes = len(tasks), self.tasks_per_iteration, self.iterations_per_epoch
-        sampler = TaskSampler(*sizes, self.seed, *self._rank_and_world_size())
+        agent: Any = self.trainer and self.trainer.lightning_module
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        start, played = getattr(agent, "iteration", 0), getattr(agent, "tasks_played", 0)
+        end = None if start == self.iterations else self.iterations  # nothing is left: no clipping
+        if start // self.iterations_per_epoch != epoch:
+            start = epoch * self.iterations_per_epoch  # another trainer, which counts anew
+        sampler = TaskSampler(
+            *sizes,
+            self.seed,
+            *self._rank_and_world_size(),
+            start=start,
+            played=played,
+            end=end,
+        )
+        sampler.set_epoch(epoch)
         from torch.utils.data import DataLoader
 
         return DataLoader(tasks, batch_size=sampler.share, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]

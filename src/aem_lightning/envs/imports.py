@@ -19,8 +19,7 @@ LIBRARIES = ("<", sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))
 class WatchedEnv:
     """An environment whose ``info["heavy_imports"]`` holds the lines that load heavy packages.
 
-    Args:
-        factory: The pickled factory; its module is imported under watch.
+    It comes of a pickled factory, whose module is imported under watch.
     """
 
     def __init__(self, factory: bytes) -> None:

@@ -29,6 +29,7 @@ from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy, check_adapters
 from aem_lightning.modules.reporting import environment_metrics, rollout_metrics
+from aem_lightning.modules.resuming import advanced, resume, stored_state, take_up
 from aem_lightning.modules.scoring import Objective, fill_values, score_rows
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
 from aem_lightning.modules.timing import Stopwatch
@@ -112,11 +113,11 @@ class AgentModule(L.LightningModule):
         self.rewards = rewards
         self.estimator, self.modulation, self.loss = estimator, modulation, loss
         self.covariance = loss.covariance if isinstance(loss, ClippedLoss) else None
-        self.entropy_coef = getattr(loss, "entropy_coef", 0.0)  # moves where there is a target
+        self.first_entropy_coef = self.entropy_coef = getattr(loss, "entropy_coef", 0.0)
         self.rollout = rollout
         self.update_settings = update
         self.seed = seed
-        self.iteration = 0
+        self.iteration = self.tasks_played = 0
         self.config: dict[str, Any] = {}
         self.tested: list[Trajectory] = []
         self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
@@ -158,6 +159,7 @@ class AgentModule(L.LightningModule):
         )
         self.report(done)
         self.iteration += 1
+        self.tasks_played += len(batch) * self.trainer.world_size
         return {"iteration": done}
 
     # -------------------------------------------------------------------------------------- collect
@@ -324,7 +326,8 @@ class AgentModule(L.LightningModule):
         optimizer = self._optimizer([p for p in self.policy.parameters() if p.requires_grad])
         if self._scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
+        scheduler = advanced(self._scheduler(optimizer), self.iteration)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # --------------------------------------------------------------------------------------- report
 
@@ -386,12 +389,11 @@ class AgentModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {f"policy.{name}" for name in self.policy.trainable()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        ours = {"iteration": self.iteration, "entropy_coef": self.entropy_coef}
-        checkpoint["aem_lightning"] = {**ours, "config": self.config}
+        checkpoint["aem_lightning"] = stored_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         expected = {f"policy.{name}": p.shape for name, p in self.policy.trainable().items()}
         check_adapters(expected, checkpoint["state_dict"])
-        ours = checkpoint["aem_lightning"]
-        self.iteration = ours["iteration"]
-        self.entropy_coef = ours.get("entropy_coef", self.entropy_coef)
+        take_up(self, checkpoint["aem_lightning"])
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            resume(self, checkpoint)

@@ -16,10 +16,6 @@ class SlotCache:
     computes in: autocast's, else the layer's. A row keeps its tokens at their own positions from 0
     on, without holes. The last position is a bin: the last token of a response is never fed, so
     only padding lands there, where no valid query looks.
-
-    Args:
-        slots: Number of rows.
-        length: Most tokens of a prompt with its response.
     """
 
     is_compileable = False
@@ -37,10 +33,8 @@ class SlotCache:
     def aim(self, rows: Sequence[int], positions: Tensor, read: int) -> None:
         """Say where the next forward pass writes and how far it reads.
 
-        Args:
-            rows: The slot of each batch row, ascending.
-            positions: Where each token goes, [b, q].
-            read: Number of leading positions that the queries may look at.
+        The tokens of a batch row go to ``positions``, [b, q], of its slot, one of the ascending
+        ``rows``; queries may look at the first ``read`` positions.
         """
         self._rows = torch.tensor(rows, device=positions.device)[:, None]
         first, last = rows[0], rows[-1]

@@ -13,6 +13,7 @@ early update away.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -74,14 +75,16 @@ class SlotEngine:
             ("prefilled", "reused", "forked", "tokens", "decode_steps", "evicted"), 0
         )
         self._model: SlotModel | None = None
-        self._clock = 0
-        self._slots: list[Slot] = []
+        self._clock = itertools.count(1)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._slots = [Slot() for _ in range(self.slots)]
         self._owner: dict[str, int] = {}
         self._waiting: dict[str, Job] = {}
         # Rows that are drawing, ascending, and the logits of their next token, [len(running), V].
         self._running: list[int] = []
         self._logits = torch.empty(0)
-        self._forget()
 
     def sync(self, policy: SyncablePolicy, version: int) -> None:
         """Take the policy's present weights, drop every cached key and value, free every slot.
@@ -100,7 +103,7 @@ class SlotEngine:
         if self._model is not None:
             # Nothing in the cache is read again: no slot has ids.
             model.inherit(self._model)
-        if model.graphs is None and self._wants_graphs(model.device):
+        if model.graphs is None and self.cuda_graphs != "off" and model.device.type == "cuda":
             model.graphs = DecodeGraphs(self.slots, self.max_length - 1)
         self._model = model
         self.version = version
@@ -122,7 +125,7 @@ class SlotEngine:
             busy.add(request.key)
         for request in requests:
             uniforms = request_uniforms(request.seed, request.sampling.max_new_tokens)
-            self._waiting[request.key] = Job(request, self._tick(), uniforms)
+            self._waiting[request.key] = Job(request, next(self._clock), uniforms)
 
     def poll(self, wait_all: bool = False, at_least: int = 1) -> list[Result]:
         """Run until a request has finished and return what has, in the order of submission.
@@ -163,20 +166,6 @@ class SlotEngine:
         # The ids stay: the next owner may share a head with them.
         self._slots[row].key = None
         self._slots[row].job = None
-
-    def _wants_graphs(self, device: torch.device) -> bool:
-        return self.cuda_graphs != "off" and device.type == "cuda"
-
-    def _forget(self) -> None:
-        self._slots = [Slot() for _ in range(self.slots)]
-        self._owner = {}
-        self._waiting = {}
-        self._running = []
-        self._logits = torch.empty(0)
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
 
     def _check_request(self, request: Request, busy: set[str | None]) -> None:
         prompt, new = len(request.prompt), request.sampling.max_new_tokens
@@ -353,7 +342,7 @@ class SlotEngine:
 
     def _finish(self, row: int, job: Job, reason: FinishReason) -> Result:
         self._slots[row].job = None
-        self._slots[row].used = self._tick()
+        self._slots[row].used = next(self._clock)
         return Result(
             key=job.request.key,
             tokens=job.tokens,

@@ -15,7 +15,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.algorithms import check_group_size
@@ -114,6 +116,7 @@ def build_datamodule(cfg: DictConfig) -> AgentDataModule:
     # A missing folder or an empty split must show before anything is loaded.
     for split in (datamodule.train_split, *datamodule.evaluation_splits):
         datamodule.tasks(split)
+    datamodule.iterations = cfg.get("iterations")
     return datamodule
 
 
@@ -245,21 +248,28 @@ def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) ->
     return agent
 
 
-def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """The Trainer, with callbacks and loggers; its epochs come from the number of iterations."""
+def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
+    """The Trainer, with callbacks and loggers; its epochs come from the number of iterations.
+
+    With ``start``, the iteration at which a run goes on, TensorBoard hides what an interrupted run
+    wrote for later ones into the same folder, and a table of that run is kept.
+    """
     callbacks, loggers = _named(cfg.callbacks), _named(cfg.logger)
+    for logger in loggers if start else ():
+        _go_on(logger, start)
     if cfg.profile:
         callbacks.append(Profile())
     if (signals := stop_signals()) is not None:
         callbacks.append(KeepLastIteration(cfg, signals))
-    epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number
     # A partial: Hydra would take the objects for configs, and some loggers look like one.
     trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
         callbacks=callbacks,
         logger=loggers,
         # Where none of them saves, Lightning would add a checkpoint of its own.
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        max_epochs=epochs,
+        max_epochs=-(-cfg.iterations // cfg.iterations_per_epoch),
+        # An epoch may be shorter than others: the last, and the first of a resumed run.
+        reload_dataloaders_every_n_epochs=1,
     )
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no choice of the user's
         trainer.strategy.checkpoint_io = SealedCheckpointIO()
@@ -274,6 +284,16 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
 def _flush(loggers: list[Any]) -> None:
     for logger in loggers:
         logger.save()
+
+
+def _go_on(logger: Any, start: int) -> None:
+    """Let a logger of Lightning's go on at iteration ``start`` of the run in its folder."""
+    if isinstance(logger, TensorBoardLogger):
+        logger._kwargs["purge_step"] = start  # of the SummaryWriter, which is made at first use
+    elif isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        table = Path(logger.log_dir) / "metrics.csv"
+        if table.is_file():  # it would be deleted
+            table.rename(table.with_name(f"metrics_before_{start}.csv"))
 
 
 def _named(nodes: DictConfig | None) -> list[Any]:

@@ -72,12 +72,6 @@ def check_config(cfg: DictConfig) -> None:
             "trainer.precision=bf16-mixed, or trainer.precision=32-true"
         )
     problems += _combination_problems(cfg)
-    if not problems and cfg.iterations % cfg.iterations_per_epoch:
-        per_epoch = cfg.iterations_per_epoch
-        problems.append(
-            f"iterations={cfg.iterations} is no multiple of iterations_per_epoch={per_epoch}: type "
-            f"iterations={-(-cfg.iterations // per_epoch) * per_epoch}, or iterations_per_epoch=1"
-        )
     if not problems and cfg.max_context <= cfg.max_new_tokens:
         problems.append(
             f"max_context={cfg.max_context} leaves no room for a prompt beside "

@@ -70,7 +70,7 @@ def _mendable(error: Exception) -> str | None:
     if _is_full_disk(error):
         return (
             f"The disk is full: {error}. Free some room, or write to another disk: type "
-            "paths.root_dir=/other/disk. ckpt_path=last continues from the last completed epoch."
+            "paths.root_dir=/other/disk. ckpt_path=last goes on from the last checkpoint."
         )
     ours = [getattr(sys.modules[room], name) for room, name in OURS if room in sys.modules]
     mendable = (*MENDABLE, *ours)
@@ -134,8 +134,6 @@ def quiet_libraries() -> None:
         # Of several ranks: every metric is of all of them already.
         ".*It is recommended to use `self.log.*sync_dist=True.*",
         ".*torch.distributed.nn.functional.all_gather is deprecated.*",
-        # A continued run has its own folder, and a test its checkpoints.
-        ".*The dirpath has changed from.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     # Devices found, tips of the day, and that training stopped at its last epoch.

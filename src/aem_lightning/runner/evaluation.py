@@ -26,6 +26,7 @@ from aem_lightning.runner.build import (
 )
 from aem_lightning.runner.checkpoints import needed_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_evaluation
+from aem_lightning.runner.folder import held
 from aem_lightning.runner.report import (
     game_hashes,
     results_of,
@@ -86,7 +87,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     check_evaluation(cfg)
     if cfg.get("policy") == "api":
         return evaluate_api(cfg)
-    with restored(cfg) as agent:
+    with held(Path(cfg.paths.output_dir)), restored(cfg) as agent:
         trainer = build_trainer(agent.config)
         results = play_all(trainer, agent.module, agent.datamodule)
         iteration = agent.module.iteration

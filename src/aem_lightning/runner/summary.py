@@ -71,7 +71,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
     console = Console()
     console.print(table)
     for name, path in summary["paths"].items():
-        console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+        console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
     for line in summary["next"]:
         console.print("next:", Text(line, "bold"), soft_wrap=True, highlight=False)
     return target

@@ -26,13 +26,13 @@ from aem_lightning.runner.build import (
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
 from aem_lightning.runner.evaluation import play_all
-from aem_lightning.runner.next_steps import after_training, after_warm_start
+from aem_lightning.runner.folder import held
+from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
+from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
 from aem_lightning.runner.stopping import requeued_checkpoint
 from aem_lightning.runner.summary import StageClock, write_summary
 
 log = logging.getLogger(__name__)
-
-BEFORE = "success_before.json"
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -40,49 +40,53 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     check_training(cfg)
     if cfg.stage == "train":
         check_parts(cfg)
-    checkpoint = find_checkpoint(cfg, cfg.name) or requeued_checkpoint(cfg)
-    before = _before(checkpoint)  # now: a broken file must show before anything is made
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    clock = StageClock()
-    with clock("tasks"):
-        datamodule = build_datamodule(cfg)
-    try:
-        if cfg.stage == "check":
-            return check_only(cfg, datamodule)
-        if cfg.stage == "warm_start":
-            return warm_start_only(cfg, datamodule, clock)
-        return reinforce(cfg, datamodule, clock, checkpoint, before)
-    finally:
-        datamodule.close()
+    with held(Path(cfg.paths.output_dir)):
+        checkpoint = find_checkpoint(cfg, cfg.name) or requeued_checkpoint(cfg)
+        # Now: a broken file must show before anything is made.
+        earlier = None if checkpoint is None else earlier_run(cfg, checkpoint)
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        clock = StageClock()
+        with clock("tasks"):
+            datamodule = build_datamodule(cfg)
+        try:
+            if cfg.stage == "check":
+                return check_only(cfg, datamodule)
+            if cfg.stage == "warm_start":
+                return warm_start_only(cfg, datamodule, clock)
+            return reinforce(cfg, datamodule, clock, earlier)
+        finally:
+            datamodule.close()
 
 
 def reinforce(
-    cfg: DictConfig,
-    datamodule: AgentDataModule,
-    clock: StageClock,
-    checkpoint: Path | None,
-    known: dict[str, Any] | None,
+    cfg: DictConfig, datamodule: AgentDataModule, clock: StageClock, earlier: Earlier | None
 ) -> dict[str, Any]:
-    """The reinforcement stage, between two evaluations; ``known`` is the first, once made."""
+    """The reinforcement stage, between two evaluations; ``earlier`` is the run it goes on from."""
     output = Path(cfg.paths.output_dir)
     with clock("warm_start"):
         policy, _ = build_policy(cfg, datamodule)
     module = build_agent(cfg, policy, datamodule)
-    trainer = build_trainer(cfg)
+    trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
     # What ranks cannot share is refused now, before a game is played.
     TaskSampler(1, cfg.tasks_per_iteration, 1, cfg.seed, world_size=trainer.world_size)
     before = after = None
     if cfg.evaluate:
         with clock("evaluation_before"):
+            known = earlier.before if earlier else None
             before = known or play_all(trainer, module, datamodule)["success"]
         if trainer.is_global_zero:
             write_atomically(output / BEFORE, json.dumps(before, indent=2))
     with clock("training"):
+        checkpoint = earlier.checkpoint if earlier else None
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     last = output / "checkpoints" / "last.ckpt"
-    if not trainer.strategy.broadcast(last.exists()):
-        # Lightning's callback saves nothing before the first update.
+    if trainer.strategy.broadcast(not _is_of(last, module.iteration)):
+        # Lightning's callback saves nothing where there was no update since the one before.
         trainer.save_checkpoint(last, weights_only=False)
+    next_steps = after_training(cfg, last)
+    if module.iteration < cfg.iterations:
+        next_steps.insert(0, to_continue(cfg, last))
+        log.warning("Stopped after iteration %d of %d", module.iteration, cfg.iterations)
     if cfg.evaluate:
         with clock("evaluation_after"):
             after = play_all(trainer, module, datamodule)["success"]
@@ -94,7 +98,7 @@ def reinforce(
         "success_after": after,
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
-        "next": after_training(cfg, last),
+        "next": next_steps,
     }
     if trainer.is_global_zero:
         write_summary(output, summary)
@@ -116,7 +120,7 @@ def warm_start_only(
         "warm_start": dict(done.report),
         "seconds": clock.seconds,
         "paths": {"run": cfg.paths.output_dir, "model": str(done.folder)},
-        "next": after_warm_start(done.folder),
+        "next": after_warm_start(done.folder, cfg),
     }
     write_summary(Path(cfg.paths.output_dir), summary)
     return summary
@@ -134,13 +138,8 @@ def check_only(cfg: DictConfig, datamodule: AgentDataModule) -> dict[str, Any]:
     return {"name": cfg.name, "checked": name}
 
 
-def _before(checkpoint: Path | None) -> dict[str, Any] | None:
-    """The first evaluation of the run that ``checkpoint`` continues: it is not played again."""
-    if checkpoint is None:
-        return None
-    stored = read_checkpoint(checkpoint)
-    earlier = Path(stored["aem_lightning"]["config"]["paths"]["output_dir"]) / BEFORE
-    if not earlier.is_file():
-        return None
-    found: dict[str, Any] = json.loads(earlier.read_text(encoding="utf-8"))
-    return found
+def _is_of(checkpoint: Path, iteration: int) -> bool:
+    """Whether the file is there, and was written after that many iterations."""
+    if not checkpoint.exists():
+        return False
+    return bool(read_checkpoint(checkpoint)["aem_lightning"]["iteration"] == iteration)
