@@ -29,10 +29,10 @@ class Stopped(SystemExit):
         told: What is kept, and how to go on.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, told: str) -> None:
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
-        self.told = "stopped. There is nothing to save yet: the same command starts again"
+        self.told = told
 
 
 class StopSignals:
@@ -44,10 +44,12 @@ class StopSignals:
 
     Attributes:
         held: Whether what is under way must not stop in the middle.
+        told: What a stop leaves, and how to go on.
     """
 
     def __init__(self) -> None:
         self.held = False
+        self.told = "stopped. There is nothing to save yet: the same command starts again"
         self._former: dict[int, object] = {}
         self._received: tuple[int, float] | None = None
         self._ticks = 0
@@ -77,7 +79,7 @@ class StopSignals:
             self._former.setdefault(signal.SIGALRM, signal.getsignal(signal.SIGALRM))
             signal.signal(signal.SIGALRM, self._tick)
             signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
-            raise Stopped(self._received[0])
+            raise Stopped(self._received[0], self.told)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -104,7 +106,7 @@ class StopSignals:
         if self._ticks > TIDY_S:
             self._end(self._received[0])
         if error is None:
-            raise Stopped(self._received[0])
+            raise Stopped(self._received[0], self.told)
 
     def _end(self, number: int) -> None:
         ranks.end_others()

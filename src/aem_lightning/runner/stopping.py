@@ -33,6 +33,7 @@ class KeepLastIteration(Callback):
 
     def __init__(self, cfg: DictConfig, signals: StopSignals) -> None:
         self._cfg, self._signals = cfg, signals
+        self._last = Path(cfg.paths.output_dir).absolute() / "checkpoints" / "last.ckpt"
         self._is_training = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,9 +53,10 @@ class KeepLastIteration(Callback):
 
     on_validation_start = on_train_epoch_end = on_train_batch_start
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows changes no weights, and the last checkpoint is written."""
         self._is_training = False
+        self._signals.told = self._how_to_go_on(pl_module)
         self._signals.release()
 
     def on_exception(
@@ -63,21 +65,20 @@ class KeepLastIteration(Callback):
         """Save, and say at which iteration and how to go on."""
         if not isinstance(exception, Stopped) or not trainer.is_global_zero:
             return
-        iteration = int(pl_module.iteration)  # type: ignore[arg-type]
-        last = Path(self._cfg.paths.output_dir).absolute() / "checkpoints" / "last.ckpt"
-        if self._is_training and iteration:
+        if self._is_training and pl_module.iteration:
             self._signals.held = True
             # Not trainer.save_checkpoint, where ranks wait for each other.
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            trainer.strategy.save_checkpoint(checkpoint, last)
+            trainer.strategy.save_checkpoint(checkpoint, self._last)
             self._signals.held = False
-        if last.exists():
-            go_on = to_continue(self._cfg, last)
-            after = f" after iteration {iteration}" if iteration else ""
-            exception.told = f"stopped{after}. To go on, type: {go_on}"
-            environment = trainer._accelerator_connector.cluster_environment
-            if exception.signal in _requeue_signals(environment):
-                exception.told += f" ({requeue(self._cfg, last)})"
+            exception.told = self._how_to_go_on(pl_module)
+        environment = trainer._accelerator_connector.cluster_environment
+        if exception.signal in _requeue_signals(environment):
+            exception.told += f" ({requeue(self._cfg, self._last)})"
+
+    def _how_to_go_on(self, pl_module: LightningModule) -> str:
+        command = to_continue(self._cfg, self._last)
+        return f"stopped after iteration {pl_module.iteration}. To go on, type: {command}"
 
     def _hold(self) -> None:
         self._signals.held = True
@@ -98,7 +99,8 @@ def requeue(cfg: DictConfig, checkpoint: Path) -> str:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    write_atomically(_note(cfg), str(checkpoint))
+    if checkpoint.exists():
+        write_atomically(_note(cfg), str(checkpoint))
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     except OSError as error:
