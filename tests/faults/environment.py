@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import signal
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -45,13 +43,6 @@ def wire(data: bytes) -> Fault:
     return fault
 
 
-def message(value: Any, share: float = 1.0) -> bytes:
-    """``value`` as `multiprocessing.connection` sends it, or the beginning of that."""
-    body = pickle.dumps(value)
-    whole = struct.pack("!i", len(body)) + body
-    return whole[: max(1, int(share * len(whole)))]
-
-
 def spin(answer: Answer) -> Answer:
     while True:
         pass
@@ -77,11 +68,12 @@ ONCE: dict[str, Fault] = {
     "worker hangs asleep": lambda answer: time.sleep(600),
     "worker hangs busy": spin,
     "worker closes its socket": lambda answer: os.closerange(3, 256),
-    "worker sends garbage": wire(os.urandom(64)),
-    "worker sends half a message": wire(message(["a" * 4000], 0.5)),
-    "worker sends a length alone": wire(struct.pack("!i", 1 << 30)),
-    "worker sends another type": wire(message(42)),
-    "worker sends too few answers": wire(message([])),
+    "worker sends garbage": wire(b"\x00\xff{" + os.urandom(64) + b"\n"),
+    "worker sends half a message": wire(b'["Played", 1, [["A coin gli'),
+    "worker sends a message without end": wire(b"x" * (1 << 20)),
+    "worker sends another type": wire(b"42\n"),
+    "worker sends too few answers": wire(b'["Played", 1, []]\n'),
+    "worker sends one answer for another": wire(b'["Played", 10000, [["a", 0, 0, 0, {}]]]\n'),
     "environment raises once": raises(ValueError("a fault")),
     "environment exits": raises(SystemExit(1)),
     "environment is interrupted": raises(KeyboardInterrupt()),

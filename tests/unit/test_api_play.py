@@ -29,7 +29,7 @@ class Pool(LocalPool):
 
     played: Counter[str]
 
-    def __init__(self, make_env: Any, *, workers: int, timeout_s: float) -> None:
+    def __init__(self, make_env: Any, *, workers: int, **settings: Any) -> None:
         super().__init__(make_env)
         assert workers == 1, "a pool is one thread's at a time, so more workers would idle"
 

@@ -19,6 +19,8 @@ def over_ranks(column: Tensor) -> tuple[Tensor, slice]:
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
     lengths = [int(length) for length in sizes]
+    if not any(lengths):
+        return column, slice(None)
     padded = column.new_zeros(max(lengths))
     padded[: len(column)] = column
     if column.dtype == torch.bool:

@@ -90,6 +90,22 @@ def find_run(cfg: DictConfig) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
+def check_batch(cfg: DictConfig) -> None:
+    """Raise where ``cfg.file`` is no file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: None is named.
+    """
+    if OmegaConf.is_missing(cfg, "file"):
+        raise ValueError("file is not given: type file=<run folder>/not_finite_<iteration>_0.pt")
+    if not Path(cfg.file).is_file():
+        raise FileNotFoundError(
+            f"file={cfg.file}: there is no such file. A run that meets NaN or "
+            "infinity names the one that it leaves"
+        )
+
+
 def check_compare(cfg: DictConfig) -> None:
     """Raise where a comparison's arms, seeds or runs cannot be."""
     if cfg.runs is not None:

@@ -124,11 +124,13 @@ class Progress(Callback):
         left = _iterations_left(trainer, iteration.index, batch_idx) - 1
         shown = trainer.callback_metrics
         parts = [f"success {100 * shown['success']:.1f} %", f"entropy {shown['entropy']:.3f}"]
+        if shown["success"].isnan():  # nothing to judge
+            parts.clear()
         if "policy/approx_kl" in iteration.metrics:
             parts.append(f"KL {iteration.metrics['policy/approx_kl']:.4f}")
         parts += [duration(self._iterations[-1]), f"{duration(self._left(trainer, left))} left"]
         if iteration.skipped is not None:
-            parts.append(f"no update: {iteration.skipped}")
+            parts.append("no update")  # LearningWatch says why, once
         number = iteration.index + 1
         log.info("iteration %d/%d: %s", number, number + left, ", ".join(parts))
 
@@ -140,12 +142,13 @@ class Progress(Callback):
         """Say what the validation came to."""
         self._end(self._validations)
         found = trainer.callback_metrics
-        if trainer.is_global_zero and "val/success_rate" in found:
+        rate = found.get("val/success_rate")
+        if trainer.is_global_zero and rate is not None and not rate.isnan():
             agent: Any = pl_module
             log.info(
                 "validation after iteration %d: success %.1f %% of %d, %s",
                 agent.iteration,
-                100 * found["val/success_rate"],
+                100 * rate,
                 found["val/episodes"],
                 duration(self._validations[-1]),
             )

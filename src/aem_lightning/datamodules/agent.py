@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aem_lightning.envs import EnvPool, TextEnv, in_worker
+from aem_lightning.envs.pool import OnBadAnswer, check_pool_settings
 from aem_lightning.types import Task
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING or not in_worker():
     from lightning import LightningDataModule
@@ -118,6 +122,11 @@ class AgentDataModule(LightningDataModule):
         workers: Environment processes on each rank.
         timeout_s: Seconds after which a worker that does not answer is replaced. A start may be
             idle or compute for so long, however long a busy machine leaves it waiting.
+        memory_gb: GB that a worker may allocate before it is replaced; ``None``: all there is.
+        pass_environment: Names of environment variables that workers get beside the usual ones,
+            among which there is no token and no key.
+        on_bad_answer: Where an environment returns what its contract does not allow: ``mask`` the
+            episode, or ``stop`` the run.
         seed: Key of the task order.
     """
 
@@ -135,6 +144,9 @@ class AgentDataModule(LightningDataModule):
         evaluation_splits: Sequence[str] = ("valid_seen", "valid_unseen"),
         workers: int = 2,
         timeout_s: float = 120.0,
+        memory_gb: float | None = None,
+        pass_environment: Sequence[str] = (),
+        on_bad_answer: OnBadAnswer = "mask",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -145,6 +157,10 @@ class AgentDataModule(LightningDataModule):
         self.evaluation_splits = tuple(evaluation_splits)
         self.workers = workers
         self.timeout_s = timeout_s
+        self.memory_gb = memory_gb
+        self.pass_environment = pass_environment
+        self.on_bad_answer = on_bad_answer
+        check_pool_settings(**self.pool_settings)
         self.seed = seed
         self._pool: EnvPool | None = None
 
@@ -174,20 +190,29 @@ class AgentDataModule(LightningDataModule):
         return sorted({task.type for split in splits for task in self.tasks(split)})
 
     @property
+    def pool_settings(self) -> dict[str, Any]:
+        """How a pool treats its workers."""
+        names = ("timeout_s", "memory_gb", "pass_environment", "on_bad_answer")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def pool(self) -> EnvPool:
         """The environment pool; its workers start at the first reset."""
         if self._pool is None:
             self._pool = EnvPool(
                 self.env_factory(),
                 workers=self.workers,
-                timeout_s=self.timeout_s,
                 keep_groups=self.keep_groups,
+                **self.pool_settings,
             )
         return self._pool
 
     def close(self) -> None:
-        """Stop the environment workers."""
+        """Stop the environment workers; tasks that broke them again and again are listed."""
         if self._pool is not None:
+            if tasks := self._pool.quarantine:
+                told = "".join(f"\n  {task}: {reason}" for task, reason in sorted(tasks.items()))
+                log.warning("In quarantine, for they broke again and again: %d%s", len(tasks), told)
             self._pool.close()
             self._pool = None
 

@@ -14,6 +14,9 @@ from aem_lightning.functional.segments import (
     segment_sum,
 )
 
+# Squares of larger float32 values overflow: an infinite deviation would call every group uniform.
+_SQUARABLE = 1e15
+
 
 def grpo_advantages(
     returns: Tensor,
@@ -52,7 +55,7 @@ def grpo_advantages(
     if normalize_std:
         variance = segment_sum(centred.square(), ids, count) / (sizes - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + eps)[ids]
-    return torch.zeros_like(returns).index_copy(0, keep, centred)
+    return torch.zeros_like(returns).index_copy(0, keep, centred.to(returns.dtype))
 
 
 def rloo_advantages(returns: Tensor, group: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -79,7 +82,7 @@ def rloo_advantages(returns: Tensor, group: Tensor, *, mask: Tensor | None = Non
     keep, values, ids, count = counted_rows(returns, group, mask, "returns")
     centred, sizes = _centred(values, ids, count)
     centred = centred * (sizes / (sizes - 1).clamp(min=1))[ids]
-    return torch.zeros_like(returns).index_copy(0, keep, centred)
+    return torch.zeros_like(returns).index_copy(0, keep, centred.to(returns.dtype))
 
 
 def gigpo_step_advantages(
@@ -148,6 +151,8 @@ def whiten(values: Tensor, *, eps: float = 1e-6, mask: Tensor | None = None) -> 
 
 def _centred(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Values minus the mean of their group, [n], and the group sizes, [K]."""
+    if (values.abs() > _SQUARABLE).any():
+        values = values.double()
     low, high = segment_range(values, ids, count)
     centred = values - segment_mean(values, ids, count)[ids]
     # A mean of equal values can be off by a rounding, which a division by std + eps would blow up.

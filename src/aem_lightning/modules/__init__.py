@@ -10,6 +10,7 @@ from aem_lightning.lazy import lazily
 
 if TYPE_CHECKING:
     from aem_lightning.modules.agent import AgentModule
+    from aem_lightning.modules.journal import RolloutJournal
     from aem_lightning.modules.policy import Lora, Policy, check_dtype
     from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
     from aem_lightning.modules.tiny import Architecture, build_tiny_model, build_tokenizer
@@ -29,6 +30,7 @@ __all__ = [
     "DemonstrationSampler",
     "Lora",
     "Policy",
+    "RolloutJournal",
     "RolloutSettings",
     "UpdateSettings",
     "WarmStartModule",
@@ -43,6 +45,7 @@ __getattr__ = lazily(
     __name__,
     {
         "agent": ["AgentModule"],
+        "journal": ["RolloutJournal"],
         "policy": ["Lora", "Policy", "check_dtype"],
         "settings": ["RolloutSettings", "UpdateSettings"],
         "tiny": ["Architecture", "build_tiny_model", "build_tokenizer"],

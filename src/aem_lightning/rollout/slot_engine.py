@@ -16,14 +16,15 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
+from aem_lightning.rollout.finite import NotFiniteError
 from aem_lightning.rollout.sampling import allowed_tokens, draw, request_uniforms
 from aem_lightning.rollout.slot_model import SlotModel, waves
 from aem_lightning.rollout.slots import Job, Slot, common_prefix
@@ -141,7 +142,7 @@ class SlotEngine:
 
         Raises:
             RuntimeError: ``sync`` was never called.
-            ValueError: The model gave logits that are not finite.
+            NotFiniteError: The model gave logits that are not finite.
         """
         done: list[tuple[int, Result]] = []
         with self._policy().sampling_mode():
@@ -166,6 +167,21 @@ class SlotEngine:
         # The ids stay: the next owner may share a head with them.
         self._slots[row].key = None
         self._slots[row].job = None
+
+    def state_dict(self, most: int) -> dict[str, Any] | None:
+        """What the cache holds; ``None`` above ``most`` bytes, or among unfinished requests."""
+        if self._model is None or self._waiting or self._running:
+            return None
+        slots = [[slot.key, slot.ids, slot.used] for slot in self._slots]
+        held = self._model.cache.held(max(len(slot.ids) for slot in self._slots), most)
+        return {"clock": next(self._clock), "slots": slots, "tensors": held} if held else None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, bit by bit, as an engine of the same policy and settings left off."""
+        self._clock = itertools.count(state["clock"])
+        self._slots = [Slot(key, ids=list(ids), used=used) for key, ids, used in state["slots"]]
+        self._owner = {slot.key: row for row, slot in enumerate(self._slots) if slot.key}
+        self._policy().cache.fill(state["tensors"], self._policy().device)
 
     def _check_request(self, request: Request, busy: set[str | None]) -> None:
         prompt, new = len(request.prompt), request.sampling.max_new_tokens
@@ -323,10 +339,15 @@ class SlotEngine:
         done, stay = [], []
         for row, job, token, logprob, entropy in zip(self._running, jobs, *table, strict=True):
             if not math.isfinite(entropy):
-                raise ValueError(
+                raise NotFiniteError(
                     f"{job.request.key}: the policy's logits are not finite at token "
-                    f"{len(job.tokens)} of the response (entropy {entropy}): a weight has become "
-                    "NaN or infinite; lower optimizer.lr"
+                    f"{len(job.tokens)} of the response (entropy {entropy})",
+                    stage="rollout",
+                    tensor="logits",
+                    advice="a weight is NaN or infinite, or half precision overflows. To lower "
+                    "optimizer.lr=... helps where an update did it; a model that came so needs "
+                    "another policy.model=..., or policy.dtype=float32",
+                    kept={"input_ids": torch.tensor([[*job.request.prompt, *job.tokens]])},
                 )
             job.take(int(token), logprob, entropy)
             if reason := job.finish_reason():

@@ -134,7 +134,7 @@ def play(
         # A seat for each episode, in as many processes as the DataModule has workers.
         tables = []
         for _ in range(min(datamodule.workers, len(episodes))):
-            pool = EnvPool(datamodule.env_factory(), workers=1, timeout_s=datamodule.timeout_s)
+            pool = EnvPool(datamodule.env_factory(), workers=1, **datamodule.pool_settings)
             tables.append((stack.enter_context(contextlib.closing(pool)), threading.Lock()))
         # Threads are not waited for longer than their present request takes.
         threads = ThreadPoolExecutor(concurrency, "episode")

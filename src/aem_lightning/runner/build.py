@@ -28,12 +28,14 @@ from aem_lightning.modules import (
     Architecture,
     Lora,
     Policy,
+    RolloutJournal,
     RolloutSettings,
     UpdateSettings,
     check_dtype,
 )
 from aem_lightning.rollout import PromptEncoder
 from aem_lightning.runner import ranks
+from aem_lightning.runner.broken_batch import BrokenBatch
 from aem_lightning.runner.checkpoint_io import SealedCheckpointIO
 from aem_lightning.runner.early import read_template
 from aem_lightning.runner.parts import check_classes
@@ -207,6 +209,9 @@ def warm_start_data(cfg: DictConfig) -> dict[str, Any]:
         "evaluation_splits",
         "workers",
         "timeout_s",
+        "memory_gb",
+        "pass_environment",
+        "on_bad_answer",
         "seed",
         "cached_engine",
     )
@@ -254,11 +259,13 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
     With ``start``, the iteration at which a run goes on, TensorBoard hides what an interrupted run
     wrote for later ones into the same folder, and a table of that run is kept.
     """
-    callbacks, loggers = _named(cfg.callbacks), _named(cfg.logger)
+    callbacks, loggers = [*_named(cfg.callbacks), BrokenBatch()], _named(cfg.logger)
     for logger in loggers if start else ():
         _go_on(logger, start)
     if cfg.profile:
         callbacks.append(Profile())
+    if cfg.get("rollout_journal"):  # earlier checkpoints have no such key
+        callbacks.append(RolloutJournal())
     if (signals := stop_signals()) is not None:
         callbacks.append(KeepLastIteration(cfg, signals))
     # A partial: Hydra would take the objects for configs, and some loggers look like one.

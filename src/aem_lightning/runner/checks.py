@@ -44,6 +44,9 @@ _CHOICES = {
     "action": ("free", "constrained"),
     "packing": ("auto", "packed", "padded"),
     "profile": (False, True),
+    "preflight": ("auto", True, False, "only"),
+    "strict": (False, True),
+    "rollout_journal": (False, True),
 }
 # The groups whose option custom.yaml leaves the class to a person.
 _CUSTOM = {
@@ -131,6 +134,11 @@ def _combination_problems(cfg: DictConfig) -> list[str]:
         problems.append(
             "loss=kl_cov does nothing before the second optimizer step of an iteration, and "
             "update_epochs=1 num_minibatches=1 makes one: type num_minibatches=2"
+        )
+    if cfg.get("strict") and OmegaConf.select(cfg, "callbacks.learning") is None:
+        problems.append(
+            "strict=true ends a run by the verdict of callbacks.learning, which is left out: type "
+            "strict=false, or callbacks=default"
         )
     if cfg.group_size == 1 and cfg.collection_rounds != 1:
         problems.append(

@@ -77,7 +77,9 @@ def _mendable(error: Exception) -> str | None:
     cause: BaseException = error
     while isinstance(cause, HydraException) and isinstance(cause.__cause__, mendable):
         cause = cause.__cause__  # hydra wraps what a constructor raised
-    return str(cause) if isinstance(cause, mendable) else None
+    if not isinstance(cause, mendable):
+        return None
+    return "\n".join([str(cause), *getattr(cause, "__notes__", ())])
 
 
 def _is_full_disk(error: BaseException) -> bool:

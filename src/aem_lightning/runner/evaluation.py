@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch.distributed as dist
@@ -34,9 +34,10 @@ from aem_lightning.runner.report import (
     write_transcripts,
 )
 from aem_lightning.runner.summary import percent
-from aem_lightning.types import Trajectory
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PROGRESS = {"progress": {"_target_": "aem_lightning.callbacks.Progress"}}
 
@@ -117,7 +118,7 @@ def play_all(
     """
     module.tested = []
     trainer.test(module, datamodule=datamodule, verbose=False)
-    module.tested = _from_all_ranks(module.tested)
+    module.tested = from_all_ranks(module.tested)
     results = results_of(module.tested, datamodule.evaluation_splits)
     if trainer.is_global_zero:
         success = " ".join(percent(results["success"]).split())
@@ -125,12 +126,13 @@ def play_all(
     return results
 
 
-def _from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
+def from_all_ranks(mine: list[T]) -> list[T]:
+    """The entries of all ranks, one rank after the other."""
     if not (dist.is_available() and dist.is_initialized()):
-        return trajectories
-    gathered: list[list[Trajectory]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, trajectories)
-    return [trajectory for part in gathered for trajectory in part]
+        return mine
+    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, mine)
+    return [entry for part in gathered for entry in part]
 
 
 def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:

@@ -65,7 +65,7 @@ class KeepLastIteration(Callback):
         """Save, and say at which iteration and how to go on."""
         if not isinstance(exception, Stopped) or not trainer.is_global_zero:
             return
-        if self._is_training and pl_module.iteration:
+        if self._is_training:
             self._signals.held = True
             # Not trainer.save_checkpoint, where ranks wait for each other.
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)

@@ -14,6 +14,8 @@ from aem_lightning.callbacks.files import write_atomically
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.datamodules.agent import TaskSampler
 from aem_lightning.envs import check_env
+from aem_lightning.metrics import NothingToJudgeError
+from aem_lightning.modules import AgentModule
 from aem_lightning.runner.build import (
     build_agent,
     build_datamodule,
@@ -25,12 +27,13 @@ from aem_lightning.runner.build import (
 )
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
-from aem_lightning.runner.evaluation import play_all
+from aem_lightning.runner.evaluation import from_all_ranks, play_all
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
+from aem_lightning.runner.preflight import preflight
 from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
 from aem_lightning.runner.stopping import requeued_checkpoint
-from aem_lightning.runner.summary import StageClock, write_summary
+from aem_lightning.runner.summary import StageClock, learning_verdict, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +72,18 @@ def reinforce(
     trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
     # What ranks cannot share is refused now, before a game is played.
     TaskSampler(1, cfg.tasks_per_iteration, 1, cfg.seed, world_size=trainer.world_size)
+    checkpoint = earlier.checkpoint if earlier else None
+    checked = preflight(cfg, trainer, module, datamodule, checkpoint)
+    if cfg.preflight == "only":
+        return {"name": cfg.name, "preflight": checked}
     before = after = None
     if cfg.evaluate:
         with clock("evaluation_before"):
             known = earlier.before if earlier else None
-            before = known or play_all(trainer, module, datamodule)["success"]
+            before = known or _success(trainer, module, datamodule)
         if trainer.is_global_zero:
             write_atomically(output / BEFORE, json.dumps(before, indent=2))
     with clock("training"):
-        checkpoint = earlier.checkpoint if earlier else None
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     last = output / "checkpoints" / "last.ckpt"
     if trainer.strategy.broadcast(not _is_of(last, module.iteration)):
@@ -87,15 +93,19 @@ def reinforce(
     if module.iteration < cfg.iterations:
         next_steps.insert(0, to_continue(cfg, last))
         log.warning("Stopped after iteration %d of %d", module.iteration, cfg.iterations)
-    if cfg.evaluate:
+    verdict = learning_verdict(trainer.callbacks)  # type: ignore[attr-defined]
+    if cfg.evaluate and not (cfg.strict and verdict):
         with clock("evaluation_after"):
-            after = play_all(trainer, module, datamodule)["success"]
+            after = _success(trainer, module, datamodule)
     summary = {
         "name": cfg.name,
         "iterations": module.iteration,
         "seed": cfg.seed,
         "success_before": before,
         "success_after": after,
+        "verdict": verdict,
+        "preflight": checked and checked["verdict"],
+        "quarantine": dict(from_all_ranks([*getattr(datamodule.pool, "quarantine", {}).items()])),
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
         "next": next_steps,
@@ -103,6 +113,18 @@ def reinforce(
     if trainer.is_global_zero:
         write_summary(output, summary)
     return summary
+
+
+def _success(
+    trainer: L.Trainer, module: AgentModule, datamodule: AgentDataModule
+) -> dict[str, Any] | None:
+    """Success over the evaluation; ``None``, and the run goes on, where every episode broke."""
+    try:
+        success: dict[str, Any] = play_all(trainer, module, datamodule)["success"]
+    except NothingToJudgeError as error:
+        log.warning("%s", error)
+        return None
+    return success
 
 
 def warm_start_only(
