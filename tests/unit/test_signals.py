@@ -95,7 +95,7 @@ def test_a_second_signal_waits() -> None:
 
 
 def test_a_terminal_signals_environment_workers() -> None:
-    worker = WorkerProcess(b"")
+    worker = WorkerProcess(b"", os.environ)
     try:
         assert os.getpgid(worker.pid) != os.getpgid(0)
     finally:
