@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from aem_lightning.runner.cli import clear_errors, quiet_libraries
 from aem_lightning.runner.command import Command
 from aem_lightning.runner.early import check_evaluation
+from aem_lightning.runner.signals import stoppable
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 COMMAND = Command(CONFIGS, "eval", "python eval.py", __doc__, check_evaluation)
@@ -29,5 +30,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    COMMAND.answer(sys.argv[1:])
-    main()
+    with stoppable():
+        COMMAND.answer(sys.argv[1:])
+        main()

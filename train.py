@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from aem_lightning.runner.cli import accept_plus, clear_errors, quiet_libraries
 from aem_lightning.runner.command import Command
 from aem_lightning.runner.early import check_training
+from aem_lightning.runner.signals import stoppable
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 COMMAND = Command(CONFIGS, "train", "python train.py", __doc__, check_training)
@@ -28,6 +29,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = accept_plus(sys.argv[1:])
-    COMMAND.answer(sys.argv[1:])
-    main()
+    with stoppable():
+        sys.argv[1:] = accept_plus(sys.argv[1:])
+        COMMAND.answer(sys.argv[1:])
+        main()

@@ -12,16 +12,31 @@ import torch
 
 
 class Kill(L.Callback):
-    """Kills the process, without a last word, at the start of a given iteration."""
+    """Kills the process, without a last word, at the start of a given iteration; one rank's."""
 
-    def __init__(self, epoch: int, batch: int) -> None:
-        self._when = (epoch, batch)
+    def __init__(self, epoch: int, batch: int, rank: int = 0) -> None:
+        self._when = (epoch, batch, rank)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (trainer.current_epoch, batch_idx) == self._when:
+        if (trainer.current_epoch, batch_idx, trainer.global_rank) == self._when:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Stop(L.Callback):
+    """Sends SIGTERM in the rollout, or the update, of a given iteration."""
+
+    def __init__(self, iteration: int, stage: str) -> None:
+        self._iteration, self._stage = iteration, stage
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if (self._iteration, self._stage) == (pl_module.iteration, "rollout"):
+            pl_module.episodes_over = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if (self._iteration, self._stage) == (pl_module.iteration, "update"):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class SameSampling(L.Callback):

@@ -12,6 +12,7 @@ import torch
 from runs import fit, process, toy_config, toy_overrides
 
 from aem_lightning.runner import train
+from aem_lightning.runner.signals import Stopped, stoppable
 
 
 def loaded(path: Path) -> dict[str, Any]:
@@ -38,6 +39,29 @@ def test_other_adapters_are_loaded_silently(toy_model: str, tmp_path: Path) -> N
     last = tmp_path / "a" / "checkpoints" / "last.ckpt"
     with pytest.raises(ValueError, match=r"do not fit this policy .* policy\.lora settings"):
         fit(toy_config(tmp_path / "b", toy_model, "policy.lora.r=2"), ckpt_path=last)
+
+
+@pytest.mark.parametrize(("stage", "whole"), [("rollout", 2), ("update", 3)])
+def test_a_signal_loses_a_whole_iteration_or_keeps_half_of_one(
+    toy_model: str, tmp_path: Path, stage: str, whole: int
+) -> None:
+    """The rollout under way is dropped; an update under way is finished."""
+    stop = ("+callbacks.stop._target_=toy.Stop", f"+callbacks.stop.stage={stage}")
+    same = ("scheduler=constant", "evaluate=false")
+    run = (*same, "iterations_per_epoch=4", *stop, "+callbacks.stop.iteration=2")
+    with pytest.raises(Stopped) as stopped, stoppable():
+        train(toy_config(tmp_path / "stopped", toy_model, *run))
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    assert f"stopped after iteration {whole}. To go on, type: " in stopped.value.told
+    assert f"ckpt_path={last}" in stopped.value.told
+    assert (tmp_path / "stopped" / "adapter" / "adapter_model.safetensors").is_file()
+
+    short = (f"iterations={whole}", "iterations_per_epoch=1")
+    fit(toy_config(tmp_path / "whole", toy_model, *same, *short))
+    found, expected = loaded(last), loaded(tmp_path / "whole" / "checkpoints" / "last.ckpt")
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
+    assert found["aem_lightning"]["iteration"] == whole
 
 
 def test_a_killed_and_resumed_run_differs_from_an_uninterrupted_one(

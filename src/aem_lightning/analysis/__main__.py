@@ -18,6 +18,7 @@ from aem_lightning.analysis.training import find_configs
 from aem_lightning.runner.cli import clear_errors, quiet_libraries
 from aem_lightning.runner.command import Command
 from aem_lightning.runner.help_page import first_sentence
+from aem_lightning.runner.signals import stoppable
 
 TYPED = "python -m aem_lightning.analysis"
 
@@ -88,4 +89,5 @@ def show_analyses(configs: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable():
+        main()

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from aem_lightning.callbacks.files import sync_tree
+
 
 class SavesAdapter(Protocol):
     """What the export asks of a policy."""
@@ -63,6 +65,7 @@ def export_adapter(policy: SavesAdapter, path: Path) -> None:
     fresh.mkdir(parents=True)
     try:
         policy.save_adapter(fresh)
+        sync_tree(fresh)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from aem_lightning.callbacks.files import write_atomically
 from aem_lightning.callbacks.loggers import log_scalars, log_text
 from aem_lightning.callbacks.outputs import iteration_of
 
@@ -107,13 +108,12 @@ class StepTime(Callback):
         markdown = table_markdown(rows)
         log_text(trainer, "time/table", markdown, step=self._index)
         path = Path(self._folder or trainer.default_root_dir) / "step_time.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "iterations": self._iterations,
             "seconds": total_seconds(self._totals),
             "stages": [asdict(row) for row in rows],
         }
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
         logger.info("Cost table over %d iterations, in %s:\n%s", self._iterations, path, markdown)
 
     def on_exception(self, trainer: Trainer, *_: Any) -> None:

@@ -256,6 +256,8 @@ class AgentDataModule(LightningDataModule):
 
         rank, world_size = self._rank_and_world_size()
         mine = tasks[rank::world_size]
+        if tasks and not mine:  # an empty batch: every rank takes part in what all ranks sum up
+            return DataLoader(mine, batch_sampler=[[]], collate_fn=list)  # type: ignore[arg-type]
         return DataLoader(mine, batch_size=self.evaluation_batch, collate_fn=list)  # type: ignore[arg-type]
 
     def _rank_and_world_size(self) -> tuple[int, int]:

@@ -83,6 +83,7 @@ class WorkerProcess:
                 stdout=self._stderr,
                 stderr=self._stderr,
                 env=environment,
+                process_group=0,  # what a terminal signals is for its pool, which ends it
             )
         self._socket = ours
         self._parts: list[bytes] = []  # of a line that has begun

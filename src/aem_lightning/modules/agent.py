@@ -109,10 +109,7 @@ class AgentModule(L.LightningModule):
         self.critic = estimator if isinstance(estimator, PPO) else None
         if self.critic is not None:
             policy.add_value_head()
-        self.policy = policy
-        self.engine = engine
-        self.encoder = encoder
-        self.rewards = rewards
+        self.policy, self.engine, self.encoder, self.rewards = policy, engine, encoder, rewards
         self.estimator, self.modulation, self.loss = estimator, modulation, loss
         self.covariance = loss.covariance if isinstance(loss, ClippedLoss) else None
         self.first_entropy_coef = self.entropy_coef = getattr(loss, "entropy_coef", 0.0)
@@ -124,6 +121,7 @@ class AgentModule(L.LightningModule):
         self.tested: list[Trajectory] = []
         self.finite: FiniteCheck  # of the iteration under way
         self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
+        self.committing: Callable[[], object] = bool  # called before the first change of a step
         self.recorded: Callable[..., Collector] | None = None  # whoever keeps rollouts
         self.validation_metrics = EpisodeMetrics(task_types)
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -146,6 +144,7 @@ class AgentModule(L.LightningModule):
             scaled = modulated.apply(advantages, rollouts)  # as advantages
         self.finite.look(advantages, modulated.alpha, scaled)
         with watch("update"):
+            self.committing()
             self.adapt_entropy(rollouts)
             metrics = self.update(rollouts, scaled, plan) if plan.skipped is None else {}
         del self.finite  # and with it the batch

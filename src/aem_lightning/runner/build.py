@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 import lightning as L
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,9 +34,13 @@ from aem_lightning.modules import (
     check_dtype,
 )
 from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner import ranks
 from aem_lightning.runner.broken_batch import BrokenBatch
+from aem_lightning.runner.checkpoint_io import SealedCheckpointIO
 from aem_lightning.runner.early import read_template
 from aem_lightning.runner.parts import check_classes
+from aem_lightning.runner.signals import stop_signals
+from aem_lightning.runner.stopping import KeepLastIteration
 from aem_lightning.runner.warm_start import (
     WarmStart,
     WarmStartSettings,
@@ -259,6 +266,8 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
         callbacks.append(Profile())
     if cfg.get("rollout_journal"):  # earlier checkpoints have no such key
         callbacks.append(RolloutJournal())
+    if (signals := stop_signals()) is not None:
+        callbacks.append(KeepLastIteration(cfg, signals))
     # A partial: Hydra would take the objects for configs, and some loggers look like one.
     trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
         callbacks=callbacks,
@@ -269,9 +278,19 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
         # An epoch may be shorter than others: the last, and the first of a resumed run.
         reload_dataloaders_every_n_epochs=1,
     )
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no choice of the user's
+        trainer.strategy.checkpoint_io = SealedCheckpointIO()
+    # Lightning's own watch ends this process too, without a word.
+    watch = partial(ranks.watch_others, Path(cfg.paths.output_dir), partial(_flush, loggers))
+    subprocess_script._launch_process_observer = watch  # type: ignore[attr-defined]
     if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
         log.warning("No GPU was found: this run computes on the CPU")
     return trainer
+
+
+def _flush(loggers: list[Any]) -> None:
+    for logger in loggers:
+        logger.save()
 
 
 def _go_on(logger: Any, start: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 SWEEP = "multirun_"  # how configs/paths/default.yaml begins the name of a sweep's folder
-# What torch raises for half a file, for another kind of file, and what ours lack of a stranger's.
-UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, TypeError)
 
 
 def find_checkpoint(cfg: DictConfig, run: str | None) -> Path | None:
@@ -94,18 +91,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """What the checkpoint at ``path`` holds, its tensors on the CPU.
 
     Raises:
-        ValueError: The file is no checkpoint of a run, or only a part of one.
+        ValueError: The file is damaged, no checkpoint of a run, or only a part of one.
     """
-    import torch  # here: `find_checkpoint` answers before it is imported
+    # here: `find_checkpoint` answers before torch is imported
+    from aem_lightning.runner.checkpoint_io import load_whole
 
-    try:
-        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        _ = stored["aem_lightning"]["config"], stored["state_dict"]
-    except UNREADABLE as error:
-        words = str(error).partition("\n")[0]
-        raise ValueError(
-            f"ckpt_path={path}: this is no checkpoint of a training run, or only a part of one. "
-            "Those of a run are checkpoints/last.ckpt and checkpoints/best.ckpt in its folder; "
-            f"ckpt_path=last takes the newest. (Reading it: {type(error).__name__}: {words})"
-        ) from error
-    return stored
+    return load_whole(path)

@@ -15,6 +15,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
+from aem_lightning.runner import ranks
+from aem_lightning.runner.signals import stoppable
+
 log = logging.getLogger(__name__)
 
 # What people can mend: bad values, missing files and packages, too little memory. Anything else
@@ -39,17 +42,26 @@ NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """End with the message alone where a person can mend the cause.
+    """End with the message alone where a person can mend the cause, or a signal is one.
 
-    The traceback goes to ``error.log``.
+    The traceback goes to ``error.log``. With several ranks rank 0 alone has the last word.
     """
+    if ranks.rank():
+        ranks.watch_first(Path(HydraConfig.get().runtime.output_dir))
     try:
-        yield
+        with stoppable():
+            yield
+            ranks.wait_for_others()
     except Exception as error:
         message = _mendable(error)
-        if message is None:
+        if ranks.several():
+            told = message or f"{type(error).__name__}: {error}"
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            log.error("%s", ranks.last_word(error, told, folder))
+        elif message is None:
             raise
-        log.error("%s\n(%s)", message, _keep_traceback())
+        else:
+            log.error("%s\n(%s)", message, _keep_traceback())
         sys.exit(1)
 
 
@@ -121,6 +133,9 @@ def quiet_libraries() -> None:
         # Inside Lightning and transformers, of their own older names.
         ".*isinstance.treespec, LeafSpec.*",
         ".*gradient_checkpointing.* is deprecated.*",
+        # Of several ranks: every metric is of all of them already.
+        ".*It is recommended to use `self.log.*sync_dist=True.*",
+        ".*torch.distributed.nn.functional.all_gather is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     # Devices found, tips of the day, and that training stopped at its last epoch.

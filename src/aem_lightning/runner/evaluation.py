@@ -104,7 +104,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         "transcripts": str(transcripts),
         **results,
     }
-    write_report(Path(cfg.paths.output_dir), report, f"evaluation of {agent.path}")
+    if trainer.is_global_zero:
+        write_report(Path(cfg.paths.output_dir), report, f"evaluation of {agent.path}")
     return report
 
 

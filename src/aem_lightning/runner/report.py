@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aem_lightning.callbacks.files import write_atomically
 from aem_lightning.callbacks.transcripts import append_json_line, episode_record
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.metrics import success_summary
@@ -47,7 +48,7 @@ def game_hashes(datamodule: AgentDataModule) -> dict[str, str]:
 def write_report(folder: Path, report: Mapping[str, Any], title: str) -> None:
     """Write ``evaluation.json``, show its success rates, and say how to see the episodes."""
     target = folder / "evaluation.json"
-    target.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_atomically(target, json.dumps(report, indent=2))
     print_results(title, {"success": report["success"], **report["by_split"]})
     log.info("written: %s", target)
     viewer = command("-m", "aem_lightning.viewer", str(report["transcripts"]))

@@ -71,8 +71,11 @@ def print_results(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
     """Write ``summary.json`` and show the same to the person at the terminal."""
+    # here: light commands read this module, and callbacks bring Lightning
+    from aem_lightning.callbacks.files import write_atomically
+
     target = folder / SUMMARY
-    target.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    write_atomically(target, json.dumps(summary, indent=2))
     shown = {
         name: summary[name] for name in ("success_before", "success_after") if summary.get(name)
     }

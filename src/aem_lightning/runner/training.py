@@ -10,7 +10,9 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
+from aem_lightning.callbacks.files import write_atomically
 from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.datamodules.agent import TaskSampler
 from aem_lightning.envs import check_env
 from aem_lightning.metrics import NothingToJudgeError
 from aem_lightning.modules import AgentModule
@@ -30,6 +32,7 @@ from aem_lightning.runner.folder import held
 from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
 from aem_lightning.runner.preflight import preflight
 from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
+from aem_lightning.runner.stopping import requeued_checkpoint
 from aem_lightning.runner.summary import StageClock, learning_verdict, write_summary
 
 log = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.stage == "train":
         check_parts(cfg)
     with held(Path(cfg.paths.output_dir)):
-        checkpoint = find_checkpoint(cfg, cfg.name)
+        checkpoint = find_checkpoint(cfg, cfg.name) or requeued_checkpoint(cfg)
         # Now: a broken file must show before anything is made.
         earlier = None if checkpoint is None else earlier_run(cfg, checkpoint)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -67,6 +70,8 @@ def reinforce(
         policy, _ = build_policy(cfg, datamodule)
     module = build_agent(cfg, policy, datamodule)
     trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
+    # What ranks cannot share is refused now, before a game is played.
+    TaskSampler(1, cfg.tasks_per_iteration, 1, cfg.seed, world_size=trainer.world_size)
     checkpoint = earlier.checkpoint if earlier else None
     checked = preflight(cfg, trainer, module, datamodule, checkpoint)
     if cfg.preflight == "only":
@@ -76,7 +81,8 @@ def reinforce(
         with clock("evaluation_before"):
             known = earlier.before if earlier else None
             before = known or _success(trainer, module, datamodule)
-        (output / BEFORE).write_text(json.dumps(before, indent=2), encoding="utf-8")
+        if trainer.is_global_zero:
+            write_atomically(output / BEFORE, json.dumps(before, indent=2))
     with clock("training"):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     last = output / "checkpoints" / "last.ckpt"

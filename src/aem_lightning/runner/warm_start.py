@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
 from aem_lightning.callbacks import Meter
+from aem_lightning.callbacks.files import sync_tree
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import (
     Architecture,
@@ -201,6 +202,7 @@ def _save(policy: Policy, folder: Path, report: Mapping[str, Any]) -> None:
     try:
         policy.save_model(partial)
         (partial / RESULT).write_text(json.dumps(report, indent=2), encoding="utf-8")
+        sync_tree(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)

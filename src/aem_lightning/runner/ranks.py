@@ -1,0 +1,146 @@
+"""Several ranks on one machine: where one is lost, all end, and rank 0 says which one and why.
+
+Lightning's launcher starts the other ranks from rank 0, as the same command again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+NOTICE_S = 5.0  # between a rank's last word on the network and the end of its process
+GRACE_S = 15.0  # what the main thread has to notice by itself that another rank is lost
+FAREWELL_S = 60.0  # what other ranks have to end once rank 0 is done
+
+_others: list[subprocess.Popen[bytes]] = []  # what rank 0 has started, from rank 1 on
+
+
+def rank() -> int:
+    """This process's rank, as torchrun, Lightning or SLURM told it; 0 without any of them."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def several() -> bool:
+    """Whether other ranks belong to this one."""
+    return bool(_others) or rank() != 0
+
+
+def watch_others(
+    folder: Path, flush: Callable[[], object], others: Sequence[subprocess.Popen[bytes]]
+) -> None:
+    """Let rank 0 end soon after one of ``others``; their last words are in ``folder``.
+
+    ``flush`` is called where this process has to be ended from outside: it may be waiting for ever
+    in a collective call, or playing for long before the next.
+    """
+    _others[:] = others
+
+    def watch() -> None:
+        while (reason := lost(folder)) is None:
+            time.sleep(POLL_S)
+        time.sleep(GRACE_S)
+        with contextlib.suppress(Exception):
+            flush()
+        end_others()
+        log.error("%s", reason)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="ranks").start()
+
+
+def watch_first(folder: Path) -> None:
+    """Let another rank end soon after the process that started it."""
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_S)
+        log.error("Rank 0 was killed. %s", _go_on(folder))
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True, name="ranks").start()
+
+
+def lost(folder: Path) -> str | None:
+    """Which rank is lost and why, where one is: a line."""
+    for number, process in enumerate(_others, 1):
+        status = process.poll()
+        if not status:
+            continue
+        said = _last_words(folder, number)
+        if status < 0:
+            why = f"was killed by {signal.Signals(-status).name}"
+            why += ", as the kernel does where memory is short" if -status == signal.SIGKILL else ""
+        elif said.is_file():
+            why = f"raised {said.read_text(encoding='utf-8').partition(chr(10))[0]} ({said})"
+        else:
+            why = f"ended with exit status {status}"
+        return f"Rank {number} {why}. {_go_on(folder)}"
+    return None
+
+
+def last_word(error: Exception, message: str, folder: Path) -> str:
+    """What rank 0 says of ``error`` in one line; any other rank leaves it in ``folder`` and ends.
+
+    Args:
+        error: What ended this rank. A collective call raises an error that only echoes the loss of
+            another rank.
+        message: The same for people.
+        folder: The run's.
+    """
+    is_echo = "gloo" in message or type(error).__name__.startswith("Dist")
+    said = _last_words(folder, rank())
+    if not is_echo:
+        message = " ".join(message.split())
+        with contextlib.suppress(OSError):
+            said.write_text(f"{message}\n{traceback.format_exc()}", encoding="utf-8")
+    if rank():
+        time.sleep(GRACE_S if is_echo else 0.0)  # rank 0 finds the one that is lost, and ends this
+        sys.exit(1)
+    reason, until = None, time.monotonic() + NOTICE_S
+    while is_echo and (reason := lost(folder)) is None and time.monotonic() < until:
+        time.sleep(POLL_S)
+    end_others()
+    return reason or f"Rank 0 raised {message} ({said}). {_go_on(folder)}"
+
+
+def end_others() -> None:
+    """End the other ranks at once; their environment workers end with them."""
+    for process in _others:
+        process.kill()
+    _others.clear()  # none of them is lost
+
+
+def wait_for_others() -> None:
+    """Let the other ranks come to their end, once all is done."""
+    until = time.monotonic() + FAREWELL_S
+    for process in _others:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _go_on(folder: Path) -> str:
+    """What a lost rank means for the run, for people."""
+    last = folder / "checkpoints" / "last.ckpt"
+    return "All ranks end with it" + (f"; ckpt_path={last} goes on." if last.exists() else ".")
+
+
+def _last_words(folder: Path, number: int) -> Path:
+    """The file in which a rank other than 0 leaves what it raised, on its first line."""
+    return folder / f"error_rank_{number}.log"

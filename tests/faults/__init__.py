@@ -1,0 +1,1 @@
+"""Faults injected into small runs, each many times: ``make faults`` writes docs/faults.md."""

@@ -1,0 +1,156 @@
+"""Signals that end a run, and ranks that end with each other: without a run of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+
+from aem_lightning.envs.process import WorkerProcess
+from aem_lightning.runner import ranks
+from aem_lightning.runner.cli import clear_errors
+from aem_lightning.runner.signals import Stopped, stop_signals, stoppable
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_otherwise_than_with_128_and_its_number(
+    number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped, stoppable(), clear_errors():
+        send(number)
+    assert stopped.value.code == 128 + number
+    (line,) = caplog.messages
+    assert line.startswith(f"{number.name}: stopped. There is nothing to save yet")
+    assert signal.getsignal(number) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_signal_stops_what_must_come_to_its_end() -> None:
+    done = []
+
+    def run() -> None:
+        signals = stop_signals()
+        assert signals is not None
+        signals.held = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("the update")
+        signals.release()
+        done.append("another iteration")
+
+    with pytest.raises(Stopped), stoppable():
+        run()
+    assert done == ["the update"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_is_lost_in_a_callback_of_the_garbage_collector() -> None:
+    class Thing:
+        pass
+
+    things = [Thing()]
+    watched = weakref.ref(things[0], lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+    def run() -> None:
+        things.clear()
+        time.sleep(60)
+
+    with pytest.raises(Stopped), stoppable():
+        run()
+    assert watched() is None
+
+
+def test_a_second_signal_waits() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from aem_lightning.runner.signals import stoppable\n"
+        "with stoppable():\n"
+        "    try:\n"
+        "        print('up', flush=True); time.sleep(60)\n"
+        "    finally:\n"
+        "        print('tidying', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process, process.stdout as said:
+        assert said.readline() == "up\n"
+        process.send_signal(signal.SIGINT)
+        assert said.readline() == "tidying\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_a_terminal_signals_environment_workers() -> None:
+    worker = WorkerProcess(b"", os.environ)
+    try:
+        assert os.getpgid(worker.pid) != os.getpgid(0)
+    finally:
+        worker.kill()
+
+
+# ------------------------------------------------------------------------------------------- ranks
+
+
+@pytest.fixture
+def another_rank(monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
+    monkeypatch.setattr(ranks, "NOTICE_S", 0.0)
+    with subprocess.Popen(SLEEP) as process:
+        monkeypatch.setattr(ranks, "_others", [process])
+        yield process
+        process.kill()
+
+
+ECHO = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2963")
+
+
+def test_a_killed_rank_is_not_named(another_rank: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    assert ranks.lost(tmp_path) is None
+    another_rank.kill()
+    another_rank.wait()
+    told = ranks.last_word(ECHO, str(ECHO), tmp_path)
+    assert told.startswith("Rank 1 was killed by SIGKILL")
+    assert "ckpt_path" not in told  # there is none
+
+
+def test_what_a_rank_raised_is_not_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    command = (
+        "import pathlib; from aem_lightning.runner import ranks\n"
+        "try: raise TypeError('wrong\\nthing')\n"
+        "except TypeError as error:\n"
+        f"    ranks.last_word(error, 'TypeError: wrong\\nthing', pathlib.Path({str(tmp_path)!r}))"
+    )
+    child = os.environ | {"LOCAL_RANK": "1"}
+    with subprocess.Popen([sys.executable, "-c", command], env=child) as process:
+        pass
+    ranks._others[:] = [process]
+    try:
+        told = ranks.last_word(ECHO, str(ECHO), tmp_path)
+    finally:
+        ranks._others.clear()
+    assert told.startswith(f"Rank 1 raised TypeError: wrong thing ({tmp_path}/error_rank_1.log)")
+    assert told.endswith(f"ckpt_path={tmp_path}/checkpoints/last.ckpt goes on.")
+
+
+def test_rank_0_leaves_others_behind(another_rank: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    try:
+        raise ValueError("its own")
+    except ValueError as error:
+        told = ranks.last_word(error, "its own", tmp_path)
+    assert told.startswith("Rank 0 raised its own")
+    assert another_rank.wait(30) == -signal.SIGKILL
