@@ -220,9 +220,9 @@ SERVERS: dict[str, Callable[[Any], Any]] = {
     "half a surrogate": lambda body: fake_endpoint.Answer(fake_endpoint.completion("\ud800")),
 }
 NUMBERS = {
-    "weight is NaN": ("+callbacks.fault.value=.nan", "+callbacks.fault.place=weight"),
-    "weight is infinite": ("+callbacks.fault.value=.inf", "+callbacks.fault.place=weight"),
-    "moment is NaN": ("+callbacks.fault.value=.nan", "+callbacks.fault.place=moment"),
+    "weight is NaN": ("+callbacks.fault.value=nan", "+callbacks.fault.place=weight"),
+    "weight is infinite": ("+callbacks.fault.value=inf", "+callbacks.fault.place=weight"),
+    "moment is NaN": ("+callbacks.fault.value=nan", "+callbacks.fault.place=moment"),
 }
 
 
