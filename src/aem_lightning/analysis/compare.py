@@ -245,7 +245,7 @@ def _games(cfg: DictConfig, arm: str, seed: int, run: Path) -> dict[str, Any]:
         "seed": seed,
         "temperature": None,
         "splits": None,
-        "overrides": [],
+        "overrides": [word for word in cfg.overrides if "._target_=" in word],
         # The run's own places, where its games and its warm-started model are.
         "paths": {**stored["paths"], "output_dir": str(target)},
     }

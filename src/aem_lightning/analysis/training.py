@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from aem_lightning import runner
 from aem_lightning.runner.summary import SUMMARY
+from aem_lightning.runner.trust import remember
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def finished_run(cfg: DictConfig, folder: Path, arm: Sequence[str], seed: int) -
     """
     overrides = run_overrides(cfg, arm, seed)
     _check_asked(folder, overrides)
+    remember(hydra.compose("train", overrides=overrides))
     if (folder / SUMMARY).is_file():
         log.info("%s: finished before", folder)
         return folder

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aem_lightning.envs import EnvPool, TextEnv, in_worker
-from aem_lightning.types import Task
+from aem_lightning.types import Count, Natural, Positive, Seed, Task
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -100,14 +100,14 @@ class AgentDataModule(LightningDataModule):
     def __init__(
         self,
         *,
-        tasks_per_iteration: int = 16,
-        iterations_per_epoch: int = 5,
-        validation_tasks: int = 64,
-        evaluation_batch: int = 128,
+        tasks_per_iteration: Count = 16,
+        iterations_per_epoch: Count = 5,
+        validation_tasks: Natural = 64,
+        evaluation_batch: Count = 128,
         evaluation_splits: Sequence[str] = ("valid_seen", "valid_unseen"),
-        workers: int = 2,
-        timeout_s: float = 120.0,
-        seed: int = 0,
+        workers: Count = 2,
+        timeout_s: Positive = 120.0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.tasks_per_iteration = tasks_per_iteration

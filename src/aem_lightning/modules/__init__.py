@@ -10,9 +10,15 @@ from aem_lightning.lazy import lazily
 
 if TYPE_CHECKING:
     from aem_lightning.modules.agent import AgentModule
-    from aem_lightning.modules.policy import Lora, Policy, check_dtype
-    from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
-    from aem_lightning.modules.tiny import Architecture, build_tiny_model, build_tokenizer
+    from aem_lightning.modules.policy import Policy, check_dtype
+    from aem_lightning.modules.settings import (
+        Architecture,
+        Lora,
+        RolloutSettings,
+        UpdateSettings,
+        WarmStartSettings,
+    )
+    from aem_lightning.modules.tiny import build_tiny_model, build_tokenizer
     from aem_lightning.modules.warm_start import (
         DemonstrationSampler,
         WarmStartModule,
@@ -32,6 +38,7 @@ __all__ = [
     "RolloutSettings",
     "UpdateSettings",
     "WarmStartModule",
+    "WarmStartSettings",
     "build_tiny_model",
     "build_tokenizer",
     "check_dtype",
@@ -43,9 +50,15 @@ __getattr__ = lazily(
     __name__,
     {
         "agent": ["AgentModule"],
-        "policy": ["Lora", "Policy", "check_dtype"],
-        "settings": ["RolloutSettings", "UpdateSettings"],
-        "tiny": ["Architecture", "build_tiny_model", "build_tokenizer"],
+        "policy": ["Policy", "check_dtype"],
+        "settings": [
+            "Architecture",
+            "Lora",
+            "RolloutSettings",
+            "UpdateSettings",
+            "WarmStartSettings",
+        ],
+        "tiny": ["build_tiny_model", "build_tokenizer"],
         "warm_start": [
             "DemonstrationSampler",
             "WarmStartModule",

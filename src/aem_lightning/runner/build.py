@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import hydra
 import lightning as L
@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.algorithms import check_group_size
 from aem_lightning.callbacks import Profile
@@ -25,22 +26,21 @@ from aem_lightning.modules import (
     Policy,
     RolloutSettings,
     UpdateSettings,
+    WarmStartSettings,
     check_dtype,
 )
 from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner.checks import refuse, unresolved
 from aem_lightning.runner.early import read_template
-from aem_lightning.runner.parts import check_classes
+from aem_lightning.runner.parts import check_classes, made
 from aem_lightning.runner.warm_start import (
     WarmStart,
-    WarmStartSettings,
     run_warm_start,
     tiny_base,
     warm_start_key,
 )
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T", Architecture, Lora, WarmStartSettings)
 
 
 def instantiate(node: Any, **extra: Any) -> Any:
@@ -55,20 +55,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def settings_from(kind: type[T], node: DictConfig, where: str) -> T:
-    """The config ``node``, which stands at ``where``, as our own settings.
-
-    Raises:
-        ValueError: The node has a key that the settings lack.
-    """
-    given = plain(node)
-    known = [field.name for field in fields(kind)]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{where}.{name}: there is no such key. Allowed: {', '.join(known)}.")
-    return kind(**given)
-
-
 def check_parts(cfg: DictConfig) -> None:
     """Make the parts that cost nothing, and let them go: a wrong value in them shows at once.
 
@@ -76,33 +62,28 @@ def check_parts(cfg: DictConfig) -> None:
     minutes.
 
     Raises:
-        ConfigError: A class that is not found, or not fit for its place.
-        ValueError: As the part's own.
+        ConfigError: A class that is not found or not fit for its place, or an argument that it
+            does not take.
+        ValueError: A group too small for its estimator, or an unknown dtype.
     """
-    check_classes(cfg)
-    check_group_size(cfg.group_size, instantiate(cfg.advantage))
-    for part in (cfg.modulation, cfg.loss, cfg.rewards):
-        instantiate(part)
-    _named(cfg.callbacks)
-    settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
-    lora_of(cfg)
-    if cfg.policy.get("architecture") is not None:
-        settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
-    check_dtype(cfg.policy.dtype)
     try:
-        optimizer = instantiate(cfg.optimizer)([torch.zeros(1, requires_grad=True)])
-    except ValueError as error:
-        given = ", ".join(
-            f"optimizer.{name}={value}" for name, value in cfg.optimizer.items() if name[0] != "_"
-        )
-        raise ValueError(f"{error}. Given: {given}") from error
+        plain(cfg)  # as the run keeps it
+    except OmegaConfBaseException as error:
+        refuse([unresolved("config", error)])
+    check_classes(cfg)
+    check_group_size(cfg.group_size, made("advantage", cfg.advantage))
+    for group in ("modulation", "loss", "rewards", "prompt", "engine"):
+        made(group, cfg[group])
+    check_dtype(cfg.policy.dtype)
+    optimizer = made("optimizer", cfg.optimizer, [torch.zeros(1, requires_grad=True)])
     if cfg.scheduler:
-        instantiate(cfg.scheduler)(optimizer)
+        made("scheduler", cfg.scheduler, optimizer)
+    _make_trainer(cfg)
 
 
 def build_datamodule(cfg: DictConfig) -> AgentDataModule:
     """The environment's DataModule, its tasks ready."""
-    datamodule: AgentDataModule = instantiate(cfg.datamodule)
+    datamodule: AgentDataModule = made("datamodule", cfg.datamodule)
     datamodule.prepare_data()
     # A missing folder or an empty split must show before anything is loaded.
     for split in (datamodule.train_split, *datamodule.evaluation_splits):
@@ -131,7 +112,7 @@ def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, 
 
 def lora_of(cfg: DictConfig) -> Lora:
     """The settings of the adapters."""
-    return settings_from(Lora, cfg.policy.lora, "policy.lora")
+    return Lora(**plain(cfg.policy.lora))
 
 
 def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
@@ -147,7 +128,7 @@ def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
 
 def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     """The model folder that the supervised stage leaves, keyed by everything that it depends on."""
-    settings = settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
+    settings = WarmStartSettings(**plain(cfg.policy.warm_start))
     limits = {key: cfg[key] for key in ("max_context", "max_new_tokens")}
     limits["max_turns"] = settings.max_turns or cfg.max_turns
     policy_config = plain(cfg.policy)
@@ -163,7 +144,7 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     name = f"{type(datamodule).__name__.lower()}_{key}"
     folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / name
     if cfg.policy.model is None:
-        architecture = settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
+        architecture = Architecture(**plain(cfg.policy.architecture))
         base = tiny_base(datamodule, architecture, settings.seed)
     else:
         base = load_policy(cfg, cfg.policy.model, lora=lora_of(cfg))
@@ -240,26 +221,32 @@ def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) ->
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
     """The Trainer, with callbacks and loggers; its epochs come from the number of iterations."""
-    callbacks, loggers = _named(cfg.callbacks), _named(cfg.logger)
-    if cfg.profile:
-        callbacks.append(Profile())
-    epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number
-    # A partial: Hydra would take the objects for configs, and some loggers look like one.
-    trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
-        callbacks=callbacks,
-        logger=loggers,
-        # Where none of them saves, Lightning would add a checkpoint of its own.
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        max_epochs=epochs,
-    )
+    trainer = _make_trainer(cfg)
     if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
         log.warning("No GPU was found: this run computes on the CPU")
     return trainer
 
 
-def _named(nodes: DictConfig | None) -> list[Any]:
+def _make_trainer(cfg: DictConfig) -> L.Trainer:
+    callbacks, loggers = _named("callbacks", cfg.callbacks), _named("logger", cfg.logger)
+    if cfg.profile:
+        callbacks.append(Profile())
+    epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number
+    options = {
+        "callbacks": callbacks,
+        "logger": loggers,
+        # Where none of them saves, Lightning would add a checkpoint of its own.
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "max_epochs": epochs,
+    }
+    trainer: L.Trainer = made("trainer", cfg.trainer, **options)
+    return trainer
+
+
+def _named(group: str, nodes: DictConfig | None) -> list[Any]:
     """What each of ``nodes`` stands for; one that is null was dropped."""
-    return [instantiate(node) for node in (nodes or {}).values() if node is not None]
+    found = (nodes or {}).items()
+    return [made(f"{group}.{name!s}", node) for name, node in found if node is not None]
 
 
 def _pick(cfg: DictConfig, settings: type[RolloutSettings | UpdateSettings]) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def find_checkpoint(cfg: DictConfig, run: str | None) -> Path | None:
             )
         return max(found, key=lambda path: path.stat().st_mtime).absolute()
     path = Path(cfg.ckpt_path).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # no error where the name is longer than names can be
         raise FileNotFoundError(
             f"ckpt_path={cfg.ckpt_path}: there is no such file. Checkpoints are in "
             f"{logs}/<name>/<time>/checkpoints/; ckpt_path=last takes the newest."

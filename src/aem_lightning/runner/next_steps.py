@@ -11,6 +11,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from aem_lightning.runner.trust import typed_again
+
 
 def command(*words: str) -> str:
     """``python`` and ``words`` for a shell in this folder.
@@ -33,7 +35,7 @@ def after_training(cfg: DictConfig, checkpoint: Path) -> list[str]:
     if data != f"{root}/data":  # else it would make the warm start again
         places.append(f"paths.data_dir={data}")
     return [
-        command(_script("eval.py"), *places, f"ckpt_path={checkpoint}"),
+        command(_script("eval.py"), *places, *typed_again(cfg), f"ckpt_path={checkpoint}"),
         command("-m", "tensorboard.main", "--logdir", str(Path(cfg.paths.log_dir))),
     ]
 

@@ -26,6 +26,7 @@ from aem_lightning.runner.early import check_training
 from aem_lightning.runner.evaluation import play_all
 from aem_lightning.runner.next_steps import after_training, after_warm_start
 from aem_lightning.runner.summary import StageClock, write_summary
+from aem_lightning.runner.trust import remember
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ BEFORE = "success_before.json"
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run ``cfg``; returns what ``summary.json`` holds."""
     check_training(cfg)
-    if cfg.stage == "train":
-        check_parts(cfg)
+    check_parts(cfg)
+    remember(cfg)
     checkpoint = find_checkpoint(cfg, cfg.name)
     before = _before(checkpoint)  # now: a broken file must show before anything is made
     L.seed_everything(cfg.seed, workers=True, verbose=False)
