@@ -20,9 +20,11 @@ def main(cfg: DictConfig) -> None:
     with clear_errors():
         COMMAND.check_job(cfg)
         from aem_lightning.runner import train  # imports torch: after the checks
+        from aem_lightning.runner.summary import exit_status
 
         quiet_libraries()
-        train(cfg)
+        if status := exit_status(cfg, train(cfg)):
+            sys.exit(status)
 
 
 if __name__ == "__main__":

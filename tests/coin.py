@@ -56,6 +56,17 @@ class SlowCoin(CoinEnv):
         return super().step(action)
 
 
+class FragileCoin(CoinEnv):
+    """Its machinery is down for evaluations, and raises where the coin is in the red box."""
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if not self._task.startswith("train"):
+            return "", 0.0, False, True, {"infra_error": "the sandbox is gone"}
+        if self._coin == "red":
+            raise RuntimeError("the red box is stuck")
+        return super().step(action)
+
+
 class CoinExpert:
     """Opens the box that the hint names, after ``detours`` others."""
 
@@ -95,3 +106,10 @@ class CoinDataModule(AgentDataModule):
             "A coin glints near the box . You find the coin !",
             "The box is empty . Nothing happens . find the coin",
         ]
+
+
+class FragileCoinDataModule(CoinDataModule):
+    """The same tasks, in an environment whose machinery breaks."""
+
+    def env_factory(self) -> Callable[[], TextEnv]:
+        return FragileCoin

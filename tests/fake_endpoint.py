@@ -65,30 +65,17 @@ class FakeEndpoint(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: FakeEndpoint
+class Answering(BaseHTTPRequestHandler):
+    """Answers each request with what `answer` makes of its body."""
 
-    def do_GET(self) -> None:
-        self._send(Answer('{"object": "list", "data": []}'))
+    protocol_version = "HTTP/1.1"
+    server: Any
+
+    def answer(self, body: dict[str, Any]) -> Answer:
+        raise NotImplementedError
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fake = self.server
-        with fake.lock:
-            fake.bodies.append(body)
-            fake.keys.append(self.headers.get("Authorization"))
-            fake.at_once += 1
-            fake.most_at_once = max(fake.most_at_once, fake.at_once)
-        try:
-            if self.path != "/v1/chat/completions":
-                self._send(error(404, f"no {self.path}"))
-                return
-            answer = fake.think(body)
-            self._send(answer if isinstance(answer, Answer) else Answer(completion(answer)))
-        finally:
-            with fake.lock:
-                fake.at_once -= 1
+        self._send(self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
 
     def _send(self, answer: Answer) -> None:
         time.sleep(answer.delay_s)
@@ -103,6 +90,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         """Silent."""
+
+
+class _Handler(Answering):
+    def do_GET(self) -> None:
+        self._send(Answer('{"object": "list", "data": []}'))
+
+    def answer(self, body: dict[str, Any]) -> Answer:
+        fake = self.server
+        with fake.lock:
+            fake.bodies.append(body)
+            fake.keys.append(self.headers.get("Authorization"))
+            fake.at_once += 1
+            fake.most_at_once = max(fake.most_at_once, fake.at_once)
+        try:
+            if self.path != "/v1/chat/completions":
+                return error(404, f"no {self.path}")
+            answer = fake.think(body)
+            return answer if isinstance(answer, Answer) else Answer(completion(answer))
+        finally:
+            with fake.lock:
+                fake.at_once -= 1
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist
@@ -14,6 +15,8 @@ from torchmetrics import Metric
 from aem_lightning.types import Trajectory
 
 OTHER = "other"
+
+log = logging.getLogger(__name__)
 
 
 class EpisodeMetrics(Metric):
@@ -37,7 +40,8 @@ class EpisodeMetrics(Metric):
     ``infra_errors``             episodes that something outside the policy broke
     ============================ ===================================================================
 
-    The three rates of turns add up to 1. Without episodes the means are left out.
+    The three rates of turns add up to 1. Without episodes the means are left out, and where all
+    broke a warning says why.
 
     Args:
         task_types: Types to break success down by. Every other type counts as ``other``.
@@ -72,6 +76,7 @@ class EpisodeMetrics(Metric):
             raise ValueError(f"EpisodeMetrics: a task type is named twice in {list(task_types)}.")
         self.task_types = [name for name in task_types if name != OTHER] + [OTHER]
         types = len(self.task_types)
+        self._last_error = ""
         self.add_state("wins", torch.zeros(types, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("episodes", torch.zeros(types, dtype=torch.long), dist_reduce_fx="sum")
         for name in ("returns", "scores"):
@@ -84,6 +89,7 @@ class EpisodeMetrics(Metric):
         for trajectory in trajectories:
             if trajectory.infra_error:
                 self.infra_errors += 1
+                self._last_error = trajectory.infra_error
                 continue
             bucket = self._bucket(trajectory.task.type)
             self.episodes[bucket] += 1
@@ -101,6 +107,9 @@ class EpisodeMetrics(Metric):
         """The rates so far, by name."""
         episodes = self.episodes.sum()
         values = {"episodes": episodes.float(), "infra_errors": self.infra_errors.float()}
+        if self.infra_errors > 0 and not episodes:
+            text = "There is nothing to judge: all %d episodes broke, the last: %s"
+            log.warning(text, self.infra_errors, self._last_error or "on another rank")
         if episodes > 0:
             values["success_rate"] = self.wins.sum() / episodes
             values["score"] = self.scores / episodes
@@ -153,6 +162,10 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return low, high
 
 
+class NothingToJudgeError(ValueError):
+    """There is no episode that says anything about the policy."""
+
+
 def success_summary(trajectories: Iterable[Trajectory]) -> dict[str, Any]:
     """Success rate with its Wilson interval, overall and by task type, as plain data for JSON.
 
@@ -165,16 +178,17 @@ def success_summary(trajectories: Iterable[Trajectory]) -> dict[str, Any]:
         mean graded result.
 
     Raises:
-        ValueError: There is no episode to judge.
+        NothingToJudgeError: There is no episode to judge.
     """
     given = list(trajectories)
     judged = [trajectory for trajectory in given if not trajectory.infra_error]
     broken = len(given) - len(judged)
     if not judged:
-        raise ValueError(
+        why = f" The last broke so: {given[-1].infra_error}" if given else ""
+        raise NothingToJudgeError(
             f"success_summary: no episode to judge ({len(given)} given, {broken} broken by the "
             "environment); at least 1 is needed. Check that the split has tasks and that the "
-            "environment starts."
+            f"environment starts.{why}"
         )
     by_type: dict[str, list[Trajectory]] = {}
     for trajectory in judged:

@@ -59,11 +59,13 @@ class ResetRequest:
         task_id: The start state.
         seed: Seed of the environment's own randomness; the copies of a group share it.
         affinity: Episodes with the same number are played by the same worker: a group's number.
+        uses_reward: The environment's own reward counts; one that does not is not looked at.
     """
 
     task_id: str
     seed: int = 0
     affinity: int = 0
+    uses_reward: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,10 @@ class Trajectory:
     @property
     def total_reward(self) -> float:
         # Exact, so that the same rewards in another order are the same return.
-        return math.fsum(turn.reward for turn in self.turns)
+        try:
+            return math.fsum(turn.reward for turn in self.turns)
+        except (OverflowError, ValueError):  # over the largest float; infinities of both signs
+            return math.nan
 
     @property
     def response_tokens(self) -> int:

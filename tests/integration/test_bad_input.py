@@ -132,14 +132,7 @@ def test_nan_weights_are_played_with(
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     ended = train(*toy, f"policy.model={broken}")
-    ended.assert_clear("logits are not finite", "lower optimizer.lr")
-
-
-def test_a_nan_loss_reaches_the_weights(train: Command, toy: list[str], tmp_path: Path) -> None:
-    # The divergence of equal policies is 0, and infinity times 0 is not a number.
-    ended = train(*toy, "loss.kl_coef=1e39")  # in float32
-    ended.assert_clear("The loss of iteration 0 is nan", "ckpt_path=last", "optimizer.lr=")
-    assert not list(tmp_path.glob("logs/*/*/checkpoints/*"))
+    ended.assert_clear("logits are not finite", "policy.model=", "model.norm.weight")
 
 
 def test_a_missing_checkpoint_starts_a_new_run(train: Command, toy: list[str]) -> None:

@@ -88,6 +88,12 @@ def test_the_x_axis_counts_something_else_than_iterations(run_folder: Path) -> N
             assert steps == ([1, 2, 3] if name == "aem/entropy_drift" else [0, 1, 2, 3]), name
 
 
+def test_a_curve_has_a_point_twice(run_folder: Path) -> None:
+    found = EventAccumulator(str(run_folder / "tensorboard"), {"scalars": 0}).Reload()
+    steps = {name: [e.step for e in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    assert {name for name, of in steps.items() if len(set(of)) < len(of)} <= {"epoch"}
+
+
 def test_the_table_of_a_second_logger_lacks_points(run_folder: Path) -> None:
     written: dict[str, dict[int, float]] = {}
     with (run_folder / "csv" / "metrics.csv").open(newline="") as file:

@@ -13,7 +13,11 @@ from runs import ROOT, composed
 BEFORE = Path(__file__).parents[1] / "data" / "experiments_before_algorithms.json"
 NAMES = ROOT / "docs" / "names.md"
 # What there was no word for.
-NEW = ("algorithm", "arm", "aem_scope", "fast", "callbacks.progress.", "callbacks.hyperparameters.")
+NEW = (
+    *("algorithm", "arm", "aem_scope", "fast", "preflight", "strict", "rollout_journal"),
+    *("datamodule.memory_gb", "datamodule.pass_environment", "datamodule.on_bad_answer"),
+    *(f"callbacks.{name}." for name in ("progress", "hyperparameters", "learning", "trends")),
+)
 # Loggers got names of their own.
 MOVED = {"logger.tensorboard.": "logger."}
 # A callback that saves decides whether there are checkpoints; the bar is ours.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 
 from toy_text_env import ToyEnv
 
@@ -87,6 +88,27 @@ class Endless(Plain):
     def step(self, action):
         observation, _, *rest = super().step(action)
         return observation, float("nan"), *rest
+
+
+class Stuck(Plain):
+    """Hangs at the second action."""
+
+    def step(self, action):
+        if len(self.trace) > 3:
+            time.sleep(600)
+        return super().step(action)
+
+
+class Ending(Plain):
+    """Ends the process that it is in."""
+
+    def step(self, action):
+        os._exit(3)
+
+
+class Torn(Plain):
+    def reset(self, *, seed=None, options=None):
+        return "half of \ud83d", super().reset(seed=seed, options=options)[1]
 
 
 class Halfway(Plain):

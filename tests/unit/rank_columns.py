@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aem_lightning.algorithms import AEM, EMPG, GRPO, PPO, ReinforcePP
+from aem_lightning.modules.reporting import over_ranks
 from aem_lightning.rollout.packing import pack
 from aem_lightning.types import RolloutBatch, Task, Trajectory, Turn
 
 LENGTHS = [[2, 1], [3], [1, 1, 4], [2], [2, 2]]  # tokens of the responses of five trajectories
-SPLIT = 2  # trajectories of the first rank
+SPLITS = (2, 0)  # trajectories of the first rank, which may have none
 
 
 def make_batch(part: slice) -> RolloutBatch:
@@ -30,7 +31,7 @@ def make_batch(part: slice) -> RolloutBatch:
         rows = [[1] * (1 + length) for length in lengths]
         made.append(Trajectory(Task("t"), n, 0, turns, rows))
     made[1].infra_error = "died"
-    batch = pack(made[part])
+    batch = pack(made[part], may_be_empty=True)
     batch.values = batch.entropies.clone()
     return batch
 
@@ -49,12 +50,27 @@ def everything(batch: RolloutBatch) -> dict[str, Tensor]:
     }
 
 
+def averaged(rank: int) -> dict[str, float]:
+    """Metrics of two ranks of which the first has nothing to average."""
+    judged = Trajectory(Task("t"), 0, 0, [Turn("o", (), "r", "a", 0, 1, [-1.0], [1.0])], [[1, 2]])
+    broken = Trajectory(Task("t"), 0, 0, infra_error="died")
+    metrics = {"rollout/infra_errors": 2.0 - rank, "rollout/mixed_groups": float(rank)}
+    mine = [broken, broken] if rank == 0 else [judged, judged, broken]
+    return over_ranks(metrics | ({"train/return": 5.0} if rank else {}), mine)
+
+
 def main(rank: int, folder: Path) -> None:
     """Compute on this rank's trajectories, and leave the result in ``folder``."""
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    part = slice(SPLIT) if rank == 0 else slice(SPLIT, None)
-    torch.save(everything(make_batch(part)), folder / f"{rank}.pt")
+    for split in SPLITS:
+        part = slice(split) if rank == 0 else slice(split, None)
+        torch.save(everything(make_batch(part)), folder / f"{split}_{rank}.pt")
+    assert averaged(rank) == {
+        "rollout/infra_errors": 3.0,
+        "rollout/mixed_groups": 1.0,
+        "train/return": 5.0,
+    }
     dist.destroy_process_group()
 
 

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -5,16 +6,26 @@ import pytest
 import torch
 from local_coin import local_data, make_agent, make_trainer
 from runs import Keep
-from tiny_play import make_policy
+from tiny_play import LocalPool, make_policy
 
-from aem_lightning.algorithms import ClippedLoss
+from aem_lightning.algorithms import (
+    AEM,
+    EMPG,
+    PPO,
+    AdaptiveEntropy,
+    ClipCov,
+    ClippedLoss,
+    GiGPO,
+    ReinforcePP,
+)
+from aem_lightning.callbacks import AEMMonitor, Progress
 from aem_lightning.modules import Lora, Policy, RolloutSettings, UpdateSettings
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.reporting import environment_metrics, rollout_metrics
 from aem_lightning.modules.scoring import score_rows
 from aem_lightning.modules.timing import STAGES, Stopwatch
-from aem_lightning.rollout import RewardShaping, SlotEngine
-from aem_lightning.types import Iteration
+from aem_lightning.rollout import RewardShaping, SlotEngine, pack
+from aem_lightning.types import EnvStep, Iteration, Task, Trajectory, Turn
 
 ALWAYS_EQUAL = RewardShaping(success=0.0, malformed=0.0, inadmissible=0.0)
 
@@ -257,15 +268,84 @@ def test_the_iterations_scalars_are_rates_over_episodes_and_turns(trained):
     done = recorder.iterations[0]
     turns = [turn for t in done.trajectories for turn in t.turns]
     turns[0].action = None
-    done.trajectories[0].infra_error = "died"
     metrics = rollout_metrics(done)
     assert metrics["rollout/malformed_rate"] == 1 / len(turns)
-    assert metrics["rollout/infra_errors"] == 1.0
+    assert metrics["rollout/infra_errors"] == 0.0
     assert metrics["rollout/truncated_rate"] == sum(t.truncated for t in done.trajectories) / 8
     tokens = sum(turn.length for turn in turns)
     assert metrics["rollout/response_tokens"] == tokens / len(turns)
     mean = sum(sum(turn.entropies) for turn in turns) / tokens
     assert metrics["rollout/entropy"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_broken_copy_is_in_no_rate_and_mixes_no_group():
+    def copy(number, won, broken=None):
+        turn = Turn("o", (), "r", "r", 0, 1, [-0.5], [0.5], reward=10.0 * won)
+        task = Task("t")
+        return Trajectory(task, 0, number, [turn], [[1, 2]], won=won, infra_error=broken)
+
+    def found(*trajectories):
+        batch = pack(trajectories)
+        zeros = torch.zeros(len(trajectories))
+        return rollout_metrics(Iteration(0, trajectories, batch, zeros, zeros, 0.0, {}, {}))
+
+    metrics = found(copy(0, True), copy(1, True), copy(2, False, "the server went away"))
+    whole = found(copy(0, True), copy(1, True))
+    assert metrics == whole | {"rollout/infra_errors": 1.0}
+    assert (metrics["train/success_rate"], metrics["train/return"]) == (1.0, 10.0)
+    assert metrics["rollout/mixed_groups"] == 0.0
+    assert found(copy(0, True), copy(1, False), copy(2, True))["rollout/mixed_groups"] == 1.0
+    nothing = found(copy(0, True, "gone"))
+    assert "train/success_rate" not in nothing
+    assert nothing["rollout/infra_errors"] == 1.0
+
+
+class Down(LocalPool):
+    """Everything breaks, as it starts or at the first action."""
+
+    at_start = True
+
+    def reset(self, requests):
+        steps = super().reset(requests)
+        return dict.fromkeys(steps, self.GONE) if self.at_start else steps
+
+    def step(self, actions):
+        return dict.fromkeys(actions, self.GONE)
+
+    GONE = EnvStep("", truncated=True, info={"infra_error": "no docker"})
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"estimator": PPO()},
+        {"estimator": GiGPO(), "modulation": AEM(scope="batch", direction="shuffled")},
+        {"modulation": EMPG(), "estimator": ReinforcePP()},
+        {"loss": ClippedLoss(adaptive_entropy=AdaptiveEntropy(1.0), covariance=ClipCov())},
+    ],
+    ids=["grpo", "ppo", "gigpo", "empg", "loss"],
+)
+def test_an_iteration_and_a_validation_in_which_all_broke_end_the_run(
+    parts, at_start, caplog, monkeypatch
+):
+    monkeypatch.setattr(Down, "at_start", at_start)
+    agent = make_agent(**parts)
+    before = {name: p.clone() for name, p in agent.policy.trainable().items()}
+    data, keep = local_data(), Keep()
+    data.__dict__["_local"] = Down()
+    progress = Progress()
+    with caplog.at_level("INFO"):
+        trainer = make_trainer(callbacks=[keep, progress, AEMMonitor()], epochs=2)
+        trainer.fit(agent, datamodule=data)
+    assert agent.iteration == 2
+    assert [i.skipped for i in keep.iterations] == 2 * ["all 8 episodes broke, the last: no docker"]
+    assert caplog.text.count("no update: all 8 episodes broke, the last: no docker") == 2
+    assert "There is nothing to judge: all 2 episodes broke, the last: no docker" in caplog.text
+    assert math.isnan(trainer.callback_metrics["val/success_rate"])
+    for name, parameter in agent.policy.trainable().items():
+        assert torch.equal(before[name], parameter), name
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,13 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import textwrap
 from functools import partial
 from pathlib import Path
 
 import pytest
 from alfworld_folders import games_root
+from runs import COMMAND_ENVIRONMENT, process
 
 from aem_lightning.envs import EnvPool, ResetRequest
 from aem_lightning.envs.alfworld import (
@@ -157,15 +156,9 @@ def test_unknown_game_and_missing_folder_are_told_with_the_path(tmp_path):
 
 
 def _run(script, **environment):
-    path = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env=os.environ | {"PYTHONPATH": path} | environment,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = process("-c", textwrap.dedent(script), env={**COMMAND_ENVIRONMENT, **environment})
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_importing_the_room_imports_no_engine_and_using_it_writes_nothing_into_the_home(tmp_path):

@@ -1,12 +1,10 @@
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from functools import partial
 
 import pytest
 from alfworld_folders import SIZES, games_root
+from runs import COMMAND_ENVIRONMENT, process
 
 from aem_lightning.envs import EnvPool, ResetRequest
 from aem_lightning.envs.alfworld import (
@@ -173,12 +171,8 @@ def test_upstreams_own_reader_lists_the_same_games(small):
         }}
         print("GAMES", *AlfredTWEnv(config).game_files)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env=os.environ | {"ALFWORLD_DATA": str(small)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    environment = {**COMMAND_ENVIRONMENT, "ALFWORLD_DATA": str(small)}
+    done = process("-c", textwrap.dedent(script), env=environment)
+    assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("GAMES"))
     assert sorted(line.split()[1:]) == [str(game.path) for game in list_games(small, "train")]

@@ -236,7 +236,7 @@ def test_the_ablations_of_the_config_are_one_arm_twice(options) -> None:
 
 
 def test_a_path_breaks_the_override_grammar() -> None:
-    path = "/a b/it's=1,[x]"
+    path = "/a b/it's=1,[x]\\y"
     assert composed([f"name={quoted(path)}", "paths.output_dir=x"]).name == path
 
 

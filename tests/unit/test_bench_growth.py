@@ -35,26 +35,20 @@ def model(bench):
     return bench.make_model("tiny")
 
 
-def test_operations_are_not_those_that_a_pass_makes(bench, model):
-    """Attention of all pairs, as a plain pass has it, is twice the causal half."""
+# Attention of all pairs, as a plain pass has it, is twice the causal half; backwards, eager
+# attention keeps its scores, so that it costs thrice the forward pass.
+@pytest.mark.parametrize(("backward", "more"), [(False, 1.0), (True, 2.5)])
+def test_operations_are_not_those_that_a_pass_makes(bench, model, backward, more):
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model.set_attn_implementation("eager")
-        model(input_ids=torch.ones(1, 512, dtype=torch.long), use_cache=False)
-    half = bench.operations(model, 512) - 2.0 * model.num_parameters() * 512
-    assert counter.get_total_flops() == pytest.approx(bench.operations(model, 512) + half, rel=0.01)
-
-
-def test_operations_of_a_backward_pass_are_not_those_that_it_makes(bench, model):
-    """Eager attention keeps its scores, so it costs thrice the forward pass; of all pairs again."""
-    counter = FlopCounterMode(display=False)
-    embedded = torch.zeros(1, 512, model.config.hidden_size, requires_grad=True)
+    embedded = torch.zeros(1, 512, model.config.hidden_size, requires_grad=backward)
     model.requires_grad_(False)
     model.set_attn_implementation("eager")
     with counter:
-        model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        if backward:
+            logits.sum().backward()
     half = bench.operations(model, 512) - 2.0 * model.num_parameters() * 512
-    expected = bench.operations(model, 512, backward=True) + 2.5 * half
+    expected = bench.operations(model, 512, backward=backward) + more * half
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 
@@ -78,9 +72,7 @@ def test_seconds_are_not_fitted_over_tokens_and_operations(bench):
         "rollout, x, turns: seconds over tokens": pytest.approx(1.5),
         "rollout, x, turns: seconds over operations": pytest.approx(1.0),
     }
-
-
-def test_operations_count_where_nothing_grows_but_episodes(bench):
+    # Operations say nothing where nothing grows but episodes.
     costs = [bench.Cost("update, x, episodes", n, n, n, n, n) for n in (1, 2)]
     assert set(bench.exponents_of(costs)) == {
         "update, x, episodes: seconds over tokens",

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from functools import cache, partial
 
@@ -241,6 +242,80 @@ class BreakingEnv(CoinEnv):
         if self.actions < 2:
             return super().step(action)
         return "", 0.0, False, True, {"infra_error": "the worker died"}
+
+
+class Long(CoinEnv):
+    """The first text of one task is too long for any context."""
+
+    def reset(self, **options):
+        observation, info = super().reset(**options)
+        return observation + " box" * (
+            300 if options["options"]["task_id"] == "train/1" else 0
+        ), info
+
+
+@pytest.mark.parametrize("must_fit", [True, False])
+def test_a_task_that_does_not_fit_costs_more_than_its_group(must_fit, caplog):
+    encoder, pool = make_encoder(), LocalPool(Long)
+    script = Script(encoder, "open red box")
+    collector = make_collector(encoder, script, pool, must_fit=must_fit)
+    played = collector.collect(make_groups([coin_task(i) for i in range(3)], 2))
+    assert [len(trajectory.turns) for trajectory in played] == [1, 1, 0, 0, 4, 4]
+    assert all("of task 'train/1' has 310 tokens" in t.infra_error for t in played[2:4])
+    assert caplog.text.count("Its group is left out") == 1
+    assert not pool.envs
+    alone = make_groups([coin_task(1)], 2)
+    if must_fit:
+        with pytest.raises(ValueError, match="Type max_context="):
+            collector.collect(alone)
+    else:
+        assert [t.turns for t in collector.collect(alone)] == [[], []]
+
+
+class Odd(CoinEnv):
+    """Its reward is no number, and it gives one more word with a reason why it is broken."""
+
+    reward = math.nan
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, self.reward, *rest
+
+
+@pytest.mark.parametrize("reward", [math.nan, -math.inf, None, "1.0"])
+def test_a_reward_that_is_no_number_masks_where_it_counts_and_is_not_looked_at_elsewhere(
+    reward, monkeypatch
+):
+    monkeypatch.setattr(Odd, "reward", reward)
+    lines = ("open red box", "open white box")
+    unused = scripted(*lines, pool=LocalPool(Odd))
+    assert (unused.won, unused.total_reward, unused.infra_error) == (True, 10.0, None)
+    used = scripted(*lines, pool=LocalPool(Odd), rewards=RewardShaping(environment=1.0))
+    assert (
+        used.infra_error == f"task 'train/3', turn 0: reward={reward!r}; expected a finite number"
+    )
+    assert (used.total_reward, len(used.turns)) == (0.0, 1)
+
+
+def test_an_environment_is_told_whether_its_reward_counts(sampled):
+    encoder, pool = make_encoder(), LocalPool()
+    for weight in (0.0, 0.5):
+        rewards = RewardShaping(environment=weight)
+        make_collector(encoder, Script(encoder, "open red box"), pool, rewards).collect(
+            make_groups([coin_task(0)], 1)
+        )
+        assert {r.uses_reward for r in pool.requests.values()} == {bool(weight)}
+
+
+class BrokenStart(CoinEnv):
+    def reset(self, **options):
+        observation, info = super().reset(**options)
+        return observation, info | {"infra_error": "no sandbox"}
+
+
+def test_an_episode_that_breaks_as_it_starts_goes_on():
+    trajectory = scripted("open red box", pool=LocalPool(BrokenStart))
+    assert (trajectory.infra_error, trajectory.turns) == ("no sandbox", [])
 
 
 def test_what_breaks_an_environment_is_kept_and_ends_the_episode():

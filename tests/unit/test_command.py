@@ -32,8 +32,8 @@ def test_good_overrides_pass():
 
 
 def test_hydras_own_flags_are_left_to_hydra():
-    TRAIN.answer(["--cfg", "job", "no_such_key=1"])
-    TRAIN.answer(["group_size=4,8", "--multirun"])
+    TRAIN.answer(["--cfg", "job", "iterations=0"])
+    TRAIN.answer(["group_size=4,8", "seed=range(0,3)", "--multirun"])
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,10 @@ def test_an_unknown_option_is_answered_with_those_that_there_are():
         (("--hlep",), "--hlep: there is no such flag. Did you mean --help?"),
         (("--seed=1",), "options take no dashes. Type seed=1"),
         (("seed=1", "--cfg", "job", "iterations=1"), "iterations=1: overrides stand side by side"),
+        (("iteratons=1", "--cfg", "job"), "iteratons=1: the config has no such key. Did you mean"),
+        (("seed=1,2", "iteratons=1,2", "-m"), "iteratons=1: the config has no such key."),
+        (("memory=window,windw", "-m"), "memory='windw': allowed are memory=window"),
+        (("loss=clipped,clipd", "--multirun"), "loss=clipd: there is no such option."),
         (("policy=api",), "can be played, not trained. Type python eval.py policy=api"),
     ],
 )

@@ -53,6 +53,24 @@ def test_every_task_is_played_once_before_any_is_played_again():
     assert len({tuple(part) for part in passes}) == 6
 
 
+def test_a_run_that_goes_on_repeats_or_skips_a_task():
+    def played(per_epoch, per_iteration, epochs, **where):
+        made = TaskSampler(10, per_iteration, per_epoch, seed=0, **where)
+        found = []
+        for epoch in epochs:
+            made.set_epoch(epoch)
+            assert len(list(made)) == len(made)
+            found += list(made)
+        return found
+
+    stream = played(1, 4, range(9))
+    assert played(3, 4, range(3)) == stream
+    # After five iterations of four tasks: epochs of another length, then iterations of three.
+    assert played(2, 4, range(2, 5), start=5, played=20, end=9) == stream[20:]
+    assert played(4, 3, range(1, 3), start=5, played=20, end=10) == stream[20:35]
+    assert played(4, 3, range(3, 5), start=5, played=20, end=10) == []
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_more_ranks_share_out_the_same_tasks(world_size):
     assert [iterations(epoch, world_size) for epoch in range(2)] == [

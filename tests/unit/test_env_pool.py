@@ -255,7 +255,18 @@ def test_step_of_unknown_or_ended_episode_is_refused():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"workers": 0}, {"slots_per_worker": 0}, {"timeout_s": 0.0}], ids=str
+    "bad",
+    [
+        {"workers": 0},
+        {"slots_per_worker": 0},
+        {"timeout_s": 0.0},
+        {"timeout_s": "60"},
+        {"memory_gb": -1},
+        {"memory_gb": True},
+        {"pass_environment": "MY_TOKEN"},
+        {"on_bad_answer": "ignore"},
+    ],
+    ids=str,
 )
 def test_pool_argument_out_of_range_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

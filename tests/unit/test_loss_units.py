@@ -39,6 +39,13 @@ LOSSES = {
 }
 
 
+def objective_of(policy, batch, advantages, loss, critic, packed):
+    if critic is not None:
+        fill_values(policy, batch, critic, TokenBudget(10_000, packed=packed))
+    options = {"on_policy": False, "packed": packed, "critic": critic}
+    return Objective(policy, batch, advantages, loss, 1.0, **options)
+
+
 def gradient(policy, batches, micro, loss, critic=None, packed=False):
     """Of one update whose ranks hold ``batches``; every rank cuts its rows into ``micro``."""
     units = sum(trained_units(batch, loss.aggregation).sum() for batch in batches)
@@ -46,11 +53,7 @@ def gradient(policy, batches, micro, loss, critic=None, packed=False):
     for batch in batches:
         advantages = 1.0 + batch.length.float() / 7
         rows = list(range(len(batch.row_length)))
-        if critic is not None:
-            fill_values(policy, batch, critic, TokenBudget(10_000, packed=packed))
-        objective = Objective(
-            policy, batch, advantages, loss, 1.0, on_policy=False, packed=packed, critic=critic
-        )
+        objective = objective_of(policy, batch, advantages, loss, critic, packed)
         for part in [rows[i : i + micro] for i in range(0, len(rows), micro)]:
             (objective(part).loss / units).backward()
     return {name: p.grad.clone() for name, p in policy.trainable().items()}
@@ -91,17 +94,8 @@ def test_a_rank_without_rows_logs_other_names(name, critic):
     policy, batch = make_policy(awake=True), pack(make_trajectories())
     if critic is not None:
         policy.add_value_head()
-        fill_values(policy, batch, critic, TokenBudget(10_000, packed=True))
-    objective = Objective(
-        policy,
-        batch,
-        torch.ones(batch.num_responses),
-        LOSSES[name],
-        1.0,
-        on_policy=False,
-        packed=True,
-        critic=critic,
-    )
+    ones = torch.ones(batch.num_responses)
+    objective = objective_of(policy, batch, ones, LOSSES[name], critic, packed=True)
     none = objective.no_stats()
     assert list(none) == list(objective([0, 1]).stats)
     assert not any(value.any() for value in none.values())

@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aem_lightning.metrics import EpisodeMetrics, success_summary, wilson_interval
+from aem_lightning.metrics import (
+    EpisodeMetrics,
+    NothingToJudgeError,
+    success_summary,
+    wilson_interval,
+)
 from aem_lightning.types import Task, Trajectory, Turn
 
 
@@ -73,6 +78,13 @@ def test_a_metric_without_episodes_gives_no_rate() -> None:
     assert values(metric) == {"episodes": 0.0, "infra_errors": 0.0}
 
 
+def test_where_every_episode_broke_the_reason_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    metric = EpisodeMetrics(["pick"])
+    metric.update([episode("pick", False, infra_error="no docker")] * 2)
+    assert values(metric) == {"episodes": 0.0, "infra_errors": 2.0}
+    assert "all 2 episodes broke, the last: no docker" in caplog.text
+
+
 def test_a_task_type_named_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="named twice"):
         EpisodeMetrics(["pick", "pick"])
@@ -111,7 +123,9 @@ def test_summary_counts_by_type_and_leaves_broken_episodes_out() -> None:
     assert summary["by_type"]["heat"] == {"rate": 1.0, "low": low, "high": high, "episodes": 1}
 
 
-@pytest.mark.parametrize("given", [[], EPISODES[-1:]])
-def test_summary_of_no_episode_is_an_error_that_says_how_many_came(given: list[Trajectory]) -> None:
-    with pytest.raises(ValueError, match=f"{len(given)} given, {len(given)} broken"):
+@pytest.mark.parametrize(("given", "why"), [([], ""), (EPISODES[-1:], ".*worker died")])
+def test_summary_of_no_episode_is_an_error_that_says_how_many_came(
+    given: list[Trajectory], why: str
+) -> None:
+    with pytest.raises(NothingToJudgeError, match=f"{len(given)} given, {len(given)} broken{why}"):
         success_summary(given)

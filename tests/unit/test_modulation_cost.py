@@ -1,6 +1,4 @@
-"""AEM at the paper's scale, 128 episodes of 50 turns: no loop over responses, and fast."""
-
-import time
+"""AEM at the paper's scale, 128 episodes of 50 turns: no loop over responses."""
 
 import pytest
 import torch
@@ -9,9 +7,6 @@ from torch.overrides import TorchFunctionMode
 from aem_lightning.functional import aem_coefficients, response_entropy
 
 EPISODES, TURNS, GROUP_SIZE = 128, 50, 8
-# The paper's share is 1.1 % of a step. Ours: under 0.1 % of a step of 5 s, shorter than any of this
-# size; measured are 0.3 ms.
-SECONDS = 0.005
 
 
 class CountOperators(TorchFunctionMode):
@@ -53,13 +48,3 @@ def test_response_entropies_take_more_operators_for_more_responses():
         index = torch.arange(number).repeat_interleave(3)[None]
         counts.append(operators(response_entropy, torch.rand(index.shape), index, number))
     assert counts[0] == counts[1] < 50
-
-
-def test_modulation_takes_longer_than_a_thousandth_of_a_step():
-    entropy, group = responses(EPISODES, TURNS)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        aem_coefficients(entropy, group, mask=torch.ones_like(group, dtype=torch.bool))
-        best = min(best, time.perf_counter() - start)
-    assert best < SECONDS

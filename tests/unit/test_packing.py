@@ -109,6 +109,14 @@ def test_a_broken_or_empty_trajectory_leaves_the_loss_and_keeps_its_place():
     assert batch.num_trajectories == 3
 
 
+def test_a_broken_trajectorys_rewards_reach_no_estimator():
+    good, broken = two_trajectories()
+    broken.infra_error, broken.turns[0].reward = "died", math.nan
+    batch = pack([good, broken])
+    assert batch.returns.tolist() == [1.5, 0.0]
+    assert batch.reward.tolist() == [1.0, 0.5, 0.0, 0.0]
+
+
 def test_entropies_that_no_engine_gave_are_zero():
     batch = pack([make_trajectory([[1, 2]], [make_turn(0, 1, [-1.0], None)])])
     assert not batch.entropies.any()
@@ -129,6 +137,21 @@ def test_a_number_that_is_not_finite_names_episode_task_and_turn(value, which):
 def test_without_a_single_response_there_is_nothing_to_train_on():
     with pytest.raises(ValueError, match="None of the 2 trajectories"):
         pack([make_trajectory([], []), make_trajectory([], [], copy=1)])
+
+
+def test_a_rank_without_a_response_has_a_batch_without_a_row():
+    broken = make_trajectory([], [], copy=1)
+    broken.infra_error = "died"
+    for trajectories in ([broken], []):
+        batch = pack(trajectories, may_be_empty=True)
+        assert batch.input_ids.shape == (0, 0)
+        assert batch.num_responses == 0
+        assert batch.judged.tolist() == [False] * len(trajectories)
+        full = pack(two_trajectories())
+        for column in fields(batch):
+            values = getattr(batch, column.name), getattr(full, column.name)
+            assert (values[0] is None) == (values[1] is None)
+            assert values[0] is None or values[0].dtype == values[1].dtype, column.name
 
 
 def test_a_batch_moves_with_all_its_tensors():

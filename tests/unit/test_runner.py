@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from runs import built, composed, toy_config
+from runs import built, composed, curves, toy_config
 
 from aem_lightning.runner import evaluate, train
 from aem_lightning.runner.build import build_trainer
@@ -104,6 +104,28 @@ def test_an_evaluation_of_some_splits_at_another_temperature(root, first):
     assert list(report["by_split"]) == ["valid_seen"]
     assert report["temperature"] == 0.5
     assert report["success"]["episodes"] == 4
+
+
+def test_evaluations_that_all_break_end_a_run_and_a_task_that_does_is_not_listed(
+    toy_model, tmp_path, caplog
+):
+    target = "datamodule._target_=coin.FragileCoinDataModule"
+    short = ("iterations=4", "iterations_per_epoch=2", "tasks_per_iteration=8", "group_size=2")
+    summary = train(toy_config(tmp_path, toy_model, target, *short))
+    assert (summary["success_before"], summary["success_after"]) == (None, None)
+    assert summary["iterations"] == 4
+    stuck = "RuntimeError: the red box is stuck"
+    assert json.loads((tmp_path / "summary.json").read_text())["quarantine"] == {
+        "train/0": stuck,
+        "train/4": stuck,
+    }
+    found = curves(tmp_path)
+    assert found["rollout/infra_errors"] == dict.fromkeys(range(4), 4.0)
+    assert found["rollout/quarantined_tasks"] == dict.fromkeys((1, 2, 3), 2.0)
+    assert found["val/infra_errors"] == {1: 4.0, 3: 4.0}
+    assert "val/success_rate" not in found
+    assert "broken by the environment" in caplog.text
+    assert caplog.text.count("the last: the sandbox is gone") >= 2
 
 
 def test_a_context_beyond_the_models_window_is_told(toy_model, tmp_path, caplog):

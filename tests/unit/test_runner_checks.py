@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from runs import composed
 
@@ -69,7 +71,6 @@ def test_an_option_without_a_default_is_asked_for_by_name():
         ("anchor_similarity", 0.0, "a number in (0, 1]"),
         ("overlap_share", 1.5, "a number from 0 to 1"),
         ("max_context", 12, "type max_context=48"),
-        ("iterations", 7, "type iterations=10, or iterations_per_epoch=1"),
         ("policy__warm_start__required", False, "policy=tiny"),
         ("policy__warm_start__demonstrations", 0, "a whole number of at least 1"),
         ("policy__warm_start__lr", 0, "a number > 0"),
@@ -152,6 +153,34 @@ def test_last_is_the_newest_checkpoint_of_the_runs_with_that_name(tmp_path):
     assert find_checkpoint(wish(tmp_path, "last"), None) == other
     assert find_checkpoint(wish(tmp_path, str(older)), "mine") == older
     assert find_checkpoint(wish(tmp_path, None), "mine") is None
+
+
+@pytest.mark.parametrize("name", ["pens", "seeds/one", "lr[1e-4]", "my pens", "a*?", "[!x]"])
+@pytest.mark.parametrize("job", ["2031", "multirun_2031/1", "multirun_2031/a=1/b"])
+def test_last_passes_over_a_run_for_its_name_or_place(name, job, tmp_path):
+    checkpoint(tmp_path, "pens_other", "2030", modified=100)
+    checkpoint(tmp_path, "ax", "2030", modified=200)
+    newest = checkpoint(tmp_path, name, job, modified=300)
+    assert find_checkpoint(wish(tmp_path, "last"), name) == newest
+    assert find_checkpoint(wish(tmp_path, "last"), None) == newest
+    with pytest.raises(FileNotFoundError, match="has a checkpoint yet"):
+        find_checkpoint(wish(tmp_path, "last"), name.partition("/")[0] + "_")
+    if "/" in name:
+        with pytest.raises(FileNotFoundError):
+            find_checkpoint(wish(tmp_path, "last"), "seeds")
+
+
+def test_a_job_of_a_sweep_goes_on_from_another_job(tmp_path, monkeypatch):
+    jobs = [checkpoint(tmp_path, "mine", f"multirun_1/{i}", modified=100 + i) for i in range(2)]
+    checkpoint(tmp_path, "mine", "multirun_2/0", modified=300)  # of this sweep
+    sweep = {"dir": str(tmp_path / "mine" / "multirun_2"), "subdir": 0}
+    hydra = OmegaConf.create({"sweep": sweep, "mode": RunMode.MULTIRUN})
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
+    assert find_checkpoint(wish(tmp_path, "last"), "mine") == jobs[0]
+    hydra.sweep.subdir = 2
+    with pytest.raises(FileNotFoundError, match=r"job 2 of the sweep in .*multirun_1 has no"):
+        find_checkpoint(wish(tmp_path, "last"), "mine")
 
 
 def test_a_checkpoint_is_found_from_any_working_directory(tmp_path, monkeypatch):

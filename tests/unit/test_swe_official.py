@@ -13,6 +13,7 @@ from importlib.util import spec_from_loader
 from types import ModuleType
 
 import pytest
+from test_grading import change
 
 from aem_lightning.datamodules import SweDataModule
 from aem_lightning.envs import MissingExtraError
@@ -85,12 +86,6 @@ INSTANCE = Instance(
     version=VERSION,
     image="some/image",
 )
-
-
-def created(path, text):
-    lines = text.splitlines(keepends=True)
-    head = f"diff --git a/{path} b/{path}\nnew file mode 100644\n--- /dev/null\n+++ b/{path}\n"
-    return f"{head}@@ -0,0 +1,{len(lines)} @@\n" + "".join(f"+{line}" for line in lines)
 
 
 FIX = make_diff("shop/prices.py", BUGGY, FIXED)
@@ -191,7 +186,7 @@ def test_a_change_of_the_tests_or_of_the_runners_settings_is_graded():
     edited = make_diff(TEST_FILE, OLD_TESTS, TESTS.replace("3)", "-1)"))
     runner = make_diff("tests/runtests.py", RUNNER, f"print('{SUM} ... ok')\n")
     for path in ("setup.cfg", "pyproject.toml", "bin/test"):
-        runner += created(path, "nonsense\n")
+        runner += change(path, "", "nonsense\n")
     assert graded(FIX + edited + runner).resolved
     assert not graded(edited + runner).resolved
 
@@ -226,7 +221,7 @@ def test_what_is_written_before_the_tests_counts(harness, monkeypatch):
     monkeypatch.setattr(official, "_forgery", lambda change: ())
     install = {"test_cmd": "true", "eval_commands": ["python setup.py"]}
     monkeypatch.setitem(harness.specs["django/django"], VERSION, install)
-    found = graded(created("setup.py", FORGED))
+    found = graded(change("setup.py", "", FORGED))
     assert not found.resolved
     assert found.statuses == {}
     assert found.infra_error is None
@@ -236,7 +231,7 @@ def test_what_is_written_before_the_tests_counts(harness, monkeypatch):
 def test_a_test_patch_that_does_not_fit_or_is_long_is_the_agents_doing():
     unfit = replace(INSTANCE, test_patch=make_diff(TEST_FILE, TESTS, OLD_TESTS))
     assert "test patch does not apply" in str(graded(FIX, unfit).infra_error)
-    long = INSTANCE.test_patch + created("tests/prices/data.txt", "1234567\n" * 20_000)
+    long = INSTANCE.test_patch + change("tests/prices/data.txt", "", "1234567\n" * 20_000)
     found = graded(FIX, replace(INSTANCE, test_patch=long))
     assert found.resolved, found
 
@@ -433,7 +428,7 @@ def test_what_lies_in_the_place_of_r2e_gyms_tests_is_graded():
     )
     instance = Instance("a", "b", "c", "d", eval_script=script, expected={"test_sum": "PASSED"})
     for path in ("r2e_tests/test_1.py", "r2e_tests", "run_tests.sh"):
-        stray = created(path, "exit 0\n")
+        stray = change(path, "", "exit 0\n")
         assert not grade_expected(Image(), instance, stray, SessionSpec()).resolved
         there = replace(instance, eval_script=f"test ! -e {path} && {{ {script}; }}")
         assert grade_expected(Image(), there, FIX + stray, SessionSpec()).resolved

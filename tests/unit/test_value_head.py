@@ -111,6 +111,9 @@ def test_the_adaptive_coefficient_stays_or_is_forgotten_by_a_checkpoint():
     other = make_agent(loss=ClippedLoss(adaptive_entropy=rule))
     other.on_load_checkpoint(checkpoint)
     assert other.entropy_coef == agent.entropy_coef == pytest.approx(0.03)
+    typed = make_agent(loss=ClippedLoss(entropy_coef=0.05, adaptive_entropy=rule))
+    typed.on_load_checkpoint(checkpoint)
+    assert typed.entropy_coef == 0.05  # another start was typed
     del checkpoint["aem_lightning"]["entropy_coef"]  # of an earlier version
     make_agent().on_load_checkpoint(checkpoint)
 

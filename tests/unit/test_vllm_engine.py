@@ -6,12 +6,12 @@ import json
 import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_endpoint import running
+from fake_endpoint import Answer, Answering, running
 from tiny_play import PLAIN, LocalPool, coin_task, make_policy
 
 from aem_lightning.rollout import (
@@ -30,25 +30,17 @@ from aem_lightning.rollout import (
 STOP = 7
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     """The part of vLLM's server that the engine uses; ``server.seen`` keeps every request."""
 
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fake = self.server
-        fake.seen.append((self.path, body))
+    def answer(self, body):
+        self.server.seen.append((self.path, body))
         status, text = {
             "/v1/load_lora_adapter": self.load,
             "/v1/unload_lora_adapter": self.unload,
             "/v1/completions": self.complete,
         }[self.path](body)
-        data = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        return Answer(text, status)
 
     def load(self, body):
         name, folder = body["lora_name"], Path(body["lora_path"])
@@ -91,9 +83,6 @@ class Handler(BaseHTTPRequestHandler):
             choice["token_ids"] = ids
         usage = {"prompt_tokens_details": {"cached_tokens": 3}}
         return 200, json.dumps({"choices": [choice], "usage": usage})
-
-    def log_message(self, *args):
-        """Silent."""
 
 
 @pytest.fixture

@@ -212,15 +212,11 @@ def loss_of(batch, **settings):
     return module.training_step(batch, 0)
 
 
-def test_the_loss_is_the_mean_surprisal_of_response_tokens_alone(batch):
-    logprobs, _ = make_policy(lora=False).score(batch["input_ids"], batch["response"])
-    torch.testing.assert_close(loss_of(batch), -logprobs.mean())
-
-
-def test_prompt_tokens_count_with_their_weight(batch):
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.25])
+def test_the_loss_is_not_the_mean_surprisal_with_the_weight_of_prompt_tokens(batch, prompt_weight):
     policy = make_policy(lora=False)
     either = batch["prompt"] | batch["response"]
     logprobs, _ = policy.score(batch["input_ids"], either)
-    weight = torch.where(batch["response"][either], 1.0, 0.25)
+    weight = torch.where(batch["response"][either], 1.0, prompt_weight)
     expected = -(weight * logprobs).sum() / weight.sum()
-    torch.testing.assert_close(loss_of(batch, prompt_weight=0.25), expected)
+    torch.testing.assert_close(loss_of(batch, prompt_weight=prompt_weight), expected)

@@ -1,5 +1,4 @@
 import pytest
-from webshop_players import shop
 
 from aem_lightning.datamodules import WebShopDataModule
 from aem_lightning.envs.webshop import WebShopEnv
@@ -120,8 +119,3 @@ def test_missing_official_files_say_how_to_do_without(tmp_path):
     datamodule = WebShopDataModule(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"WEBSHOP_DATA.*datamodule=webshop_generated"):
         datamodule.prepare_data()
-
-
-def test_the_shop_is_shared_by_what_reads_it_in_a_process(made):
-    assert made.catalogue is made.env_factory()()._catalogue
-    assert shop("easy") is shop("easy")

@@ -142,6 +142,7 @@ def test_a_purchase_ends_the_episode_with_its_reward(shopper):
     assert shopper.info["score"] == 1.0
     assert shopper.info["admissible_actions"] == ()
     assert len(shopper.parts) == 33
+    # A value of two options belongs to the last.
     assert shopper.parts[4:9] == ["Purchased", "asin", "B000000000", "options", '{"shade": "red"}']
     assert shopper.parts[-4:] == ["Your score (min 0.0, max 1.0)", "1.0", "Reward Details", "None"]
 
@@ -301,17 +302,3 @@ def test_workers_map_the_catalogue_in_place_of_loading_it():
                 mapped = maps.read()
             assert "products.json.bin" in mapped
             assert "index/documents.npy" in mapped
-
-
-def test_a_value_of_two_options_belongs_to_the_last(shopper):
-    shopper("search[lamp]", "click[b000000002]", "click[red]", "click[buy now]")
-    assert '{"shade": "red"}' in shopper.text
-
-
-def test_a_button_goes_before_an_option_of_the_same_name(shopper):
-    shopper("search[lamp]", "click[b000000002]", "click[features]")
-    assert shopper.parts[4:] == ["bright", "tall"]
-
-
-def test_the_argument_of_a_click_is_read_in_lower_case(shopper):
-    assert shopper("search[lamp]", "click[B000000002]").parts == ITEM

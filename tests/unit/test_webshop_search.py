@@ -83,29 +83,15 @@ def test_text_is_split_as_lucene_splits_it(text, terms):
 
 
 # Porter's own examples, and the two rules that were changed later.
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("caresses", "caress"),
-        ("ponies", "poni"),
-        ("feed", "feed"),
-        ("agreed", "agre"),
-        ("plastered", "plaster"),
-        ("conflated", "conflat"),
-        ("hopping", "hop"),
-        ("falling", "fall"),
-        ("filing", "file"),
-        ("happy", "happi"),
-        ("relational", "relat"),
-        ("conformabli", "conform"),
-        ("analogi", "analog"),
-        ("hopefulness", "hope"),
-        ("electriciti", "electr"),
-        ("adoption", "adopt"),
-        ("controll", "control"),
-        ("is", "is"),
-    ],
+STEMS = (
+    "caresses:caress ponies:poni feed:feed agreed:agre plastered:plaster "
+    "conflated:conflat hopping:hop falling:fall filing:file happy:happi relational:relat "
+    "conformabli:conform analogi:analog hopefulness:hope electriciti:electr adoption:adopt "
+    "controll:control is:is"
 )
+
+
+@pytest.mark.parametrize(("word", "expected"), [pair.split(":") for pair in STEMS.split()])
 def test_words_are_stemmed_as_porter_does(word, expected):
     assert stem(word) == expected
 

@@ -10,10 +10,8 @@ from torch import Tensor
 def over_ranks(column: Tensor) -> tuple[Tensor, slice]:
     """The rows of every rank, one rank after the other, and where this rank's rows are.
 
-    Every rank must call it. On a single rank the column comes back as it is.
-
-    Args:
-        column: [n], n may differ between ranks.
+    Every rank must call it, with a column [n] of its own length. On a single rank the column comes
+    back as it is.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return column, slice(None)
@@ -21,6 +19,8 @@ def over_ranks(column: Tensor) -> tuple[Tensor, slice]:
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
     lengths = [int(length) for length in sizes]
+    if not any(lengths):
+        return column, slice(None)
     padded = column.new_zeros(max(lengths))
     padded[: len(column)] = column
     if column.dtype == torch.bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.analysis.curves import Curve, read_curves
-from aem_lightning.analysis.inputs import given_runs, overrides_by_arm
+from aem_lightning.analysis.inputs import checkpoint_wishes, given_runs, overrides_by_arm
 from aem_lightning.analysis.report import need_matplotlib, relative, write_report
-from aem_lightning.analysis.statistics import Estimate, mcnemar, sign_flip_test, t_interval
-from aem_lightning.analysis.tables import ALL, comparison_markdown, draw_comparison
+from aem_lightning.analysis.statistics import mcnemar, sign_flip_test, t_interval
+from aem_lightning.analysis.tables import (
+    ALL,
+    MEASURES,
+    comparison_markdown,
+    draw_comparison,
+    ordered,
+)
 from aem_lightning.analysis.training import finished_run
 from aem_lightning.runner.evaluation import evaluate
 from aem_lightning.runner.summary import SUMMARY
@@ -27,12 +33,7 @@ log = logging.getLogger(__name__)
 CURVES = ("train/success_rate", "val/success_rate", "aem/entropy")
 # What the modulation had to work with, and what it did.
 EFFECTS = ("rollout/mixed_groups", "aem/gated_groups", "aem/alpha_min", "aem/alpha_max")
-MASSES = (
-    "aem/mass_base_positive",
-    "aem/mass_base_negative",
-    "aem/mass_positive",
-    "aem/mass_negative",
-)
+MASSES = tuple(f"aem/mass_{of}{up}" for of in ("base_", "") for up in ("positive", "negative"))
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,12 @@ def base_of(arm: str, arms: Sequence[str]) -> str:
 
 def arm_statistics(runs: Sequence[Run]) -> dict[str, Any]:
     """Means over seeds with Student's interval: final success by type, and the four summaries."""
-    types = _all_first({kind for run in runs for kind in run.success})
+    rates = {
+        kind: t_interval([run.success[kind] for run in runs if kind in run.success], rates=True)
+        for kind in ordered({kind for run in runs for kind in run.success})
+    }
     return {
-        "success": {
-            kind: asdict(_of_rates([run.success[kind] for run in runs if kind in run.success]))
-            for kind in types
-        },
+        "success": {kind: asdict(found) for kind, found in rates.items()},
         **{
             name: asdict(t_interval([value for run in runs if (value := _measure(run, name))]))
             for name in MEASURES
@@ -148,29 +149,16 @@ def pair_statistics(runs: Sequence[Run], base: str, arm: str, *, draws: int) -> 
         "seeds": seeds,
         "success": {
             kind: difference(lambda run, kind=kind: run.success.get(kind))  # type: ignore[misc]
-            for kind in _all_first(kinds)
+            for kind in ordered(kinds)
         },
         **{name: difference(partial(_measure, name=name)) for name in MEASURES},
         "mcnemar": _pooled_games(pairs),
     }
 
 
-def _all_first(kinds: Iterable[str]) -> list[str]:
-    return sorted(kinds, key=lambda kind: (kind != ALL, kind))
-
-
-# Summaries of a run's curves: which curve, and which part of it.
-MEASURES = {
-    "train_success": ("train/success_rate", "all"),
-    "val_success": ("val/success_rate", "all"),
-    "entropy_early": ("aem/entropy", "first third"),
-    "entropy_late": ("aem/entropy", "last third"),
-}
-
-
 def _measure(run: Run, name: str) -> float | None:
     """The mean of a part of a curve: over all iterations, over the first or the last third."""
-    tag, part = MEASURES[name]
+    tag, part, _ = MEASURES[name]
     _, values = run.curves.get(tag, ([], []))
     third = max(1, len(values) // 3)
     parts = {"all": values, "first third": values[:third], "last third": values[-third:]}
@@ -181,24 +169,12 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _of_rates(rates: Sequence[float]) -> Estimate:
-    """Student's interval, within what a rate can be."""
-    found = t_interval(rates)
-    if found.low is None or found.high is None:
-        return found
-    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
-
-
 def _pooled_games(pairs: Sequence[tuple[Run, Run]]) -> dict[str, Any] | None:
-    gained = lost = games = 0
-    for base, arm in pairs:
-        for game in base.games.keys() & arm.games.keys():
-            games += 1
-            gained += arm.games[game] and not base.games[game]
-            lost += base.games[game] and not arm.games[game]
-    if not games:
-        return None
-    return {"games": games, "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+    shared = [(one, two, game) for one, two in pairs for game in one.games.keys() & two.games]
+    won = [(base.games[game], arm.games[game]) for base, arm, game in shared]
+    gained, lost = won.count((False, True)), won.count((True, False))
+    found = {"games": len(won), "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+    return found if won else None
 
 
 def _folders(cfg: DictConfig) -> dict[str, dict[int, Path]]:
@@ -216,14 +192,13 @@ def _folders(cfg: DictConfig) -> dict[str, dict[int, Path]]:
 
 def _read(cfg: DictConfig, arm: str, seed: int, folder: Path) -> Run:
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    after = summary["success_after"]
-    games = _games(cfg, arm, seed, folder) if cfg.games else None
-    if games is not None:
-        after = games["success"]
+    played = {"success": summary["success_after"], "episodes": []}
+    if cfg.games:
+        played = _games(cfg, arm, seed, folder)
     success = {}
-    if after is not None:
+    if (after := played["success"]) is not None:
         success = {ALL: after["rate"]} | {k: v["rate"] for k, v in after["by_type"].items()}
-    won = {} if games is None else {e["task"]: e["won"] for e in games["episodes"]}
+    won = {episode["task"]: episode["won"] for episode in played["episodes"]}
     return Run(arm, seed, folder, success, read_curves(folder, (*CURVES, *EFFECTS, *MASSES)), won)
 
 
@@ -239,17 +214,11 @@ def _games(cfg: DictConfig, arm: str, seed: int, run: Path) -> dict[str, Any]:
     target.mkdir(parents=True, exist_ok=True)
     log.info("%s: playing every evaluation game", run)
     stored = torch.load(last, map_location="cpu", weights_only=True)["aem_lightning"]["config"]
-    wishes: dict[str, Any] = {
-        "ckpt_path": str(last),
-        "run": None,
-        "seed": seed,
-        "temperature": None,
-        "splits": None,
-        "overrides": [word for word in cfg.overrides if "._target_=" in word],
-        # The run's own places, where its games and its warm-started model are.
-        "paths": {**stored["paths"], "output_dir": str(target)},
-    }
-    return evaluate(OmegaConf.create(wishes))
+    # The run's own places, where its games and its warm-started model are.
+    places = {**stored["paths"], "output_dir": str(target)}
+    typed = [word for word in cfg.overrides if "._target_=" in word]
+    about: Any = {"ckpt": str(last), "run": None, "seed": seed, "overrides": typed, "paths": places}
+    return evaluate(checkpoint_wishes(OmegaConf.create(about)))
 
 
 def _described(run: Run) -> dict[str, Any]:

@@ -27,9 +27,8 @@ def read_curves(run: Path, tags: tuple[str, ...]) -> dict[str, Curve]:
 
 def smooth(values: list[float], window: int = 5) -> list[float]:
     """A running mean over the last ``window`` values."""
-    return [
-        sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))
-    ]
+    parts = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
+    return [sum(part) / len(part) for part in parts]
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[list[int], list[Estimate]]:

@@ -133,7 +133,7 @@ def find_run(cfg: DictConfig) -> Path:
                 f"ended, e.g. run={logs}/quickstart/<time>"
             )
         return Path(str(cfg.run))
-    found = list(logs.glob(f"*/*/{TIMES}"))
+    found = list(logs.rglob(TIMES))  # those of sweeps, too
     if not found:
         raise FileNotFoundError(
             f"run=null: no run under {logs} has a {TIMES} yet. Type run=<folder of a run>"
@@ -150,6 +150,22 @@ def check_cost(cfg: DictConfig) -> None:
     """Raise where there is no run for the cost table."""
     refuse(wrong_options(cfg, RunOptions))
     find_run(cfg)
+
+
+def check_batch(cfg: DictConfig) -> None:
+    """Raise where ``cfg.file`` is no file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: None is named.
+    """
+    if OmegaConf.is_missing(cfg, "file"):
+        raise ValueError("file is not given: type file=<run folder>/not_finite_<iteration>_0.pt")
+    if not Path(cfg.file).is_file():
+        raise FileNotFoundError(
+            f"file={cfg.file}: there is no such file. A run that meets NaN or "
+            "infinity names the one that it leaves"
+        )
 
 
 def check_compare(cfg: DictConfig) -> None:

@@ -50,23 +50,19 @@ def divergence(positive: Curve, negative: Curve, last: int = 5) -> dict[str, flo
     """How far the two entropy curves came from their start and from each other, in nats.
 
     ``change_*`` is the mean of the last iterations minus the first one, which both runs share;
-    ``gap_end`` the negative run's mean of the last iterations minus the positive run's.
-
-    Args:
-        positive: Entropy of the run that keeps A(α−1) > 0.
-        negative: Entropy of the other.
-        last: Iterations that the end is averaged over; of short runs half of them.
+    ``gap_end`` the negative run's mean of the last iterations minus the positive run's. The end is
+    averaged over ``last`` iterations, of short runs over half of them.
     """
-    changes: dict[str, float | None] = {}
-    ends = {}
+    found: dict[str, float | None] = dict.fromkeys(
+        ("change_positive", "change_negative", "gap_end")
+    )
+    ends = []
     for sign, (_, values) in (("positive", positive), ("negative", negative)):
-        count = max(1, min(last, len(values) // 2))
-        ends[sign] = sum(values[-count:]) / count if values else None
-        end = ends[sign]
-        changes[f"change_{sign}"] = None if end is None else end - values[0]
-    low, high = ends["positive"], ends["negative"]
-    changes["gap_end"] = None if low is None or high is None else high - low
-    return changes
+        if values:
+            count = max(1, min(last, len(values) // 2))
+            ends.append(sum(values[-count:]) / count)
+            found[f"change_{sign}"] = ends[-1] - values[0]
+    return found | ({"gap_end": ends[1] - ends[0]} if len(ends) == 2 else {})
 
 
 def _draw(curves: dict[str, Curve]) -> Figure:

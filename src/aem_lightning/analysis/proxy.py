@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ from aem_lightning.analysis.inputs import ProxySettings, checkpoint_wishes, prox
 from aem_lightning.analysis.report import need_matplotlib, new_figure, relative, write_report
 from aem_lightning.analysis.sampling import PlayedState, draw_responses, met_states
 from aem_lightning.analysis.statistics import (
-    Estimate,
     bootstrap,
     co_moments,
     pearson,
@@ -67,6 +67,10 @@ class Sampled:
         counts = torch.bincount(self.state, minlength=self.states)
         return sums.index_add(0, self.state, values.double()) / counts
 
+    def within_state(self, values: Tensor) -> Tensor:
+        """``values`` [P] minus their mean over their state."""
+        return values - self.mean_of_state(values)[self.state]
+
 
 def proxy(cfg: DictConfig) -> dict[str, Any]:
     """Draw responses with the policy of ``cfg.ckpt`` and correlate."""
@@ -112,17 +116,18 @@ def sampled_statistics(sampled: Sampled, settings: ProxySettings) -> dict[str, A
     length; ``length`` correlates length and surprisal within states. The last two use all states.
     """
     alpha = state_alpha(sampled, settings)
-    target = -_within(sampled, sampled.surprisal)
-    unnormalised = -_within(sampled, sampled.compensator)
-    length = _within(sampled, sampled.length)
+    target = -sampled.within_state(sampled.surprisal)
+    unnormalised = -sampled.within_state(sampled.compensator)
+    length = sampled.within_state(sampled.length)
+    by_state = partial(co_moments, cluster=sampled.state, count=sampled.states)
     open_states = sampled.mean_of_state((alpha != 1).double()) > 0  # [K]
-    of_each = pearson(_by_state(alpha - 1, target, sampled)[open_states])
+    of_each = pearson(by_state(alpha - 1, target)[open_states])
     return {
         **_agreement(alpha - 1, target, sampled.state, open_states, settings),
         "states_agreeing": int((of_each > 0).sum()),
         "states_ungated": int(open_states.sum()),
-        "compensator": _correlation(_by_state(unnormalised, target, sampled), settings),
-        "length": _correlation(_by_state(length, -target, sampled), settings),
+        "compensator": _correlation(by_state(unnormalised, target), settings),
+        "length": _correlation(by_state(length, -target), settings),
         "one_token_share": float((sampled.length == 1).double().mean()),
     }
 
@@ -161,14 +166,6 @@ def state_alpha(sampled: Sampled, settings: ProxySettings) -> Tensor:
     )
 
 
-def _within(sampled: Sampled, values: Tensor) -> Tensor:
-    return values - sampled.mean_of_state(values)[sampled.state]
-
-
-def _by_state(x: Tensor, y: Tensor, sampled: Sampled) -> Tensor:
-    return co_moments(x, y, sampled.state, sampled.states)
-
-
 def _agreement(
     x: Tensor, y: Tensor, state: Tensor, kept: Tensor, settings: ProxySettings
 ) -> dict[str, Any]:
@@ -181,8 +178,6 @@ def _agreement(
 
 
 def _correlation(moments: Tensor, settings: ProxySettings) -> dict[str, Any]:
-    if not len(moments):
-        return asdict(Estimate(None, None, None, 0))
     return asdict(bootstrap(moments, pearson, draws=settings.draws, seed=settings.seed))
 
 
@@ -223,7 +218,7 @@ def _draw(
     figure = new_figure(13, 4)
     drawn, played, lengths = figure.subplots(1, 3)
     alpha = state_alpha(sampled, settings)
-    drawn.plot(-_within(sampled, sampled.surprisal), alpha - 1, ".", markersize=2, alpha=0.4)
+    drawn.plot(-sampled.within_state(sampled.surprisal), alpha - 1, ".", markersize=2, alpha=0.4)
     drawn.set(title=f"drawn responses: r = {_said(content['sampled'])}", ylabel="α − 1")
     alpha, target = played_points(met, sampled)
     played.plot(target, alpha - 1, "o", markersize=4)

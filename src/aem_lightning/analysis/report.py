@@ -55,16 +55,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write ``<name>.json``, ``<name>.png``, with a table ``<name>.md``, and TensorBoard entries.
 
-    Args:
-        folder: Where to.
-        name: Of the analysis.
-        content: Plain data.
-        figure: What ``<name>.png`` shows.
-        scalars: TensorBoard entries ``analysis/<name>/<key>``; ``None`` is left out.
-        table: Markdown.
-
-    Returns:
-        ``content``.
+    Of the ``scalars``, which become ``analysis/<name>/<key>``, ``None`` is left out. Returns
+    ``content``, which is plain data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, allow_nan=False)

@@ -6,8 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from aem_lightning.analysis.inputs import ProxySettings
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.functional import aem_coefficients
@@ -21,7 +19,7 @@ from aem_lightning.rollout import (
     pack,
     stable_seed,
 )
-from aem_lightning.types import RolloutBatch, Trajectory
+from aem_lightning.types import Trajectory
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,13 @@ def met_states(
             f"The engine {type(module.engine).__name__} gives no token entropies, which this "
             "analysis is about. Use a checkpoint of a run with engine=hf."
         )
-    alpha = _task_alpha(batch, settings)
+    alpha = aem_coefficients(  # as training has them: compared within a task's group, [R]
+        batch.entropy,
+        batch.response_group,
+        sharpness=settings.sharpness,
+        min_range=settings.min_range,
+        mask=batch.response_mask & (batch.length > 0),
+    )
     turns = [(trajectory, turn) for trajectory in trajectories for turn in trajectory.turns]
     different = {
         tuple(trajectory.rows[turn.row][: turn.start]): r
@@ -74,17 +78,6 @@ def met_states(
         )
         for prompt in chosen
     ]
-
-
-def _task_alpha(batch: RolloutBatch, settings: ProxySettings) -> Tensor:
-    """AEM's coefficients as training has them: compared within a task's group, [R]."""
-    return aem_coefficients(
-        batch.entropy,
-        batch.response_group,
-        sharpness=settings.sharpness,
-        min_range=settings.min_range,
-        mask=batch.response_mask & (batch.length > 0),
-    )
 
 
 def _play(

@@ -33,16 +33,10 @@ class Estimate:
 
 
 def co_moments(x: Tensor, y: Tensor, cluster: Tensor, count: int) -> Tensor:
-    """Sums from which a correlation follows, for each cluster: n, x, y, xx, yy, xy.
+    """Sums from which a correlation follows, for each of ``count`` clusters: n, x, y, xx, yy, xy.
 
-    Args:
-        x: [P] points.
-        y: [P].
-        cluster: The cluster of each point, [P], in 0..count-1.
-        count: Number of clusters K.
-
-    Returns:
-        [K, 6], float64, of values centred over all points, so that little is lost to rounding.
+    Of points [P] and the cluster of each, [P] in 0..K-1: [K, 6], float64, of values centred over
+    all points, so that little is lost to rounding.
     """
     x, y = x.double(), y.double()
     if len(x):
@@ -80,13 +74,8 @@ def bootstrap(
 ) -> Estimate:
     """A statistic of column sums, with the percentile interval of resampled rows.
 
-    The rows are the independent units: points of one cluster stay together.
-
-    Args:
-        table: [K, C]; one row of sums for each cluster.
-        statistic: From summed columns [..., C] to [...].
-        draws: Resamples.
-        seed: Key of the resampling.
+    The rows of ``table``, [K, C], are the independent units: points of one cluster stay together.
+    ``statistic`` is from summed columns [..., C] to [...].
     """
     rows = len(table)
     value = float(statistic(table.sum(dim=0)))
@@ -104,8 +93,10 @@ def bootstrap(
     return Estimate(value, float(ends[0]), float(ends[1]), rows)
 
 
-def t_interval(values: Sequence[float]) -> Estimate:
-    """The mean of a few runs with Student's 95 % interval; one run has none.
+def t_interval(values: Sequence[float], *, rates: bool = False) -> Estimate:
+    """The mean of a few runs with Student's 95 % interval, of ``rates`` within 0 to 1.
+
+    One run has no interval.
 
     Example:
         >>> found = t_interval([1.0, 2.0, 3.0])
@@ -120,36 +111,24 @@ def t_interval(values: Sequence[float]) -> Estimate:
         return Estimate(mean, None, None, 1)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
     half = t_quantile(count - 1) * spread / math.sqrt(count)
-    return Estimate(mean, mean - half, mean + half, count)
+    low, high = mean - half, mean + half
+    return Estimate(mean, max(0.0, low) if rates else low, min(1.0, high) if rates else high, count)
 
 
 @cache
 def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, by bisection over its closed distribution function.
+    """The 97.5 % quantile of Student's t, whose atan(t / sqrt(freedom)) has a density of cosines.
 
     Example:
         >>> round(t_quantile(2), 4), round(t_quantile(4), 4)
         (4.3027, 2.7764)
     """
-    low, high = 0.0, 1000.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_inside(middle, freedom) < 0.95 else (low, middle)
-    return high
-
-
-def _t_inside(t: float, freedom: int) -> float:
-    """P(|T| < t) for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle: float = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-        total += term
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+    angle = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)
+    density = angle.cos() ** (freedom - 1)
+    inside = torch.cumulative_trapezoid(density, angle)  # up to angle[1:]
+    place = int(torch.searchsorted(inside, 0.95 * inside[-1]))
+    beyond = (inside[place] - 0.95 * inside[-1]) / density[place + 1]
+    return math.sqrt(freedom) * math.tan((angle[place + 1] - beyond).item())
 
 
 def sign_flip_test(differences: Sequence[float], *, draws: int = 100_000, seed: int = 0) -> float:
@@ -183,9 +162,7 @@ def sign_flip_test(differences: Sequence[float], *, draws: int = 100_000, seed: 
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact McNemar p: are the games that changed sides split like fair coins?
 
-    Args:
-        gained: Games that only the second policy won.
-        lost: Games that only the first one won.
+    The second policy alone won ``gained`` games, the first alone ``lost``.
 
     Example:
         >>> mcnemar(8, 2)

@@ -22,11 +22,12 @@ COLUMNS = {
     "pick_two_obj_and_place": "Pick2",
 }
 ALL = "all"
-_MEASURES = {
-    "train_success": "success in training, all iterations (%)",
-    "val_success": "success in validation, all iterations (%)",
-    "entropy_early": "entropy, first third (nats)",
-    "entropy_late": "entropy, last third (nats)",
+# Summaries of a run's curves: which curve, which part of it, and in words.
+MEASURES = {
+    "train_success": ("train/success_rate", "all", "success in training, all iterations (%)"),
+    "val_success": ("val/success_rate", "all", "success in validation, all iterations (%)"),
+    "entropy_early": ("aem/entropy", "first third", "entropy, first third (nats)"),
+    "entropy_late": ("aem/entropy", "last third", "entropy, last third (nats)"),
 }
 # What is said of an arm's modulation, and the factor it is shown with.
 _EFFECTS = {
@@ -41,7 +42,7 @@ _EFFECTS = {
 
 def comparison_markdown(content: Mapping[str, Any]) -> str:
     """Final success by task type and arm, then the paired differences with their tests."""
-    kinds = _kinds(content)
+    kinds = ordered({ALL, *(kind for arm in content["arms"].values() for kind in arm["success"])})
     names = [COLUMNS.get(kind, kind) for kind in kinds]
     lines = [
         "Success after training (%), mean over seeds with Student's 95 % interval.",
@@ -82,7 +83,7 @@ def _tests(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
         rows = [("success after training (%)", pair["success"].get(ALL), 100)]
         rows += [
             (label, pair[name], 1 if name.startswith("entropy") else 100)
-            for name, label in _MEASURES.items()
+            for name, (*_, label) in MEASURES.items()
         ]
         for label, found, scale in rows:
             p = None if found is None else found["p_sign_flip"]
@@ -99,11 +100,9 @@ def _tests(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _kinds(content: Mapping[str, Any]) -> list[str]:
+def ordered(kinds: set[str]) -> list[str]:
     """Task types in the paper's order, others after them, ``all`` last."""
-    found = {kind for arm in content["arms"].values() for kind in arm["success"]} - {ALL}
-    known = [kind for kind in COLUMNS if kind in found]
-    return [*known, *sorted(found - set(known)), ALL]
+    return sorted(kinds, key=[*COLUMNS, *sorted(kinds - {ALL}), ALL].index)
 
 
 def _cell(found: Mapping[str, Any] | None, scale: float, sign: bool = False) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from aem_lightning import runner
@@ -44,37 +45,36 @@ def finished_run(cfg: DictConfig, folder: Path, arm: Sequence[str], seed: int) -
     Raises:
         ValueError: ``folder`` holds a run of other overrides.
     """
-    overrides = run_overrides(cfg, arm, seed)
-    _check_asked(folder, overrides)
+    length = [] if cfg.iterations is None else [f"iterations={cfg.iterations}"]
+    # Those of a person come after the arm's.
+    overrides = [f"experiment={cfg.experiment}", *arm, *cfg.overrides, *length, f"seed={seed}"]
+    asked = folder / ASKED
+    earlier = json.loads(asked.read_text(encoding="utf-8")) if asked.is_file() else overrides
+    if earlier != overrides:
+        only_then = [item for item in earlier if item not in overrides]
+        only_now = [item for item in overrides if item not in earlier]
+        raise ValueError(
+            f"{folder} holds a run of other overrides: then {only_then}, now {only_now} (or in "
+            "another order). Type the same ones, or another place: folder=<new folder>"
+        )
     remember(hydra.compose("train", overrides=overrides))
     if (folder / SUMMARY).is_file():
         log.info("%s: finished before", folder)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ASKED).write_text(json.dumps(overrides, indent=2), encoding="utf-8")
+    asked.write_text(json.dumps(overrides, indent=2), encoding="utf-8")
     last = folder / "checkpoints" / "last.ckpt"
-    places = [
-        f"paths.root_dir={quoted(cfg.paths.root_dir)}",
-        f"paths.data_dir={quoted(cfg.paths.data_dir)}",
-        f"paths.log_dir={quoted(cfg.paths.log_dir)}",
-        f"paths.output_dir={quoted(folder)}",
-        f"ckpt_path={quoted(last) if last.is_file() else 'null'}",
-    ]
+    shared = {name: cfg.paths[name] for name in ("root_dir", "data_dir", "log_dir")}
+    places = [f"paths.{k}={quoted(v)}" for k, v in (shared | {"output_dir": folder}).items()]
+    places.append(f"ckpt_path={quoted(last) if last.is_file() else 'null'}")
     log.info("%s: training with %s", folder, " ".join(overrides))
     runner.train(hydra.compose("train", overrides=[*overrides, *places]))
     return folder
 
 
-def run_overrides(cfg: DictConfig, arm: Sequence[str], seed: int) -> list[str]:
-    """The overrides of one run; those of a person come after the arm's."""
-    length = [] if cfg.iterations is None else [f"iterations={cfg.iterations}"]
-    return [f"experiment={cfg.experiment}", *arm, *cfg.overrides, *length, f"seed={seed}"]
-
-
 def quoted(value: Any) -> str:
     """A value as Hydra's override grammar takes it, whatever characters it holds."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
+    return QuotedString(str(value), Quote.single).with_quotes()
 
 
 def arm_overrides(cfg: DictConfig, name: str) -> list[str]:
@@ -97,17 +97,3 @@ def arm_overrides(cfg: DictConfig, name: str) -> list[str]:
         f"arms: {name!r} is unknown; allowed: {allowed}, and each algorithm with _aem. Or say what "
         f"it changes: \"+arm_overrides.{name}=['modulation=aem','modulation.sharpness=2']\""
     )
-
-
-def _check_asked(folder: Path, overrides: Sequence[str]) -> None:
-    file = folder / ASKED
-    if not file.is_file():
-        return
-    earlier = json.loads(file.read_text(encoding="utf-8"))
-    if earlier != list(overrides):
-        only_then = [item for item in earlier if item not in overrides]
-        only_now = [item for item in overrides if item not in earlier]
-        raise ValueError(
-            f"{folder} holds a run of other overrides: then {only_then}, now {only_now} (or in "
-            "another order). Type the same ones, or another place: folder=<new folder>"
-        )

@@ -10,20 +10,24 @@ from aem_lightning.callbacks.adapter_export import AdapterExport
 from aem_lightning.callbacks.aem import AEMMonitor
 from aem_lightning.callbacks.curriculum import HorizonGrowth, TaskWeights
 from aem_lightning.callbacks.hyperparameters import Hyperparameters
+from aem_lightning.callbacks.learning import LearningWatch
 from aem_lightning.callbacks.profile import Profile
 from aem_lightning.callbacks.progress import Meter, Progress
 from aem_lightning.callbacks.step_time import StepTime
 from aem_lightning.callbacks.transcripts import Transcripts
+from aem_lightning.callbacks.trends import TrendWatch
 
 __all__ = [
     "AEMMonitor",
     "AdapterExport",
     "HorizonGrowth",
     "Hyperparameters",
+    "LearningWatch",
     "Meter",
     "Profile",
     "Progress",
     "StepTime",
     "TaskWeights",
     "Transcripts",
+    "TrendWatch",
 ]

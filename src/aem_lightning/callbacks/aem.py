@@ -43,7 +43,7 @@ class AEMMonitor(Callback):
             return
         sums = _sums(iteration)
         if trainer.world_size > 1:
-            sums = _gather(trainer, pl_module, sums)
+            sums = _gather(trainer, sums, pl_module.device)
         metrics = _statistics(sums)
         metrics.update(self._drift(iteration.index, metrics.get("aem/entropy")))
         log_scalars(trainer, metrics, step=iteration.index)
@@ -58,9 +58,7 @@ class AEMMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The iteration and entropy that the next drift is measured from."""
-        if self._previous is None:
-            return {}
-        return {"index": self._previous[0], "entropy": self._previous[1]}
+        return dict(zip(("index", "entropy"), self._previous or (), strict=False))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the drift curve of an earlier run."""
@@ -119,59 +117,49 @@ def _sums(iteration: Iteration) -> dict[str, float]:
         "alpha": alpha.sum().item(),
         "alpha_min": alpha.min().item() if alpha.numel() else math.inf,
         "alpha_max": alpha.max().item() if alpha.numel() else -math.inf,
-        "drift_base": drift.sum().item(),
-        "drift": (alpha * drift).sum().item(),
+        "predicted_drift_base": drift.sum().item(),
+        "predicted_drift": (alpha * drift).sum().item(),
         "groups": groups,
         "gated": iteration.gated * groups,
     }
     effect = (advantage * (alpha - 1)).sign()
     for sign, value in zip(_SIGNS, (1, -1, 0), strict=True):
         chosen = advantage.sign() == value
-        sums[f"responses_{sign}"] = chosen.sum().item()
+        sums[f"share_{sign}"] = chosen.sum().item()
         sums[f"tokens_{sign}"] = length[chosen].sum().item()
-        sums[f"compensator_{sign}"] = compensator[chosen].sum().item()
+        sums[f"entropy_{sign}"] = compensator[chosen].sum().item()
         sums[f"mass_base_{sign}"] = advantage[chosen].abs().sum().item()
         sums[f"mass_{sign}"] = (alpha * advantage)[chosen].abs().sum().item()
         sums[f"effect_{sign}"] = (effect == value).sum().item()
     return sums
 
 
-def _gather(
-    trainer: Trainer, pl_module: LightningModule, sums: Mapping[str, float]
-) -> dict[str, float]:
-    vector = torch.tensor(list(sums.values()), dtype=torch.float64, device=pl_module.device)
+def _gather(trainer: Trainer, sums: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    vector = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
     ranks = trainer.strategy.all_gather(vector).reshape(-1, len(sums)).cpu()  # [ranks, names]
-    total = dict(zip(sums, ranks.sum(dim=0).tolist(), strict=True))
-    names = list(sums)
-    total["alpha_min"] = ranks[:, names.index("alpha_min")].min().item()
-    total["alpha_max"] = ranks[:, names.index("alpha_max")].max().item()
-    return total
+    found = {"alpha_min": ranks.amin(dim=0), "alpha_max": ranks.amax(dim=0)}
+    total = ranks.sum(dim=0)
+    return {name: found.get(name, total)[place].item() for place, name in enumerate(sums)}
 
 
 def _statistics(sums: Mapping[str, float]) -> dict[str, float]:
     responses = sums["responses"]
-    tokens = sum(sums[f"tokens_{sign}"] for sign in _SIGNS)
-    compensator = sum(sums[f"compensator_{sign}"] for sign in _SIGNS)
-    statistics: dict[str, float] = {}
-
-    def mean(name: str, total: float, count: float) -> None:
-        if count > 0:
-            statistics[f"aem/{name}"] = total / count
-
-    mean("entropy", compensator, tokens)
-    mean("response_entropy", compensator, responses)
-    mean("predicted_drift_base", sums["drift_base"], responses)
-    mean("predicted_drift", sums["drift"], responses)
-    mean("alpha_mean", sums["alpha"], responses)
-    mean("gated_groups", sums["gated"], sums["groups"])
-    if responses > 0:
-        statistics["aem/alpha_min"] = sums["alpha_min"]
-        statistics["aem/alpha_max"] = sums["alpha_max"]
+    tokens, entropy = (sum(sums[f"{of}_{sign}"] for sign in _SIGNS) for of in ("tokens", "entropy"))
+    # What is averaged, and over how many.
+    pairs = {
+        "entropy": (entropy, tokens),
+        "response_entropy": (entropy, responses),
+        "alpha_mean": (sums["alpha"], responses),
+        "gated_groups": (sums["gated"], sums["groups"]),
+    }
+    for name in ("predicted_drift_base", "predicted_drift"):
+        pairs[name] = sums[name], responses
     for sign in _SIGNS:
-        mean(f"share_{sign}", sums[f"responses_{sign}"], responses)
-        mean(f"effect_{sign}", sums[f"effect_{sign}"], responses)
-        mean(f"entropy_{sign}", sums[f"compensator_{sign}"], sums[f"tokens_{sign}"])
-    for sign in ("positive", "negative"):
-        statistics[f"aem/mass_base_{sign}"] = sums[f"mass_base_{sign}"]
-        statistics[f"aem/mass_{sign}"] = sums[f"mass_{sign}"]
-    return statistics
+        pairs[f"share_{sign}"] = sums[f"share_{sign}"], responses
+        pairs[f"effect_{sign}"] = sums[f"effect_{sign}"], responses
+        pairs[f"entropy_{sign}"] = sums[f"entropy_{sign}"], sums[f"tokens_{sign}"]
+    found = {name: total / count for name, (total, count) in pairs.items() if count > 0}
+    ends = ("alpha_min", "alpha_max") if responses else ()
+    masses = [f"mass_{of}{sign}" for of in ("base_", "") for sign in ("positive", "negative")]
+    found |= {name: sums[name] for name in (*ends, *masses)}
+    return {f"aem/{name}": value for name, value in found.items()}

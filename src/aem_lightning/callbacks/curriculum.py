@@ -100,7 +100,8 @@ class TaskWeights(Callback):
         places = [place for place in range(len(batch)) if chooser.random() < self._share]
         taken = {task.id for place, task in enumerate(batch) if place not in places}
         tasks = [task for task in data.tasks(data.train_split) if task.id not in taken]
-        drawn = draw_weighted(tasks, self.weights(tasks), len(places), chooser)
+        weights = [self._floor + self._variances.get(task.id, 0.25) for task in tasks]
+        drawn = draw_weighted(tasks, weights, len(places), chooser)
         for place, task in zip(places, drawn, strict=False):
             batch[place] = task
 
@@ -125,10 +126,6 @@ class TaskWeights(Callback):
             "curriculum/mean_variance": sum(known) / max(1, len(known)),
         }
         log_scalars(trainer, metrics, step=iteration.index)
-
-    def weights(self, tasks: Sequence[Task]) -> list[float]:
-        """The weight of each task in a draw."""
-        return [self._floor + self._variances.get(task.id, 0.25) for task in tasks]
 
     def state_dict(self) -> dict[str, Any]:
         """What was learnt of the tasks."""

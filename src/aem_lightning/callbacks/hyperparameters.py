@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
 
 # Where a run is written to, and what looks on: nothing to compare runs by.
 LEFT_OUT = ("callbacks", "logger", "paths")
@@ -15,33 +17,27 @@ METRIC = "val/success_rate"
 class Hyperparameters(Callback):
     """Hands the module's ``config`` to the loggers: ``hparams.yaml``, TensorBoard's HPARAMS.
 
-    The table of TensorBoard's tab shows each run beside its last ``val/success_rate``. It takes a
-    metric only together with a value, so the run joins the table at its first validation.
+    The table of TensorBoard's tab shows each run beside its last ``val/success_rate``.
     """
-
-    def __init__(self) -> None:
-        self._in_table = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before Lightning writes ``hparams.yaml``, which it does once."""
+        agent: Any = pl_module
+        chosen = {name: value for name, value in agent.config.items() if name not in LEFT_OUT}
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(_chosen(pl_module), {})  # no metric: no table yet
-            else:
-                logger.log_hyperparams(_chosen(pl_module))
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the run into TensorBoard's table, beside the point that Lightning itself logs."""
-        rate = trainer.callback_metrics.get(METRIC)
-        if self._in_table or rate is None:
-            return
-        self._in_table = True
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                last: Any = pl_module.iteration
-                logger.log_hyperparams(_chosen(pl_module), {METRIC: rate}, step=last - 1)
+            if not isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(chosen)
+                continue
+            logger.log_hyperparams(chosen, {})  # a metric would add a point to its curve
+            if trainer.is_global_zero:
+                for summary in hparams(dict(_flat(chosen)), {METRIC: 0.0}):  # names the column
+                    logger.experiment._get_file_writer().add_summary(summary)
 
 
-def _chosen(pl_module: LightningModule) -> dict[str, Any]:
-    agent: Any = pl_module
-    return {name: value for name, value in agent.config.items() if name not in LEFT_OUT}
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values under ``node`` as ``outer/inner``; a list or nothing as its text."""
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, bool | int | float) else str(value)

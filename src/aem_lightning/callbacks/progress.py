@@ -104,7 +104,8 @@ class Progress(Callback):
     ) -> None:
         """Begin an iteration."""
         agent: Any = pl_module
-        number = f"{agent.iteration + 1}/{agent.iteration + _iterations_left(trainer, batch_idx)}"
+        left = _iterations_left(trainer, agent.iteration, batch_idx)
+        number = f"{agent.iteration + 1}/{agent.iteration + left}"
         self._begin(trainer, f"iteration {number}", len(batch) * agent.rollout.group_size)
 
     def on_train_batch_end(
@@ -120,14 +121,16 @@ class Progress(Callback):
         iteration = iteration_of(outputs)
         if iteration is None or not trainer.is_global_zero:
             return
-        left = _iterations_left(trainer, batch_idx) - 1
+        left = _iterations_left(trainer, iteration.index, batch_idx) - 1
         shown = trainer.callback_metrics
         parts = [f"success {100 * shown['success']:.1f} %", f"entropy {shown['entropy']:.3f}"]
+        if shown["success"].isnan():  # nothing to judge
+            parts.clear()
         if "policy/approx_kl" in iteration.metrics:
             parts.append(f"KL {iteration.metrics['policy/approx_kl']:.4f}")
         parts += [duration(self._iterations[-1]), f"{duration(self._left(trainer, left))} left"]
         if iteration.skipped is not None:
-            parts.append(f"no update: {iteration.skipped}")
+            parts.append("no update")  # LearningWatch says why, once
         number = iteration.index + 1
         log.info("iteration %d/%d: %s", number, number + left, ", ".join(parts))
 
@@ -139,12 +142,13 @@ class Progress(Callback):
         """Say what the validation came to."""
         self._end(self._validations)
         found = trainer.callback_metrics
-        if trainer.is_global_zero and "val/success_rate" in found:
+        rate = found.get("val/success_rate")
+        if trainer.is_global_zero and rate is not None and not rate.isnan():
             agent: Any = pl_module
             log.info(
                 "validation after iteration %d: success %.1f %% of %d, %s",
                 agent.iteration,
-                100 * found["val/success_rate"],
+                100 * rate,
                 found["val/episodes"],
                 duration(self._validations[-1]),
             )
@@ -189,8 +193,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def _iterations_left(trainer: Trainer, batch_idx: int) -> int:
-    """Iterations from that of ``batch_idx`` on, to the end of the run."""
+def _iterations_left(trainer: Trainer, iteration: int, batch_idx: int) -> int:
+    """Iterations from ``iteration``, that of ``batch_idx``, on to the end of the run."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if getattr(data, "iterations", None) is not None:
+        return int(data.iterations - iteration)
     epochs = (trainer.max_epochs or 0) - trainer.current_epoch
     return int(epochs * trainer.num_training_batches) - batch_idx
 

@@ -19,24 +19,16 @@ logger = logging.getLogger(__name__)
 
 INSIDE_ROLLOUT = "environment"
 
-# arXiv 2605.00425, the cost analysis; it does not tell the environment apart from the rollout.
-PAPER_SHARES: Mapping[str, float] = {
-    "rollout": 0.459,
-    "old_logprobs": 0.082,
-    "ref_logprobs": 0.086,
-    "advantage": 0.002,
-    "modulation": 0.011,
-    "update": 0.360,
-}
-
-_LABELS: Mapping[str, str] = {
-    "rollout": "rollout",
-    INSIDE_ROLLOUT: "environment (inside rollout)",
-    "old_logprobs": "old log-prob",
-    "ref_logprobs": "reference log-prob",
-    "advantage": "base advantage",
-    "modulation": "AEM",
-    "update": "update",
+# In words, and the paper's part (arXiv 2605.00425, the cost analysis), which does not tell the
+# environment apart from the rollout.
+STAGES: Mapping[str, tuple[str, float | None]] = {
+    "rollout": ("rollout", 0.459),
+    INSIDE_ROLLOUT: ("environment (inside rollout)", None),
+    "old_logprobs": ("old log-prob", 0.082),
+    "ref_logprobs": ("reference log-prob", 0.086),
+    "advantage": ("base advantage", 0.002),
+    "modulation": ("AEM", 0.011),
+    "update": ("update", 0.360),
 }
 
 
@@ -134,24 +126,14 @@ def total_seconds(seconds: Mapping[str, float]) -> float:
 
 
 def cost_table(seconds: Mapping[str, float]) -> list[CostRow]:
-    """Rows in the order of the paper's table, then any stage that it does not know.
-
-    Args:
-        seconds: Wall time by stage, as ``Iteration.seconds``.
-    """
+    """Rows of ``Iteration.seconds`` in the paper's order, then any stage that it does not know."""
     total = total_seconds(seconds)
-    known = [stage for stage in _LABELS if stage in seconds]
-    others = [stage for stage in seconds if stage not in _LABELS]
-    return [
-        CostRow(
-            stage=stage,
-            label=_LABELS.get(stage, stage),
-            seconds=seconds[stage],
-            share=seconds[stage] / total if total > 0 else 0.0,
-            paper_share=PAPER_SHARES.get(stage),
-        )
-        for stage in known + others
-    ]
+    rows = []
+    for stage in sorted(seconds, key=[*STAGES, *seconds].index):
+        label, paper_share = STAGES.get(stage, (stage, None))
+        share = seconds[stage] / total if total > 0 else 0.0
+        rows.append(CostRow(stage, label, seconds[stage], share, paper_share))
+    return rows
 
 
 def table_markdown(rows: Sequence[CostRow]) -> str:

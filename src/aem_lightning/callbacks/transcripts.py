@@ -145,11 +145,8 @@ def episode_record(
 ) -> dict[str, Any]:
     """One episode as plain data for JSON; a number that is not finite becomes ``None``.
 
-    Args:
-        trajectory: The episode.
-        index: Its number in the rollout batch, by which ``scores`` knows it.
-        scores: Entropy, advantage and alpha of its turns, where there was training. Without them
-            the entropy is the mean of the turn's own token entropies.
+    Where there was training, ``scores`` has the entropy, advantage and alpha of its turns, under
+    its ``index`` in the rollout batch; else an entropy is the mean over the turn's own tokens.
     """
     scores = scores or {}
     return {
@@ -177,7 +174,22 @@ def recorded_episode(record: Mapping[str, Any]) -> Trajectory:
         task,
         record["group"],
         record["copy"],
-        turns=[_recorded_turn(turn) for turn in record["turns"]],
+        turns=[
+            Turn(
+                observation=turn["observation"],
+                admissible_actions=(),
+                response=turn["response"],
+                action=turn["action"],
+                row=0,
+                start=0,
+                logprobs=[math.nan] * turn["tokens"],
+                entropies=None,
+                finish_reason=turn["finish_reason"],
+                reward=turn["reward"] or 0.0,
+                is_valid=turn["valid"],
+            )
+            for turn in record["turns"]
+        ],
         won=record["won"],
         score=record["score"] or 0.0,
         truncated=record["truncated"],
@@ -186,11 +198,9 @@ def recorded_episode(record: Mapping[str, Any]) -> Trajectory:
 
 
 def episode_markdown(record: Mapping[str, Any], max_chars: int = 4000) -> str:
-    """An episode's record as markdown in which nothing of the episode acts as markup.
+    """What :func:`episode_record` gives as markdown in which nothing of it acts as markup.
 
-    Args:
-        record: What :func:`episode_record` gives.
-        max_chars: Longest observation or response; the rest is cut and counted.
+    Of an observation or response longer than ``max_chars`` the rest is cut and counted.
     """
     outcome = "won" if record["won"] else "not won"
     turns = record["turns"]
@@ -252,22 +262,6 @@ def _turn_record(turn: Turn, scores: Sequence[float] | None) -> dict[str, Any]:
         "advantage": _finite(advantage),
         "alpha": _finite(alpha),
     }
-
-
-def _recorded_turn(record: Mapping[str, Any]) -> Turn:
-    return Turn(
-        observation=record["observation"],
-        admissible_actions=(),
-        response=record["response"],
-        action=record["action"],
-        row=0,
-        start=0,
-        logprobs=[math.nan] * record["tokens"],
-        entropies=None,
-        finish_reason=record["finish_reason"],
-        reward=record["reward"] or 0.0,
-        is_valid=record["valid"],
-    )
 
 
 def _finite(value: float | None) -> float | None:

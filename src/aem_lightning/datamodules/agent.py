@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aem_lightning.envs import EnvPool, TextEnv, in_worker
+from aem_lightning.envs.pool import OnBadAnswer, check_pool_settings
 from aem_lightning.types import Count, Natural, Positive, Seed, Task
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING or not in_worker():
     from lightning import LightningDataModule
@@ -22,11 +26,26 @@ else:
 
 
 class TaskSampler:
-    """The tasks of an epoch: a pure function of seed, epoch and rank.
+    """The tasks of an epoch: a pure function of seed, epoch, rank, and where the run goes on.
 
     So a resumed run sees what it would have seen. Tasks come in passes over the whole split, each
     pass in an order of its own. Iteration ``i`` takes the next ``tasks_per_iteration`` tasks; ranks
-    take disjoint, equal shares of them.
+    take disjoint, equal shares of them. Epoch ``e`` is iterations ``e * iterations_per_epoch`` and
+    on, of which those before ``start`` and from ``end`` on are not played.
+
+    Args:
+        num_tasks: Tasks of the split.
+        tasks_per_iteration: Tasks of one iteration, over all ranks.
+        iterations_per_epoch: Iterations of a whole epoch.
+        seed: Key of the orders.
+        rank: This rank.
+        world_size: Number of ranks.
+        start: The run's next iteration.
+        played: Tasks that were taken before it; ``None``: as many as ``start`` iterations take.
+        end: Iterations of the run; ``None``: as many as there are epochs for.
+
+    Raises:
+        ValueError: The tasks of an iteration cannot be shared by the ranks.
     """
 
     def __init__(
@@ -37,6 +56,10 @@ class TaskSampler:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        *,
+        start: int = 0,
+        played: int | None = None,
+        end: int | None = None,
     ) -> None:
         if tasks_per_iteration % world_size:
             raise ValueError(
@@ -46,8 +69,11 @@ class TaskSampler:
             )
         self._num_tasks = num_tasks
         self._per_iteration = tasks_per_iteration
-        self._iterations = iterations_per_epoch
+        self._per_epoch = iterations_per_epoch
         self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._start, self._end = start, end
+        # Where iteration 0 would have been, had every iteration taken as many tasks.
+        self._origin = 0 if played is None else played - start * tasks_per_iteration
         self._epoch = 0
 
     @property
@@ -59,13 +85,18 @@ class TaskSampler:
         """Called by the trainer before each epoch."""
         self._epoch = epoch
 
+    @property
+    def iterations(self) -> range:
+        """The iterations of this epoch."""
+        first, after = self._epoch * self._per_epoch, (self._epoch + 1) * self._per_epoch
+        return range(max(first, self._start), after if self._end is None else min(after, self._end))
+
     def __len__(self) -> int:
-        return self._iterations * self.share
+        return len(self.iterations) * self.share
 
     def __iter__(self) -> Iterator[int]:
-        for i in range(self._iterations):
-            iteration = self._epoch * self._iterations + i
-            first = iteration * self._per_iteration + self._rank * self.share
+        for iteration in self.iterations:
+            first = self._origin + iteration * self._per_iteration + self._rank * self.share
             yield from (self._task(position) for position in range(first, first + self.share))
 
     def _task(self, position: int) -> int:
@@ -91,10 +122,16 @@ class AgentDataModule(LightningDataModule):
         workers: Environment processes on each rank.
         timeout_s: Seconds after which a worker that does not answer is replaced. A start may be
             idle or compute for so long, however long a busy machine leaves it waiting.
+        memory_gb: GB that a worker may allocate before it is replaced; ``None``: all there is.
+        pass_environment: Names of environment variables that workers get beside the usual ones,
+            among which there is no token and no key.
+        on_bad_answer: Where an environment returns what its contract does not allow: ``mask`` the
+            episode, or ``stop`` the run.
         seed: Key of the task order.
     """
 
     train_split = "train"
+    iterations: int | None = None  # of the whole run; None: as many as the trainer has epochs for
     keep_groups = True  # a group's copies share a worker; False: they play at the same time
 
     def __init__(
@@ -107,6 +144,9 @@ class AgentDataModule(LightningDataModule):
         evaluation_splits: Sequence[str] = ("valid_seen", "valid_unseen"),
         workers: Count = 2,
         timeout_s: Positive = 120.0,
+        memory_gb: Positive | None = None,
+        pass_environment: Sequence[str] = (),
+        on_bad_answer: OnBadAnswer = "mask",
         seed: Seed = 0,
     ) -> None:
         super().__init__()
@@ -117,6 +157,10 @@ class AgentDataModule(LightningDataModule):
         self.evaluation_splits = tuple(evaluation_splits)
         self.workers = workers
         self.timeout_s = timeout_s
+        self.memory_gb = memory_gb
+        self.pass_environment = pass_environment
+        self.on_bad_answer = on_bad_answer
+        check_pool_settings(**self.pool_settings)
         self.seed = seed
         self._pool: EnvPool | None = None
 
@@ -146,30 +190,53 @@ class AgentDataModule(LightningDataModule):
         return sorted({task.type for split in splits for task in self.tasks(split)})
 
     @property
+    def pool_settings(self) -> dict[str, Any]:
+        """How a pool treats its workers."""
+        names = ("timeout_s", "memory_gb", "pass_environment", "on_bad_answer")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def pool(self) -> EnvPool:
         """The environment pool; its workers start at the first reset."""
         if self._pool is None:
             self._pool = EnvPool(
                 self.env_factory(),
                 workers=self.workers,
-                timeout_s=self.timeout_s,
                 keep_groups=self.keep_groups,
+                **self.pool_settings,
             )
         return self._pool
 
     def close(self) -> None:
-        """Stop the environment workers."""
+        """Stop the environment workers; tasks that broke them again and again are listed."""
         if self._pool is not None:
+            if tasks := self._pool.quarantine:
+                told = "".join(f"\n  {task}: {reason}" for task, reason in sorted(tasks.items()))
+                log.warning("In quarantine, for they broke again and again: %d%s", len(tasks), told)
             self._pool.close()
             self._pool = None
 
     # ---------------------------------------------------------------------------------- dataloaders
 
     def train_dataloader(self) -> DataLoader[Task]:
-        """Batches of tasks, one batch an iteration."""
+        """Batches of tasks, one batch an iteration, from the module's ``iteration`` on."""
         tasks = self.tasks(self.train_split)
         sizes = len(tasks), self.tasks_per_iteration, self.iterations_per_epoch
-        sampler = TaskSampler(*sizes, self.seed, *self._rank_and_world_size())
+        agent: Any = self.trainer and self.trainer.lightning_module
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        start, played = getattr(agent, "iteration", 0), getattr(agent, "tasks_played", 0)
+        end = None if start == self.iterations else self.iterations  # nothing is left: no clipping
+        if start // self.iterations_per_epoch != epoch:
+            start = epoch * self.iterations_per_epoch  # another trainer, which counts anew
+        sampler = TaskSampler(
+            *sizes,
+            self.seed,
+            *self._rank_and_world_size(),
+            start=start,
+            played=played,
+            end=end,
+        )
+        sampler.set_epoch(epoch)
         from torch.utils.data import DataLoader
 
         return DataLoader(tasks, batch_size=sampler.share, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]

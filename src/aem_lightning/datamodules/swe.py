@@ -140,20 +140,17 @@ class SweDataModule(AgentDataModule):
         if self.source == "embedded":
             if split not in SPLITS:
                 raise ValueError(f"split={split!r}; embedded instances have {', '.join(SPLITS)}")
-            file_format: str = self.generate.file_format
-            path, where = str(self.root / f"{split}.{file_format}"), split
+            kind: Any = self.generate.file_format
+            path, where = str(self.root / f"{split}.{kind}"), split
         elif split not in self.splits:
             raise ValueError(f"split={split!r}; datamodule.splits has: {', '.join(self.splits)}")
         else:
-            file_format = self.source
-            path, where = self.splits[split], split
-            if self.source == "hub":
+            kind, path, where = self.source, self.splits[split], split
+            if kind == "hub":
                 path, _, where = path.partition(":")
-        kind: Any = file_format
         cache = str(self.root / "datasets")
-        return load_instances(
-            kind, path, split=where or split, adapter=self.adapter, cache_dir=cache
-        )
+        where = where or split
+        return load_instances(kind, path, split=where, adapter=self.adapter, cache_dir=cache)
 
     def tasks(self, split: str) -> list[Task]:
         """One task an instance; its type is the repository."""

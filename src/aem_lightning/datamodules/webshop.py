@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -82,20 +82,18 @@ class WebShopDataModule(AgentDataModule):
         )
         self.splits = splits
         self.environment = dict(environment or {})
-        self._folder: Path | None = None
 
     def prepare_data(self) -> None:
         """Generate the files, where they are to be generated, and make the catalogue of them."""
         if self.generate is not None:
             generate_catalogue(self.files.root, self.generate)
-        self._folder = prepare_catalogue(self.files)
         manifest = self.catalogue.manifest
         log.info(
             "%d products, %d goals, digest %s, in %s",
             manifest["products"],
             manifest["goals"],
             manifest["digest"],
-            self._folder,
+            self.folder,
         )
         if self.catalogue.tagger == FALLBACK:
             log.warning(
@@ -104,12 +102,10 @@ class WebShopDataModule(AgentDataModule):
                 FALLBACK,
             )
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """The prepared catalogue; made here, where `prepare_data` was not called."""
-        if self._folder is None:
-            self._folder = prepare_catalogue(self.files)
-        return self._folder
+        return prepare_catalogue(self.files)
 
     @property
     def catalogue(self) -> Catalogue:

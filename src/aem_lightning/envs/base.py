@@ -40,6 +40,9 @@ class TextEnv(Protocol):
     ``infra_error``        str          what broke outside the policy's doing
     ====================== ============ =========================================================
 
+    The trainer checks all of this where it enters (see ``answers``); scalars may be numpy's. Other
+    keys reach it where JSON can say them.
+
     An environment may also have ``counters()``, numbers by name that all environments of a process
     count together, each since it was last asked for: `EnvPool.counters` sums them. The trainer logs
     the hit rate of ``cache_hits`` and ``cache_misses``.

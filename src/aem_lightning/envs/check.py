@@ -7,18 +7,18 @@ import os
 import pickle
 import random
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import Any, Protocol, cast
 
-from aem_lightning.envs.base import EnvContractError, Reset, TextEnv
-from aem_lightning.envs.imports import WatchedEnv
+from aem_lightning.envs.base import EnvContractError, EnvPoolError, Reset, TextEnv
+from aem_lightning.envs.examined import EnvBreach, EnvLost, ExaminedEnv, RemoteEnv
 from aem_lightning.envs.leaks import find_leaks
 from aem_lightning.envs.pool import EnvPool
 from aem_lightning.envs.trial import ActionWords, Trial, pick
-from aem_lightning.types import ResetRequest, Task
+from aem_lightning.types import Task
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,11 @@ def check_env(
     """Prove that an environment keeps the contract of `TextEnv`.
 
     The splits: the training and the evaluation tasks are disjoint, and asked for again they are the
-    same. The factory can be pickled and makes an object with ``reset``, ``step`` and ``close``. For
-    every task tried: two copies start alike and answer the same actions alike; every admissible
-    action is accepted, nonsense and an empty action are marked by ``is_action_valid=False``; with a
+    same. The factory can be pickled and makes an object with ``reset``, ``step`` and ``close``. All
+    else happens in a worker process, where nothing is waited for longer than the DataModule's
+    ``timeout_s``. For every task tried: answers have the types of the contract, two copies start
+    alike and answer the same actions alike; every admissible action is accepted, nonsense and an
+    empty action are marked by ``is_action_valid=False``; with a
     ``prompt``, its words tell malformed from inadmissible; a reset in the middle of an episode and
     one after an exception lead back to the start. Tasks that list their actions start differently,
     or answer differently. Many resets leave no file, thread or memory behind; a worker process that
@@ -87,11 +89,12 @@ def check_env(
         breaches += _check_ids(tasks)
     if not tasks and not breaches:
         raise ValueError("check_env got no tasks; give at least one")
-    envs = _make(make_env, breaches)
-    if envs:
-        effort = _Effort(seed, turns, resets, getattr(environment, "timeout_s", TIMEOUT_S))
-        breaches += _check_episodes(make_env, envs, tasks, effort, prompt)
-    breaches += _check_close([*envs, *envs[:1]])
+    effort = _Effort(seed, turns, resets)
+    settings = {
+        "timeout_s": getattr(environment, "timeout_s", TIMEOUT_S),
+        **getattr(environment, "pool_settings", {}),
+    }
+    breaches += _check_in_worker(make_env, tasks, effort, prompt, settings)
     if breaches:
         raise EnvContractError(
             f"{len(breaches)} breaches of the TextEnv contract:\n- " + "\n- ".join(breaches)
@@ -103,30 +106,74 @@ class _Effort:
     seed: int
     turns: int
     resets: int
-    timeout_s: float
 
 
-def _check_episodes(
+def _check_in_worker(
     make_env: Callable[[], TextEnv],
-    envs: Sequence[TextEnv],
     tasks: Sequence[Task],
     effort: _Effort,
     prompt: ActionWords | None,
+    settings: Mapping[str, Any],
 ) -> list[str]:
-    """The breaches of every task; what takes a while only where there are none."""
+    """The breaches that playing shows; what does not come back ends the trials."""
+    try:
+        factory = pickle.dumps(make_env)
+        pickle.loads(factory)
+    except Exception as error:
+        return [
+            f"make_env={make_env!r} cannot be pickled ({error}); expected: a class or function of "
+            "an importable module, or a functools.partial of one"
+        ]
     breaches: list[str] = []
+    with EnvPool(partial(ExaminedEnv, factory), **{**settings, "workers": 1}) as pool:
+        pool.mend_quietly()  # a worker is killed on purpose
+        envs = RemoteEnv(pool, "one"), RemoteEnv(pool, "copy")
+        try:
+            for env in envs:
+                env.make()
+        except EnvContractError as error:
+            return [str(error)]
+        except Exception as error:
+            told = error if isinstance(error, EnvPoolError) else f"{type(error).__name__}: {error}"
+            return [f"make_env() raised {told}; expected: an environment"]
+        try:
+            _check_episodes(pool, envs, tasks, effort, prompt, breaches)
+            for env in envs:
+                breaches += _check_close(env)
+        except EnvLost as lost:
+            breaches.append(f"{lost}. Nothing was tried after that")
+    return breaches
+
+
+def _check_episodes(
+    pool: EnvPool,
+    envs: tuple[RemoteEnv, RemoteEnv],
+    tasks: Sequence[Task],
+    effort: _Effort,
+    prompt: ActionWords | None,
+    breaches: list[str],
+) -> None:
+    """The breaches of every task; what takes a while only where there are none.
+
+    Raises:
+        EnvLost: A call did not come back.
+    """
     starts = {}
+    env = envs[0]
     for task in tasks:
         trial = Trial(envs, task, effort.seed, effort.turns, breaches, prompt)
         if (start := trial.run()) is not None:
             starts[task.id] = start
-    if not breaches:
-        breaches += _check_differences(envs[0], starts, effort)
-    if not breaches and effort.resets:
-        breaches += find_leaks(envs[0], tasks, seed=effort.seed, resets=effort.resets)
-    if not breaches:
-        breaches += _check_crash(make_env, tasks[0], starts[tasks[0].id], effort)
-    return breaches
+    try:
+        if not breaches:
+            breaches += _check_differences(env, starts, effort)
+        if not breaches and effort.resets:
+            sizes = {"seed": effort.seed, "resets": effort.resets}
+            breaches += find_leaks(env, tasks, **sizes, count=pool.counters)
+        if not breaches:
+            breaches += _check_crash(pool, env, tasks[0], starts[tasks[0].id], effort)
+    except EnvBreach as breach:
+        breaches.append(str(breach))
 
 
 def _check_splits(source: TaskSource, count: int, breaches: list[str]) -> list[Task]:
@@ -158,35 +205,6 @@ def _check_ids(tasks: Iterable[Task]) -> list[str]:
     ids = [task.id for task in tasks]
     twice = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
     return [f"task ids given more than once: {twice}; expected: unique ids"] if twice else []
-
-
-def _make(make_env: Callable[[], TextEnv], breaches: list[str]) -> list[TextEnv]:
-    """Two environments; none where what is made is none."""
-    try:
-        pickle.loads(pickle.dumps(make_env))
-    except Exception as error:
-        breaches.append(
-            f"make_env={make_env!r} cannot be pickled ({error}); expected: a class or function of "
-            "an importable module, or a functools.partial of one"
-        )
-    try:
-        envs: list[Any] = [make_env(), make_env()]
-    except Exception as error:
-        breaches.append(
-            f"make_env() raised {type(error).__name__}: {error}; expected: an environment"
-        )
-        return []
-    if envs[0] is envs[1]:
-        breaches.append("make_env() returned one object twice; expected: a new one each time")
-        return []
-    if not isinstance(envs[0], TextEnv):
-        missing = [name for name in ("reset", "step", "close") if not hasattr(envs[0], name)]
-        breaches.append(
-            f"make_env() returned {envs[0]!r} without {', '.join(missing)}; expected: an object "
-            "with reset, step and close"
-        )
-        return []
-    return envs
 
 
 def _check_differences(env: TextEnv, starts: dict[str, Reset], effort: _Effort) -> list[str]:
@@ -228,25 +246,24 @@ def _walk(env: TextEnv, task_id: str, effort: _Effort, key: int) -> list[Any]:
 
 
 def _check_crash(
-    make_env: Callable[[], TextEnv], task: Task, start: Reset, effort: _Effort
+    pool: EnvPool, env: RemoteEnv, task: Task, start: Reset, effort: _Effort
 ) -> list[str]:
     """Kill the worker that plays an episode: a new one has to bring it back.
 
     A line of the environment that loads what a worker does without is warned of.
     """
     action = pick(random.Random(effort.seed), start[1])
+    pool.release(["copy"])
+    env.reset(seed=effort.seed, options={"task_id": task.id})
+    os.kill(pool.worker_pids()[0], signal.SIGKILL)
     try:
-        watched = partial(WatchedEnv, pickle.dumps(make_env))
-        with EnvPool(watched, workers=1, timeout_s=effort.timeout_s) as pool:
-            pool.reset({"check": ResetRequest(task.id, effort.seed)})
-            os.kill(pool.worker_pids()[0], signal.SIGKILL)
-            step = pool.step({"check": action})["check"]
-    except Exception as error:
+        env.step(action)
+    except EnvLost as lost:
         return [
-            f"task {task.id!r}: in a worker process raised {type(error).__name__}: {error}; "
-            "expected: the same as here"
+            f"task {task.id!r}: reset() and step({action!r}) after a crash of the worker process "
+            f"gave infra_error={lost.reason!r}; expected: the episode as it was before"
         ]
-    for line, packages in step.info.get("heavy_imports", {}).items():
+    for line, packages in env.imports.items():
         logger.warning(
             "%s\n  loads %s in every environment worker, which then takes seconds to start and "
             "hundreds of MB. If the environment itself needs it, leave it; else move the import "
@@ -254,19 +271,12 @@ def _check_crash(
             line,
             ", ".join(packages),
         )
-    if step.infra_error is None:
-        return []
-    return [
-        f"task {task.id!r}: reset() and step({action!r}) after a crash of the worker process gave "
-        f"infra_error={step.infra_error!r}; expected: the episode as it was before"
-    ]
+    return []
 
 
-def _check_close(envs: Sequence[TextEnv]) -> list[str]:
-    breaches = []
-    for env in envs:
-        try:
-            env.close()
-        except Exception as error:
-            breaches.append(f"close() raised {type(error).__name__}: {error}; expected: no effect")
-    return breaches
+def _check_close(env: RemoteEnv) -> list[str]:
+    try:
+        env.close()
+    except EnvBreach as breach:
+        return [f"{breach}; expected: no effect"]
+    return []

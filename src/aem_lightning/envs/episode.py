@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aem_lightning.envs.orders import Order
@@ -33,9 +32,11 @@ class PooledEpisode:
             return Order(self.slot, self.request)
         return Order(self.slot, None, (action,))
 
-    def replay_order(self, actions: Sequence[str]) -> Order:
-        """The order that plays the episode from its start, then ``actions``."""
-        return Order(self.slot, self.request, (*self.actions, *actions))
+    def replay_order(self, action: str | None) -> Order:
+        """The order that plays the episode from its start, then ``action``, if one is due."""
+        return Order(
+            self.slot, self.request, (*self.actions, *([] if action is None else [action]))
+        )
 
     def record(self, action: str | None, step: EnvStep) -> None:
         """Take ``step`` as the answer to ``action``."""
@@ -43,9 +44,14 @@ class PooledEpisode:
             self.actions.append(action)
         self.last = step
 
-    def fail(self, reason: str) -> None:
-        """End the episode for a reason outside the policy's doing."""
-        logger.warning("Episode %s of task %s ends: %s", self.key, self.request.task_id, reason)
+    def fail(self, reason: str, level: int = logging.WARNING) -> None:
+        """End the episode for a reason outside the policy's doing, and log it."""
+        text = "Episode %s of task %s ends: %s"
+        logger.log(level, text, self.key, self.request.task_id, reason)
+        self.end(reason)
+
+    def end(self, reason: str) -> None:
+        """The same, without a word."""
         observation = self.last.observation if self.last else ""
         info = {"task_id": self.request.task_id, "infra_error": reason}
         self.last = EnvStep(observation, truncated=True, info=info)

@@ -2,60 +2,33 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 import sysconfig
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from aem_lightning.envs.base import Reset, Step
 
 HEAVY = ("lightning", "torch", "transformers")
 LIBRARIES = ("<", sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))
 
 
-class WatchedEnv:
-    """An environment whose ``info["heavy_imports"]`` holds the lines that load heavy packages.
-
-    Args:
-        factory: The pickled factory; its module is imported under watch.
-    """
-
-    def __init__(self, factory: bytes) -> None:
-        self._watch = _Watch()
-        sys.meta_path.insert(0, self._watch)
-        self._env = pickle.loads(factory)()
-
-    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
-        observation, info = self._env.reset(seed=seed, options=options)
-        return observation, self._watched(info)
-
-    def step(self, action: str, /) -> Step:
-        *results, info = self._env.step(action)
-        return *results, self._watched(info)
-
-    def close(self) -> None:
-        self._env.close()
-
-    def _watched(self, info: dict[str, Any]) -> dict[str, Any]:
-        lines: dict[str, list[str]] = {}
-        for package, line in self._watch.lines.items():
-            if package in sys.modules:  # else it was only looked for
-                lines.setdefault(line, []).append(package)
-        return info | {"heavy_imports": lines}
-
-
-class _Watch:
+class ImportWatch:
     """A finder of modules that finds none, and remembers who asked for a heavy package last."""
 
     def __init__(self) -> None:
-        self.lines: dict[str, str] = {}
+        self._lines: dict[str, str] = {}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name in HEAVY:
-            self.lines[name] = _asking_line()
+            self._lines[name] = _asking_line()
+
+    def found(self) -> dict[str, list[str]]:
+        """The heavy packages that are loaded by now, by the line that asked for them."""
+        lines: dict[str, list[str]] = {}
+        for package, line in self._lines.items():
+            if package in sys.modules:  # else it was only looked for
+                lines.setdefault(line, []).append(package)
+        return lines
 
 
 def _asking_line() -> str:

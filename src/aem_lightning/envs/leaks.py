@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from aem_lightning.envs.base import TextEnv
 from aem_lightning.types import Task
@@ -17,30 +17,48 @@ OPEN_FILES = "/dev/fd"
 NOISE = {"open files": 4, "threads": 4, "blocks of memory": 50}
 
 
-def find_leaks(env: TextEnv, tasks: Sequence[Task], *, seed: int, resets: int) -> list[str]:
+def held() -> dict[str, int]:
+    """What this process holds."""
+    gc.collect()
+    return {
+        "open files": len(os.listdir(OPEN_FILES)),
+        "threads": threading.active_count(),
+        "blocks of memory": sys.getallocatedblocks(),
+    }
+
+
+def find_leaks(
+    env: TextEnv,
+    tasks: Sequence[Task],
+    *,
+    seed: int,
+    resets: int,
+    count: Callable[[], Mapping[str, float]] = held,
+) -> list[str]:
     """What grows over the second half of ``resets`` resets, each with one step after it.
 
     The first half is for caches to fill. Whatever grows by one in two resets or more, and by
     ``NOISE`` at least, is a leak, if it does so again over as many more resets: other threads of
-    this process come and go too. Memory is counted in blocks of the interpreter, so what a C
-    library keeps does not show, nor what is kept over fewer than 100 resets.
+    the process come and go too. Memory is counted in blocks of the interpreter, so what a C
+    library keeps does not show, nor what is kept over fewer than 100 resets. ``count`` says what
+    the environment's process holds.
     """
     half = resets // 2
     numbers = range(half)
-    before, after = (_play(env, tasks, seed, numbers) for _ in range(2))
+    before, after = (_play(env, tasks, seed, numbers, count) for _ in range(2))
     leaks = _grown(before, after, half)
     if leaks:
-        later, last = (_play(env, tasks, seed, numbers) for _ in range(2))
+        later, last = (_play(env, tasks, seed, numbers, count) for _ in range(2))
         leaks &= _grown(later, last, half)
     return [
-        f"reset() left {after[name] - before[name]} more {name} behind in {half} episodes "
-        f"({before[name]}, then {after[name]}); expected: no growth, since one environment plays "
-        "thousands"
+        f"reset() left {after[name] - before[name]:g} more {name} behind in {half} episodes "
+        f"({before[name]:g}, then {after[name]:g}); expected: no growth, since one environment "
+        "plays thousands"
         for name in sorted(leaks)
     ]
 
 
-def _grown(before: dict[str, int], after: dict[str, int], resets: int) -> set[str]:
+def _grown(before: Mapping[str, float], after: Mapping[str, float], resets: int) -> set[str]:
     return {
         name
         for name, least in NOISE.items()
@@ -48,15 +66,16 @@ def _grown(before: dict[str, int], after: dict[str, int], resets: int) -> set[st
     }
 
 
-def _play(env: TextEnv, tasks: Sequence[Task], seed: int, numbers: range) -> dict[str, int]:
+def _play(
+    env: TextEnv,
+    tasks: Sequence[Task],
+    seed: int,
+    numbers: range,
+    count: Callable[[], Mapping[str, float]],
+) -> Mapping[str, float]:
     """What is held after these episodes."""
     for number in numbers:
         task = tasks[number % len(tasks)]
         _, info = env.reset(seed=seed, options={"task_id": task.id})
         env.step(min(info.get("admissible_actions") or ("",)))
-    gc.collect()
-    return {
-        "open files": len(os.listdir(OPEN_FILES)),
-        "threads": threading.active_count(),
-        "blocks of memory": sys.getallocatedblocks(),
-    }
+    return count()

@@ -5,31 +5,32 @@ of a game share what its engine has worked out. Every call sends one message to 
 concerned. `EnvPool.send` and `EnvPool.receive` are the two halves of such a call: the environments
 play while the caller does something else.
 
-A worker that dies or hangs is killed and replaced, and its live episodes are played again from
-their reset and their actions: environments are deterministic, so nothing changes for the caller. An
-episode that breaks its worker once more while it is replayed ends as truncated, with
-``infra_error`` in its ``info``.
+A worker that dies, hangs or says what is no answer is killed and replaced, and its live episodes
+are played again from their reset and their actions: environments are deterministic, so nothing
+changes for the caller. An episode that breaks its worker once more while it is replayed ends as
+truncated, with ``infra_error`` in its ``info``, and so does one whose environment returns what the
+contract does not allow. A task that breaks again and again is in quarantine: its episodes end at
+once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import os
-import pickle
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from aem_lightning.envs.base import EnvPoolError, TextEnv
+from aem_lightning.envs.crew import Crew, Due
 from aem_lightning.envs.episode import PooledEpisode
-from aem_lightning.envs.orders import Broken, Outcome
-from aem_lightning.envs.process import WorkerLostError, WorkerProcess, reraise
+from aem_lightning.envs.process import WorkerLostError
 from aem_lightning.types import EnvStep, ResetRequest
 
-logger = logging.getLogger(__name__)
+OnBadAnswer = Literal["mask", "stop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,15 @@ class _Sent:
     """Orders on their way.
 
     Attributes:
-        actions: The action of every key that was sent (None: its reset).
-        keys: The keys of each worker, in the order of its orders.
+        keys: All keys that were asked for.
+        due: The action of every key whose episode got an order (None: its reset).
+        shares: The episodes of each worker, in the order of its orders.
         lost: The workers that were found dead.
     """
 
-    actions: dict[str, str | None]
-    keys: dict[int, list[str]]
+    keys: list[str]
+    due: Due
+    shares: dict[int, list[PooledEpisode]]
     lost: dict[int, WorkerLostError]
 
 
@@ -62,9 +65,11 @@ class EnvPool:
         timeout_s: A worker that gives no sign of life for so long, while it has work, counts as
             hung. One that starts may be idle for so long, or compute for so long, but for half a
             minute at least.
-
-    Attributes:
-        restarts: Workers replaced so far.
+        memory_gb: What a worker may allocate, in GB; one that wants more is replaced.
+        pass_environment: Names of the environment variables that workers get beside those of
+            `worker_variables`, which holds back tokens and keys.
+        on_bad_answer: What an answer does that the contract does not allow, such as a reward of
+            NaN: ``mask`` its episode, or ``stop``.
 
     Raises:
         ValueError: An argument is out of range.
@@ -78,24 +83,44 @@ class EnvPool:
         slots_per_worker: int | None = None,
         timeout_s: float = 60.0,
         keep_groups: bool = True,
+        memory_gb: float | None = None,
+        pass_environment: Sequence[str] = (),
+        on_bad_answer: OnBadAnswer = "mask",
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}; a pool needs at least 1")
         if slots_per_worker is not None and slots_per_worker < 1:
             raise ValueError(f"slots_per_worker={slots_per_worker}; allowed: None, or at least 1")
-        if timeout_s <= 0:
-            raise ValueError(f"timeout_s={timeout_s}; it must be positive")
+        check_pool_settings(timeout_s, memory_gb, pass_environment, on_bad_answer)
         self.make_env = make_env
         self.workers = workers
         self.slots_per_worker = slots_per_worker
         self.timeout_s = timeout_s
         self.keep_groups = keep_groups
-        self.restarts = 0
-        self._processes: list[WorkerProcess] = []
+        self.memory_gb = memory_gb
+        self.pass_environment = tuple(pass_environment)
+        self.on_bad_answer = on_bad_answer
+        self._crew = Crew(
+            make_env, timeout_s, memory_gb, self.pass_environment, stop=on_bad_answer == "stop"
+        )
         self._episodes: dict[str, PooledEpisode] = {}
         self._sent: _Sent | None = None
         self._counted: list[str] = []
-        self._finalizer = weakref.finalize(self, _end, self._processes, os.getpid())
+        self._finalizer = weakref.finalize(self, _end, self._crew, os.getpid())
+
+    @property
+    def restarts(self) -> int:
+        """Workers replaced so far."""
+        return self._crew.restarts
+
+    @property
+    def quarantine(self) -> Mapping[str, str]:
+        """The tasks that are not played any more, and what broke them last."""
+        return self._crew.quarantine
+
+    def mend_quietly(self) -> None:
+        """Log what goes wrong in workers, and is mended, for debugging alone."""
+        self._crew.log_level = logging.DEBUG
 
     def reset(self, requests: Mapping[str, ResetRequest]) -> dict[str, EnvStep]:
         """Start an episode for every key; a key that is in play starts anew.
@@ -137,10 +162,14 @@ class EnvPool:
             self._start()
         self._check_playing(actions)
         self.release(requests)
+        live = {e.request.task_id for e in self._episodes.values() if not e.is_over}
+        self._crew.quarantine.start({r.task_id for r in requests.values()} - live)
         for key, worker in list(self._placed(requests)):
             taken = {e.slot for e in self._episodes.values() if e.worker == worker}
             slot = next(i for i in range(len(taken) + 1) if i not in taken)
-            self._episodes[key] = PooledEpisode(key, requests[key], worker, slot)
+            self._episodes[key] = episode = PooledEpisode(key, requests[key], worker, slot)
+            if reason := self.quarantine.get(episode.request.task_id):
+                episode.end(f"its task is in quarantine: {reason}")
         self._sent = self._dispatch({**dict.fromkeys(requests), **actions})
 
     def receive(self) -> dict[str, EnvStep]:
@@ -150,7 +179,15 @@ class EnvPool:
             Exception: What making the environment raised.
         """
         sent, self._sent = self._sent, None
-        return self._settle(sent) if sent else {}
+        if sent is None:
+            return {}
+        self._crew.settle(sent.shares, sent.due, sent.lost, list(self._episodes.values()))
+        return {key: self._answer(key) for key in sent.keys}
+
+    def _answer(self, key: str) -> EnvStep:
+        step = self._episodes[key].last
+        assert step is not None  # whatever happens, settling records an answer or a failure
+        return step
 
     def release(self, keys: Iterable[str]) -> None:
         """Forget the episodes of ``keys``; their slots are free. Unknown keys are passed over.
@@ -159,13 +196,13 @@ class EnvPool:
             EnvPoolError: The answer of a key is still out; its slot is in use.
         """
         keys = list(keys)
-        out = set(self._sent.actions if self._sent else ()).intersection(keys)
+        out = set(self._sent.keys if self._sent else ()).intersection(keys)
         if out:
             raise EnvPoolError(f"release: {sorted(out)} are still playing; call receive() first")
         for key in keys:
             self._episodes.pop(key, None)
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, float]:
         """What the environments have counted since they were last asked, summed over workers.
 
         A worker that has died counts nothing; the next `receive` replaces it.
@@ -175,11 +212,7 @@ class EnvPool:
         """
         if self._sent is not None:
             raise EnvPoolError("counters: answers are still out; call receive() first")
-        total = dict.fromkeys(self._counted, 0)
-        for process in self._processes:
-            with contextlib.suppress(WorkerLostError):
-                for name, count in process.counters(self.timeout_s).items():
-                    total[name] = total.get(name, 0) + count
+        total = dict.fromkeys(self._counted, 0.0) | self._crew.counters()
         self._counted = sorted(total)
         return total
 
@@ -187,11 +220,11 @@ class EnvPool:
         """End the workers. A later `reset` starts new ones."""
         self._episodes.clear()
         self._sent = None
-        _end(self._processes, os.getpid())
+        _end(self._crew, os.getpid())
 
     def worker_pids(self) -> tuple[int, ...]:
         """Process ids of the running workers."""
-        return tuple(process.pid for process in self._processes)
+        return tuple(process.pid for process in self._crew.processes)
 
     def worker_of(self, key: str) -> int:
         """Index of the worker that plays ``key``."""
@@ -204,32 +237,17 @@ class EnvPool:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("make_env", "workers", "slots_per_worker", "timeout_s", "keep_groups")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("make_env", *_ARGUMENTS)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def _start(self) -> None:
-        """Start the workers, all at once, where they do not run yet."""
-        if self._processes:
-            for process in self._processes:
-                process.trim_stderr()
-            return
-        try:
-            factory = pickle.dumps(self.make_env)
-        except Exception as error:
-            raise EnvPoolError(
-                f"make_env={self.make_env!r} cannot be pickled ({error}); give a class or function "
-                "of an importable module, or a functools.partial of one"
-            ) from error
-        self._processes.extend(WorkerProcess(factory) for _ in range(self.workers))
-        try:
-            for process in self._processes:
-                process.wait_ready(self.timeout_s)
-        except BaseException:
-            self.close()
-            raise
+        """Start the workers, where they do not run yet."""
+        for process in self._crew.processes:
+            process.trim_stderr()
+        if not self._crew.processes:
+            self._crew.start(self.workers)
 
     def _placed(self, requests: Mapping[str, ResetRequest]) -> Iterator[tuple[str, int]]:
         """A worker for every key: its affinity's, else the least loaded one."""
@@ -259,126 +277,62 @@ class EnvPool:
             if episode.is_over and not (episode.last and episode.last.infra_error):
                 raise EnvPoolError(f"step: episode {key!r} is over; reset or release it")
 
-    def _dispatch(self, actions: dict[str, str | None]) -> _Sent:
+    def _dispatch(self, actions: Due) -> _Sent:
         """Send every worker its orders; an episode that is over gets none."""
-        sent = _Sent(actions, {}, {})
-        for key in actions:
-            if not self._episodes[key].is_over:
-                sent.keys.setdefault(self._episodes[key].worker, []).append(key)
-        for worker, keys in sent.keys.items():
-            try:
-                orders = [self._episodes[key].next_order(actions[key]) for key in keys]
-                self._processes[worker].send(orders)
-            except WorkerLostError as error:
-                sent.lost[worker] = error
-        return sent
-
-    def _settle(self, sent: _Sent) -> dict[str, EnvStep]:
-        """The answer of every key that was sent, after repairs where they are needed."""
-        due = {key: sent.actions[key] for keys in sent.keys.values() for key in keys}
-        outcomes = self._collect(sent)
-        raised = {}
-        for key, outcome in outcomes.items():
-            action = due.pop(key)
-            if isinstance(outcome, Broken):
-                raised[key] = action, outcome
-            else:
-                self._episodes[key].record(action, outcome[-1])
-        for worker, reason in sent.lost.items():
-            self._revive(worker, due, reason)
-        for key, (action, broken) in raised.items():
-            self._try_again(self._episodes[key], action, broken)
-        return {key: self._answer(key) for key in sent.actions}
-
-    def _answer(self, key: str) -> EnvStep:
-        step = self._episodes[key].last
-        assert step is not None  # every way through _settle records an answer or a failure
-        return step
-
-    def _collect(self, sent: _Sent) -> dict[str, Outcome]:
-        """Wait for every worker's outcomes; workers that die meanwhile join ``sent.lost``."""
-        outcomes: dict[str, Outcome] = {}
-        for worker, keys in sent.keys.items():
-            if worker in sent.lost:
-                continue
-            try:
-                answer = self._processes[worker].outcomes(self.timeout_s)
-                outcomes.update(zip(keys, answer, strict=True))
-            except WorkerLostError as error:
-                sent.lost[worker] = error
-        self._raise_fatal(outcomes.values())
-        return outcomes
-
-    def _raise_fatal(self, outcomes: Iterable[Outcome]) -> None:
-        """Raise here what no episode can do better, such as a missing package."""
-        for outcome in outcomes:
-            if isinstance(outcome, Broken) and outcome.fatal:
-                self.close()
-                reraise(outcome)
-
-    def _try_again(self, episode: PooledEpisode, action: str | None, broken: Broken) -> None:
-        """Replay an episode whose environment raised, in a new one; a second failure ends it."""
-        if episode.is_over:  # given up while its worker was revived
-            return
-        logger.warning("Episode %s raised and is replayed: %s", episode.key, broken.summary)
-        try:
-            self._replay(episode, {episode.key: action})
-        except WorkerLostError as lost:
-            episode.fail(str(lost))
-            self._revive(episode.worker, {}, lost)
-
-    def _revive(self, worker: int, due: dict[str, str | None], reason: Exception) -> None:
-        """Replace ``worker`` and bring its episodes up to date, with the actions that are ``due``.
-
-        They are replayed one by one, so that an episode that breaks the new worker too is known and
-        given up; the others then start over.
-        """
-        while True:
-            logger.warning("Environment worker %d is replaced: %s", worker, reason)
-            self.restarts += 1
-            self._processes[worker].kill()
-            self._processes[worker] = WorkerProcess(pickle.dumps(self.make_env))
-            self._processes[worker].wait_ready(self.timeout_s)
-            episodes = [e for e in self._episodes.values() if e.worker == worker and not e.is_over]
-            for episode in sorted(episodes, key=lambda e: e.slot):
-                try:
-                    self._replay(episode, due)
-                except WorkerLostError as lost:
-                    episode.fail(f"its worker was lost twice: {lost}")
-                    reason = lost
-                    break
-            else:
-                return
-
-    def _replay(self, episode: PooledEpisode, due: dict[str, str | None]) -> None:
-        """Play ``episode`` from its start, with the action that is due for it, if any.
-
-        Raises:
-            WorkerLostError: The worker died or hung.
-        """
-        is_due = episode.key in due
-        action = due.get(episode.key)
-        process = self._processes[episode.worker]
-        process.send([episode.replay_order([] if action is None else [action])])
-        outcome = process.outcomes(self.timeout_s)[0]
-        self._raise_fatal([outcome])
-        if isinstance(outcome, Broken):
-            episode.fail(outcome.summary)
-        elif episode.last and outcome[len(episode.actions)].observation != episode.last.observation:
-            episode.fail("its replay took another course: the environment is not deterministic")
-        elif is_due:
-            episode.record(action, outcome[-1])
-            del due[episode.key]
+        due: Due = {}
+        shares: dict[int, list[PooledEpisode]] = {}
+        for key, action in actions.items():
+            episode = self._episodes[key]
+            if not episode.is_over:
+                due[key] = action
+                shares.setdefault(episode.worker, []).append(episode)
+        return _Sent(list(actions), due, shares, self._crew.send(shares, due))
 
 
-def _end(processes: list[WorkerProcess], owner: int) -> None:
-    """End ``processes`` and empty the list; in a fork of their owner, only forget them."""
+_ARGUMENTS = (
+    "workers",
+    "slots_per_worker",
+    "timeout_s",
+    "keep_groups",
+    "memory_gb",
+    "pass_environment",
+    "on_bad_answer",
+)
+
+
+def check_pool_settings(
+    timeout_s: float, memory_gb: float | None, pass_environment: Sequence[str], on_bad_answer: str
+) -> None:
+    """Raise unless `EnvPool` takes these; in the words of a DataModule's config.
+
+    Raises:
+        ValueError: Every value that is out of range.
+    """
+    names = pass_environment
+    is_list = not isinstance(names, str) and all(isinstance(name, str) for name in names)
+    checks = (
+        ("timeout_s", timeout_s, _is_above_0(timeout_s), "seconds, more than 0, e.g. 120"),
+        (
+            "memory_gb",
+            memory_gb,
+            memory_gb is None or _is_above_0(memory_gb),
+            "null, or GB, e.g. 4",
+        ),
+        ("pass_environment", names, is_list, "a list of names, e.g. [MY_TOKEN]"),
+        ("on_bad_answer", on_bad_answer, on_bad_answer in get_args(OnBadAnswer), "mask, or stop"),
+    )
+    if problems := [
+        f"datamodule.{name}={v!r}: type {w}" for name, v, fits, w in checks if not fits
+    ]:
+        raise ValueError("; ".join(problems))
+
+
+def _is_above_0(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+
+
+def _end(crew: Crew, owner: int) -> None:
+    """End the workers of ``crew``; in a fork of their owner, only forget them."""
     if os.getpid() == owner:
-        for process in processes:
-            process.hang_up()
-        for process in processes:
-            tail = process.stderr_tail()
-            if tail:
-                logger.debug("Worker %d wrote: %s", process.pid, tail)
-            process.kill(grace_s=1.0)
-    processes.clear()
+        crew.close()
+    crew.processes.clear()

@@ -84,10 +84,8 @@ class TransitionStore:
 class TransitionCache:
     """A `TextEnv` that answers for a deterministic one, from memory where it can.
 
-    Args:
-        env: The environment; its answers depend on the reset's options and the actions alone, so
-            copies with different seeds share their transitions.
-        store: Where transitions are remembered.
+    The answers of that one depend on the reset's options and the actions alone, so copies with
+    different seeds share their transitions.
     """
 
     def __init__(self, env: TextEnv, store: TransitionStore) -> None:
@@ -124,13 +122,10 @@ class TransitionCache:
             self._catch_up()
             answer = self._env.step(action)
             self._store.misses += 1
-            # What broke outside the policy's doing may work the next time.
-            broken = answer[-1].get("infra_error")
-            known = (
-                _State(answer)
-                if broken
-                else self._store.add(self._key, self._state, action, answer)
-            )
+            if answer[-1].get("infra_error"):
+                known = _State(answer)  # not remembered: it may work the next time
+            else:
+                known = self._store.add(self._key, self._state, action, answer)
         else:
             self._behind.append(action)
             self._store.hits += 1

@@ -1,11 +1,12 @@
 """A worker: an interpreter that hosts many env slots and does what its pool orders.
 
-Started as ``python -m aem_lightning.envs.worker FD``, where FD is its end of a socket pair. The
-first message is the pickled environment factory; every later one is a list of `Order`, answered by
-one list of outcomes (and a `Beat` a second while that takes longer), or a `Census`. One thread
-plays all slots, one after the other: engines need not be thread safe. The worker ends when its pool
-closes the socket or dies. Of the packages that the trainer needs it loads none: a DataModule in the
-environment's file finds `AgentDataModule` without Lightning here.
+Started as ``python -m aem_lightning.envs.worker FD [GB]``, where FD is its end of a socket pair and
+GB bounds its memory. The first message is the environment factory; every later one is a list of
+`Order`, each answered by its outcome as soon as it is known (and a `Beat` a second while that takes
+longer), or a `Census`. One thread plays all slots, one after the other: engines need not be thread
+safe. The worker ends when its pool closes the socket or dies. Of the packages that the trainer
+needs it loads none: a DataModule in the environment's file finds `AgentDataModule` without
+Lightning here.
 """
 
 from __future__ import annotations
@@ -13,20 +14,36 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import resource
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from aem_lightning.envs.answers import RESET, STEP, BadAnswerError, checked_answer
 from aem_lightning.envs.base import TextEnv
-from aem_lightning.envs.orders import Beat, Broken, Census, Order, Outcome, Starting
-from aem_lightning.types import EnvStep
+from aem_lightning.envs.errors import described
+from aem_lightning.envs.orders import (
+    Beat,
+    Broken,
+    Census,
+    Counted,
+    Order,
+    Ready,
+    Refused,
+    Starting,
+    write_answer,
+    write_played,
+)
+from aem_lightning.types import EnvStep, ResetRequest
 
 BEAT_S = 1.0
+TOLD_S = 0.25  # what is known for so long is told; more often costs the time of both ends
 STIRS_S = 0.005  # processor time between two beats of which more is work, and less our own thread
 
 
@@ -34,101 +51,155 @@ class _CannotMakeError(Exception):
     """The environment factory raised; the cause is what it raised."""
 
 
+@dataclass(slots=True)
+class _Slot:
+    """An environment, the episode that it plays and the turn that comes next."""
+
+    env: TextEnv
+    request: ResetRequest
+    turn: int = 0
+
+    def reset(self, request: ResetRequest) -> EnvStep:
+        self.request, self.turn = request, 0
+        result = self.env.reset(seed=request.seed, options={"task_id": request.task_id})
+        return self._checked("reset", result, RESET)
+
+    def step(self, action: str) -> EnvStep:
+        step = self._checked("step", self.env.step(action), STEP, action)
+        self.turn += 1
+        return step
+
+    def _checked(
+        self, method: str, result: Any, names: tuple[str, ...], action: str | None = None
+    ) -> EnvStep:
+        task, uses_reward = self.request.task_id, self.request.uses_reward
+        try:
+            return checked_answer(result, names, task_id=task, uses_reward=uses_reward)
+        except BadAnswerError as error:
+            where = "" if action is None else f", turn {self.turn}"
+            call = method if action is None else f"{method}({action[:100]!r})"
+            raise BadAnswerError(f"task {task!r}{where}: {call} returned {error}") from None
+
+
 class EnvSlots:
-    """Numbered environments, made when first needed and used again for every later episode."""
+    """Numbered environments, made when first needed and used again for every later episode.
+
+    Attributes:
+        calls: Calls of environments that have returned.
+    """
 
     def __init__(self, make_env: Callable[[], TextEnv]) -> None:
         self._make_env = make_env
-        self._envs: dict[int, TextEnv] = {}
+        self._slots: dict[int, _Slot] = {}
         self._spare: list[TextEnv] = [make_env()]
+        self.calls = 0
 
-    def run(self, order: Order, beat: Callable[[], None]) -> Outcome:
-        """Do ``order``. A slot whose environment raised gets a new one next time."""
+    def run(self, number: int, order: Order, beat: Callable[[int], None]) -> bytes:
+        """The line that answers ``order``; a slot whose environment broke gets a new one next time.
+
+        Where memory runs out the process ends: a new one may have enough.
+        """
         try:
-            return list(self._play(order, beat))
+            steps = list(self._play(order, beat))[-2:]
+            return write_played(number, steps, self._slots[order.slot].request.task_id)
+        except MemoryError:
+            print(f"MemoryError: {_out_of_memory()}", file=sys.stderr, flush=True)
+            os._exit(1)  # whatever threads the environment has
+        except BadAnswerError as error:
+            self._slots.pop(order.slot, None)
+            return write_answer(Refused, number, str(error))
         except Exception as error:
-            self._envs.pop(order.slot, None)
-            return describe(error)
+            self._slots.pop(order.slot, None)
+            cause = error.__cause__ if isinstance(error, _CannotMakeError) else None
+            fatal = isinstance(error, _CannotMakeError | ImportError)
+            return write_answer(Broken, *described(cause or error, number, fatal=fatal))
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, float]:
         """What the environments count together; nothing where they do not."""
-        some = next(iter((*self._envs.values(), *self._spare)), None)
+        some = next(iter((*(slot.env for slot in self._slots.values()), *self._spare)), None)
         return dict(getattr(some, "counters", dict)())
 
-    def _play(self, order: Order, beat: Callable[[], None]) -> Iterable[EnvStep]:
-        env = self._env(order.slot)
+    def _play(self, order: Order, beat: Callable[[int], None]) -> Iterator[EnvStep]:
         if order.request is not None:
-            options = {"task_id": order.request.task_id}
-            observation, info = env.reset(seed=order.request.seed, options=options)
-            yield EnvStep(observation, info=info)
-            beat()
+            yield self._slot(order.slot, order.request).reset(order.request)
+            self._count(beat)
         for action in order.actions:
-            yield EnvStep(*env.step(action))
-            beat()
+            yield self._slots[order.slot].step(action)
+            self._count(beat)
 
-    def _env(self, slot: int) -> TextEnv:
-        if slot not in self._envs:
+    def _count(self, beat: Callable[[int], None]) -> None:
+        self.calls += 1
+        beat(self.calls)
+
+    def _slot(self, number: int, request: ResetRequest) -> _Slot:
+        if number not in self._slots:
             try:
-                self._envs[slot] = self._spare.pop() if self._spare else self._make_env()
+                env = self._spare.pop() if self._spare else self._make_env()
             except Exception as error:
                 raise _CannotMakeError from error
-        return self._envs[slot]
+            self._slots[number] = _Slot(env, request)
+        return self._slots[number]
 
 
-def describe(error: Exception, *, fatal: bool = False) -> Broken:
-    """The outcome of an order that raised ``error``."""
-    cause = error.__cause__ if isinstance(error, _CannotMakeError) else error
-    lines = traceback.format_exception(cause)
-    return Broken(
-        summary=lines[-1].strip(),
-        traceback="".join(lines),
-        fatal=fatal or isinstance(error, _CannotMakeError | ImportError),
-        error=_pickled(cause),
-    )
-
-
-def _pickled(error: Any) -> bytes | None:
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
-    except Exception:  # user-made exceptions may not survive the way: their text does
-        return None
-    return data
-
-
-def serve(connection: Connection[Any, Any]) -> None:
+def serve(connection: socket.socket) -> None:
     """Answer orders until the pool closes the socket."""
+    stream = connection.makefile("rb")
     try:
         with _starting(connection):
-            slots = EnvSlots(pickle.loads(connection.recv_bytes()))
+            slots = EnvSlots(pickle.load(stream))
     except EOFError:
         return
     except Exception as error:
-        connection.send(describe(error, fatal=True))
+        told_error = MemoryError(_out_of_memory()) if isinstance(error, MemoryError) else error
+        connection.sendall(write_answer(Broken, *described(told_error, 0, fatal=True)))
         return
-    connection.send(Beat())
-    told = time.monotonic()
+    connection.sendall(write_answer(Ready))
+    told, number = time.monotonic(), 0
 
-    def beat() -> None:
+    def beat(calls: int) -> None:
         nonlocal told
         if time.monotonic() - told > BEAT_S:
-            connection.send(Beat())
+            connection.sendall(write_answer(Beat, calls))
             told = time.monotonic()
 
     while True:
         try:
-            orders: list[Order] | Census = connection.recv()
-        except (EOFError, OSError):
+            orders: list[Order] | Census = pickle.load(stream)
+        except (EOFError, OSError, pickle.UnpicklingError):
             return
-        told = time.monotonic()
         if isinstance(orders, Census):
-            connection.send(slots.counters())
+            connection.sendall(_counted(slots))
             continue
-        connection.send([slots.run(order, beat) for order in orders])
+        lines: list[bytes] = []
+        told = time.monotonic()
+        for order in orders:
+            number += 1
+            lines.append(slots.run(number, order, beat))
+            # A replay is told at once: where the next one hangs it is known which.
+            if order.request is not None or time.monotonic() - told > TOLD_S:
+                connection.sendall(b"".join(lines))
+                told = time.monotonic()
+                lines.clear()
+        connection.sendall(b"".join(lines))
+
+
+def _counted(slots: EnvSlots) -> bytes:
+    try:
+        return write_answer(Counted, slots.counters())
+    except Exception:  # counting is no part of playing
+        traceback.print_exc()
+        return write_answer(Counted, {})
+
+
+def _out_of_memory() -> str:
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = f"; its limit is datamodule.memory_gb={soft / 1e9:g}"
+    unlimited = soft == resource.RLIM_INFINITY
+    return f"an environment worker has no memory left{'' if unlimited else limit}"
 
 
 @contextlib.contextmanager
-def _starting(connection: Connection[Any, Any]) -> Iterator[None]:
+def _starting(connection: socket.socket) -> Iterator[None]:
     """Send `Starting` once a second where this process gets on with what the block does.
 
     One that hangs uses no processor time; one that a busy machine leaves waiting uses a little.
@@ -140,7 +211,7 @@ def _starting(connection: Connection[Any, Any]) -> Iterator[None]:
         while waiting:
             used = time.process_time()
             if used - told > STIRS_S:
-                connection.send(Starting(used))
+                connection.sendall(write_answer(Starting, used))
                 told = used
             waiting = not done.wait(BEAT_S)
 
@@ -160,14 +231,18 @@ def _end_with(parent: int) -> None:
     os._exit(0)
 
 
-def main(fd: int) -> None:
-    """Serve the socket ``fd``."""
+def main(fd: int, memory_gb: float | None = None) -> None:
+    """Serve the socket ``fd``, with ``memory_gb`` at most."""
+    if memory_gb is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb * 1e9), hard))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the pool, which hangs up
     sys.stdout = sys.stderr  # what an engine prints belongs to the log
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    os.set_inheritable(fd, False)  # what the environment starts is not to hold the line open
     with contextlib.suppress(OSError):  # the pool is gone: nobody waits for the answer
-        serve(Connection(fd))
+        serve(socket.socket(fileno=fd))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *map(float, sys.argv[2:]))

@@ -7,11 +7,15 @@ from torch import Tensor
 
 from aem_lightning.functional.segments import (
     check_rows,
+    counted_rows,
     segment_ids,
     segment_mean,
     segment_range,
     segment_sum,
 )
+
+# Squares of larger float32 values overflow: an infinite deviation would call every group uniform.
+_SQUARABLE = 1e15
 
 
 def grpo_advantages(
@@ -45,12 +49,13 @@ def grpo_advantages(
         >>> grpo_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1]))
         tensor([ 1.1547, -0.5773, -0.5773,  0.0000,  0.0000])
     """
-    keep, values, ids, count = _counted(returns, group, mask=mask)
+    check_rows(returns=returns, group=group, mask=mask)
+    keep, values, ids, count = counted_rows(returns, group, mask, "returns")
     centred, sizes = _centred(values, ids, count)
     if normalize_std:
         variance = segment_sum(centred.square(), ids, count) / (sizes - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + eps)[ids]
-    return _placed(centred, keep, returns)
+    return torch.zeros_like(returns).index_copy(0, keep, centred.to(returns.dtype))
 
 
 def rloo_advantages(returns: Tensor, group: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -73,9 +78,11 @@ def rloo_advantages(returns: Tensor, group: Tensor, *, mask: Tensor | None = Non
         >>> rloo_advantages(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([4, 4, 4]))
         tensor([ 1.0000, -0.5000, -0.5000])
     """
-    keep, values, ids, count = _counted(returns, group, mask=mask)
+    check_rows(returns=returns, group=group, mask=mask)
+    keep, values, ids, count = counted_rows(returns, group, mask, "returns")
     centred, sizes = _centred(values, ids, count)
-    return _placed(centred * (sizes / (sizes - 1).clamp(min=1))[ids], keep, returns)
+    centred = centred * (sizes / (sizes - 1).clamp(min=1))[ids]
+    return torch.zeros_like(returns).index_copy(0, keep, centred.to(returns.dtype))
 
 
 def gigpo_step_advantages(
@@ -142,31 +149,12 @@ def whiten(values: Tensor, *, eps: float = 1e-6, mask: Tensor | None = None) -> 
     return grpo_advantages(values, one_batch, eps=eps, mask=mask)
 
 
-def _counted(
-    returns: Tensor, group: Tensor, *, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Indices, values and dense group ids of the rows that count, and the number of groups."""
-    check_rows(returns=returns, group=group, mask=mask)
-    if mask is None:
-        mask = torch.ones_like(group, dtype=torch.bool)
-    keep = mask.nonzero()[:, 0]
-    values = returns[keep]
-    broken = keep[~values.isfinite()]
-    if broken.numel():
-        raise ValueError(f"returns must be finite; those at {broken.tolist()} are not")
-    ids, count = segment_ids(group[keep])
-    return keep, values, ids, count
-
-
 def _centred(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Values minus the mean of their group, [n], and the group sizes, [K]."""
+    if (values.abs() > _SQUARABLE).any():
+        values = values.double()
     low, high = segment_range(values, ids, count)
     centred = values - segment_mean(values, ids, count)[ids]
     # A mean of equal values can be off by a rounding, which a division by std + eps would blow up.
     centred = torch.where((low == high)[ids], torch.zeros_like(centred), centred)
     return centred, segment_sum(torch.ones_like(values), ids, count)
-
-
-def _placed(values: Tensor, keep: Tensor, like: Tensor) -> Tensor:
-    """The values at their indices, 0 elsewhere."""
-    return torch.zeros_like(like).index_copy(0, keep, values)

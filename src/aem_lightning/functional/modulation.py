@@ -9,8 +9,7 @@ from torch import Tensor
 
 from aem_lightning.functional.segments import (
     check_rows,
-    segment_ids,
-    segment_mean,
+    counted_rows,
     segment_range,
     segment_sum,
 )
@@ -70,19 +69,9 @@ def aem_coefficients(
         raise ValueError(f"min_range={min_range} is not allowed: a width in nats >= 0")
     check_rows(entropy=entropy, group=group, mask=mask, weight=weight)
     entropy = entropy.detach()
-    if mask is None:
-        mask = torch.ones_like(group, dtype=torch.bool)
-    keep = mask.nonzero()[:, 0]
-    values = entropy[keep]
-    broken = keep[~values.isfinite()]
-    if broken.numel():
-        raise ValueError(
-            f"entropies must be finite; those of the responses {broken.tolist()} "
-            f"are {entropy[broken].tolist()}"
-        )
-    ids, count = segment_ids(group[keep])
+    keep, values, ids, count = counted_rows(entropy, group, mask, "entropies of responses")
     slope = -sharpness if direction != "reversed" else sharpness
-    counted = None if weight is None else weight[keep].to(values.dtype)
+    counted = torch.ones_like(values) if weight is None else weight[keep].to(values.dtype)
     alpha = _normalised_gain(values, ids, count, slope, min_range, counted)
     if direction == "shuffled":
         alpha = _shuffled(alpha, ids, generator)
@@ -169,7 +158,7 @@ def _normalised_gain(
     count: int,
     slope: float,
     min_range: float,
-    weight: Tensor | None = None,
+    weight: Tensor,
 ) -> Tensor:
     """``exp(slope * H~)`` over its segment's mean, [n]; 1 where the range is 0 or gated."""
     low, high = segment_range(values, ids, count)
@@ -177,10 +166,7 @@ def _normalised_gain(
     gated = (width < min_range) | (width == 0)
     scaled = (values - low[ids]) / torch.where(gated, torch.ones_like(width), width)[ids]
     gain = torch.exp(slope * scaled)
-    if weight is None:
-        mean = segment_mean(gain, ids, count)
-    else:
-        mean = segment_sum(gain * weight, ids, count) / segment_sum(weight, ids, count)
+    mean = segment_sum(gain * weight, ids, count) / segment_sum(weight, ids, count)
     alpha = gain / mean[ids]
     return torch.where(gated[ids], torch.ones_like(alpha), alpha)
 

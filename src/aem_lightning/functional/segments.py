@@ -90,9 +90,10 @@ def check_rows(**columns: Tensor | None) -> None:
         Traceback (most recent call last):
         ValueError: one entry a row is needed, got returns [2], group [3]
     """
-    given = {name: column for name, column in columns.items() if column is not None}
-    if next(iter(given.values())).ndim != 1 or not _are_alike(given):
-        raise ValueError(f"one entry a row is needed, got {_shapes(given)}")
+    given = {name: list(c.shape) for name, c in columns.items() if c is not None}
+    first = next(iter(given.values()))
+    if len(first) != 1 or any(shape != first for shape in given.values()):
+        raise ValueError(f"one entry a row is needed, got {_listed(given)}")
 
 
 def check_shapes(**tensors: Tensor) -> None:
@@ -106,13 +107,28 @@ def check_shapes(**tensors: Tensor) -> None:
         Traceback (most recent call last):
         ValueError: one shape is needed, got logprobs [2, 1], advantages [2]
     """
-    if not _are_alike(tensors):
-        raise ValueError(f"one shape is needed, got {_shapes(tensors)}")
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        given = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        raise ValueError(f"one shape is needed, got {_listed(given)}")
 
 
-def _are_alike(tensors: Mapping[str, Tensor]) -> bool:
-    return len({tensor.shape for tensor in tensors.values()}) == 1
+def _listed(shapes: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+def counted_rows(
+    values: Tensor, group: Tensor, mask: Tensor | None, name: str
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Indices, values and dense group ids of the rows that count, and the number of groups.
+
+    Raises:
+        ValueError: A value that counts is not finite; the message says which of ``name``.
+    """
+    keep = torch.ones_like(group, dtype=torch.bool) if mask is None else mask
+    keep = keep.nonzero()[:, 0]
+    broken = keep[~values[keep].isfinite()]
+    if broken.numel():
+        raise ValueError(
+            f"{name} must be finite; those at {broken.tolist()} are {values[broken].tolist()}"
+        )
+    return keep, values[keep], *segment_ids(group[keep])

@@ -10,6 +10,7 @@ from aem_lightning.lazy import lazily
 
 if TYPE_CHECKING:
     from aem_lightning.modules.agent import AgentModule
+    from aem_lightning.modules.journal import RolloutJournal
     from aem_lightning.modules.policy import Policy, check_dtype
     from aem_lightning.modules.settings import (
         Architecture,
@@ -35,6 +36,7 @@ __all__ = [
     "DemonstrationSampler",
     "Lora",
     "Policy",
+    "RolloutJournal",
     "RolloutSettings",
     "UpdateSettings",
     "WarmStartModule",
@@ -50,6 +52,7 @@ __getattr__ = lazily(
     __name__,
     {
         "agent": ["AgentModule"],
+        "journal": ["RolloutJournal"],
         "policy": ["Policy", "check_dtype"],
         "settings": [
             "Architecture",

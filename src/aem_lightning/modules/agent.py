@@ -25,24 +25,27 @@ from aem_lightning.functional import response_entropy
 from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.attention import is_packed
 from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
-from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform
+from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform, why_all_broke
+from aem_lightning.modules.finite import FiniteCheck, check_weights
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy, check_adapters
-from aem_lightning.modules.reporting import environment_metrics, rollout_metrics
+from aem_lightning.modules.reporting import environment_metrics, over_ranks, rollout_metrics, shown
+from aem_lightning.modules.resuming import advanced, resume, stored_state, take_up
 from aem_lightning.modules.scoring import Objective, fill_values, score_rows
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
 from aem_lightning.modules.timing import Stopwatch
 from aem_lightning.modules.update import (
     UpdatePlan,
     accumulate_gradients,
-    check_finite,
+    clip_globally,
     means_of_steps,
+    reason_to_skip,
     rows_with_gradient,
-    sum_gradients,
 )
 from aem_lightning.rollout import (
     Collector,
     EngineResponder,
+    EnvironmentPool,
     PromptEncoder,
     RewardShaping,
     RolloutEngine,
@@ -112,14 +115,16 @@ class AgentModule(L.LightningModule):
         self.rewards = rewards
         self.estimator, self.modulation, self.loss = estimator, modulation, loss
         self.covariance = loss.covariance if isinstance(loss, ClippedLoss) else None
-        self.entropy_coef = getattr(loss, "entropy_coef", 0.0)  # moves where there is a target
+        self.first_entropy_coef = self.entropy_coef = getattr(loss, "entropy_coef", 0.0)
         self.rollout = rollout
         self.update_settings = update
         self.seed = seed
-        self.iteration = 0
+        self.iteration = self.tasks_played = 0
         self.config: dict[str, Any] = {}
         self.tested: list[Trajectory] = []
+        self.finite: FiniteCheck  # of the iteration under way
         self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
+        self.recorded: Callable[..., Collector] | None = None  # whoever keeps rollouts
         self.validation_metrics = EpisodeMetrics(task_types)
         self._optimizer, self._scheduler = optimizer, scheduler
 
@@ -131,6 +136,7 @@ class AgentModule(L.LightningModule):
             trajectories, dropped = split_uniform(played, self.rollout.collection_rounds)
             rollouts = make_batch(trajectories, self.rollout, self.modulation, self.encoder)
             rollouts = rollouts.to(self.device)
+        self.finite = FiniteCheck(self.iteration, trajectories, rollouts)
         with watch("advantage"):
             advantages = self.estimate(rollouts)  # [R]; PPO: [S, L]
         plan = self.plan_update(rollouts, advantages)
@@ -138,9 +144,11 @@ class AgentModule(L.LightningModule):
         with watch("modulation"):
             modulated = self.modulation(rollouts)  # alpha [R]
             scaled = modulated.apply(advantages, rollouts)  # as advantages
+        self.finite.look(advantages, modulated.alpha, scaled)
         with watch("update"):
             self.adapt_entropy(rollouts)
             metrics = self.update(rollouts, scaled, plan) if plan.skipped is None else {}
+        del self.finite  # and with it the batch
         done = Iteration(
             index=self.iteration,
             trajectories=trajectories,
@@ -150,12 +158,13 @@ class AgentModule(L.LightningModule):
             gated=modulated.gated,
             seconds=watch.seconds,
             metrics=metrics,
-            skipped=plan.skipped,
+            skipped=plan.skipped and (why_all_broke(played) or plan.skipped),
             entropy_source=entropy_source,
             dropped=dropped,
         )
         self.report(done)
         self.iteration += 1
+        self.tasks_played += len(batch) * self.trainer.world_size
         return {"iteration": done}
 
     # -------------------------------------------------------------------------------------- collect
@@ -165,10 +174,12 @@ class AgentModule(L.LightningModule):
 
         With ``collection_rounds`` above 1, those of more tasks follow while groups are uniform.
         """
+        check_weights(self.iteration, self.policy)
         self.engine.sync(self.policy, self.iteration)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        play = partial(self.collector, self.rollout.temperature)
         source = GroupSource(
-            collector=partial(self.collector, self.rollout.temperature),
+            collector=play if self.recorded is None else partial(self.recorded, play),
             group_size=self.rollout.group_size,
             tasks=lambda: data.tasks(data.train_split),
             key=("train", self.seed, self.iteration, self.global_rank),
@@ -178,12 +189,14 @@ class AgentModule(L.LightningModule):
         watch.add("environment", source.environment_seconds)
         return played
 
-    def collector(self, temperature: float, seed: tuple[object, ...]) -> Collector:
-        """A collector that plays the trainer's environments with this policy."""
+    def collector(
+        self, temperature: float, seed: tuple[object, ...], pool: EnvironmentPool | None = None
+    ) -> Collector:
+        """A collector that plays the environments of ``pool``, or the trainer's."""
         settings = self.rollout
         sampling = Sampling(temperature, settings.max_new_tokens, self.encoder.stop_ids)
         return Collector(
-            pool=self.trainer.datamodule.pool,  # type: ignore[attr-defined]
+            pool=pool or self.trainer.datamodule.pool,  # type: ignore[attr-defined]
             encoder=self.encoder,
             responder=EngineResponder(self.engine, sampling, seed, settings.overlap_share),
             rewards=self.rewards,
@@ -192,6 +205,7 @@ class AgentModule(L.LightningModule):
             max_new_tokens=settings.max_new_tokens,
             concurrency=settings.concurrency,
             episodes_over=self.episodes_over,
+            must_fit=self.iteration == 0,  # a run that has played goes on without such a task
         )
 
     # ---------------------------------------------------------------------------------------- score
@@ -206,18 +220,13 @@ class AgentModule(L.LightningModule):
         """The optimizer steps of this iteration, without the rows that change no gradient."""
         seed = stable_seed(self.seed, self.iteration, self.global_rank, "plan")
         generator = torch.Generator().manual_seed(seed)
-        skipped = self.reason_to_skip(advantages)
+        sums = torch.stack([advantages.abs().sum(), batch.judged.sum().to(advantages.dtype)])
+        spread, episodes = self.global_sum(sums).tolist()
+        skipped = reason_to_skip(spread, episodes, self.modulation, self.loss)
         others = bool(self.critic or self.covariance) or not self.modulation.keeps_zeros
         active = rows_with_gradient(batch, advantages, self.loss, zeros_count=others)
         active &= skipped is None
         return UpdatePlan.draw(active, self.update_settings, generator, skipped)
-
-    def reason_to_skip(self, advantages: Tensor) -> str | None:
-        """Why there is nothing to learn from this batch, on every rank; ``None`` when there is."""
-        uniform = self.global_sum(advantages.abs().sum()) == 0
-        if uniform and self.modulation.keeps_zeros and self.loss.keeps_zeros:
-            return "every group is uniform: all copies of each task earned the same return"
-        return None
 
     @cached_property
     def budget(self) -> TokenBudget:
@@ -235,14 +244,11 @@ class AgentModule(L.LightningModule):
         either on rows without a gradient. Entropies that no engine gave are needed of every row.
         """
         parts = plan.first_epoch
-        scores = partial(
-            score_rows, self.policy, batch, temperature=self.rollout.temperature, budget=self.budget
-        )
         from_engine = bool((batch.entropies != 0).any())
         if not (from_engine and plan.is_on_policy):
             with watch("old_logprobs"):
                 idle = [] if from_engine else [plan.idle]
-                batch.old_logprobs, entropies = scores(parts=[*parts, *idle])
+                batch.old_logprobs, entropies = self.scores(batch, [*parts, *idle])
             if not from_engine:
                 batch.entropies = entropies
                 batch.entropy = response_entropy(
@@ -250,8 +256,12 @@ class AgentModule(L.LightningModule):
                 )
         if self.loss.needs_reference:
             with watch("ref_logprobs"), self.policy.reference():
-                batch.ref_logprobs, _ = scores(parts=parts)
+                batch.ref_logprobs, _ = self.scores(batch, parts)
         return batch, "engine" if from_engine else "trainer"
+
+    def scores(self, batch: RolloutBatch, parts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of rows under the present weights, both [S, L]."""
+        return score_rows(self.policy, batch, parts, self.rollout.temperature, self.budget)
 
     # --------------------------------------------------------------------------------------- update
 
@@ -278,17 +288,19 @@ class AgentModule(L.LightningModule):
         tokens_of_row = trained_units(batch, "token")  # [S]
         sums: dict[str, Tensor] = {}
         norms: list[Tensor] = []
-        check = partial(check_finite, self.iteration)
+        limit = self.update_settings.max_grad_norm
         for step in plan.steps:
+            check = self.finite.of_update(objective, step.active, self.budget.cut)
             counts = [units_of_row[step.rows].sum(), tokens_of_row[step.active].sum()]
             units, tokens = self.global_sum(torch.stack(counts)).clamp(min=1)
             work = partial(accumulate_gradients, objective, units=units, check=check)
             stats = self.budget.run(work, step.active, batch.row_length)
             for name, value in stats.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / tokens
-            norms.append(self.clip_gradients_globally())
+            norms.append(clip_globally(self.policy.parameters(), limit, self.trainer.world_size))
             check("gradient norm", norms[-1])
             optimizer.step()
+            check_weights(self.iteration, self.policy, optimizer.optimizer, self.finite)
         metrics = means_of_steps(sums or objective.no_stats(), plan, self.global_sum)
         metrics["grad_norm"] = float(torch.stack(norms).mean())
         metrics["entropy_coef"] = getattr(self.loss, "entropy_coef", 0.0)
@@ -298,13 +310,8 @@ class AgentModule(L.LightningModule):
         """Move the entropy coefficient by the batch's entropy, where the loss has a target."""
         if isinstance(self.loss, ClippedLoss) and self.loss.adaptive_entropy is not None:
             total, tokens = self.global_sum(entropy_sums(batch)).tolist()
-            self.loss, self.entropy_coef = self.loss.adapted(self.entropy_coef, total / tokens)
-
-    def clip_gradients_globally(self) -> Tensor:
-        """Sum the gradients over ranks, then clip; the norm before clipping."""
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        sum_gradients(parameters, self.trainer.world_size)
-        return torch.nn.utils.clip_grad_norm_(parameters, self.update_settings.max_grad_norm)
+            if tokens:
+                self.loss, self.entropy_coef = self.loss.adapted(self.entropy_coef, total / tokens)
 
     def global_sum(self, value: Tensor) -> Tensor:
         """``value`` summed over ranks."""
@@ -312,29 +319,23 @@ class AgentModule(L.LightningModule):
             dist.all_reduce(value)
         return value
 
-    def mean_over_ranks(self, metrics: dict[str, float], played: int) -> dict[str, float]:
-        """Each of ``metrics`` averaged over ranks, a rank weighing as many as it has ``played``."""
-        values = torch.tensor([*metrics.values(), 1.0], device=self.device)
-        *sums, episodes = self.global_sum(values * played).tolist()
-        return dict(zip(metrics, [total / episodes for total in sums], strict=True))
-
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer([p for p in self.policy.parameters() if p.requires_grad])
         if self._scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
+        scheduler = advanced(self._scheduler(optimizer), self.iteration)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # --------------------------------------------------------------------------------------- report
 
     def report(self, done: Iteration) -> None:
         """Log the iteration; the x axis is iterations, never optimizer steps."""
         counted = environment_metrics(self.trainer.datamodule.pool)  # type: ignore[attr-defined]
-        episodes = self.mean_over_ranks({**rollout_metrics(done), **counted}, len(done.played))
+        episodes = over_ranks({**rollout_metrics(done), **counted}, done.played)
         metrics = {**episodes, **done.metrics, "policy/lr": self.learning_rate()}
         for logger in self.loggers:
             logger.log_metrics(metrics, step=done.index)
-        shown = {"success": metrics["train/success_rate"], "entropy": metrics["rollout/entropy"]}
-        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+        self.log_dict(shown(metrics), prog_bar=True, logger=False, batch_size=1)
 
     def learning_rate(self) -> float:
         """The learning rate of this iteration; the schedule moves on after it."""
@@ -363,7 +364,11 @@ class AgentModule(L.LightningModule):
         values = self.validation_metrics.compute()
         self.validation_metrics.reset()
         self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=False)
-        self.log("val", values["success_rate"], prog_bar=True, logger=False)
+        success = values.get("success_rate")
+        if success is None:  # a curve has a gap there, but what monitors it needs a value
+            success = torch.tensor(torch.nan)
+            self.log("val/success_rate", success, logger=False)
+        self.log("val", success, prog_bar=True, logger=False)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -384,12 +389,11 @@ class AgentModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {f"policy.{name}" for name in self.policy.trainable()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        ours = {"iteration": self.iteration, "entropy_coef": self.entropy_coef}
-        checkpoint["aem_lightning"] = {**ours, "config": self.config}
+        checkpoint["aem_lightning"] = stored_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         expected = {f"policy.{name}": p.shape for name, p in self.policy.trainable().items()}
         check_adapters(expected, checkpoint["state_dict"])
-        ours = checkpoint["aem_lightning"]
-        self.iteration = ours["iteration"]
-        self.entropy_coef = ours.get("entropy_coef", self.entropy_coef)
+        take_up(self, checkpoint["aem_lightning"])
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            resume(self, checkpoint)

@@ -72,9 +72,12 @@ def is_packed(packing: Packing, model: PreTrainedModel) -> bool:
     obstacle = None if packing == "padded" else packing_obstacle(model)
     if packing == "packed" and obstacle is not None:
         raise ValueError(f"This model cannot be packed: {obstacle}. Type packing=padded.")
-    if packing == "auto":
-        return obstacle is None and (model.device.type == "cpu" or _has_kernel(model))
-    return packing == "packed"
+    if packing == "auto" and obstacle is None and model.device.type != "cpu":
+        size = getattr(model.config, "head_dim", None)
+        size = size or model.config.hidden_size // model.config.num_attention_heads
+        kind = compute_dtype(model.device, model.dtype)
+        return _kernel(model.device, kind, size) is not None
+    return packing != "padded" and obstacle is None
 
 
 def packing_obstacle(model: PreTrainedModel) -> str | None:
@@ -138,8 +141,7 @@ def packed_attention(
     if kind in _HALF:
         # Under autocast, rotary embeddings leave float32 queries and keys beside half values.
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    takes = _kernel_takes(query.device, kind, query.shape[-1])
-    varlen = variable_length_attention() if takes else None
+    varlen = _kernel(query.device, kind, query.shape[-1])
     if varlen is not None:
         return attend_in_one_kernel(varlen, query, key, value, segments, scaling), None
     return attend_by_segment(query, key, value, segments, scaling), None
@@ -211,19 +213,9 @@ def variable_length_attention() -> Callable[..., Any] | None:
     return varlen_attn if wanted <= set(inspect.signature(varlen_attn).parameters) else None
 
 
-def _has_kernel(model: PreTrainedModel) -> bool:
-    """Whether one call of FlashAttention does for all segments of a row of ``model``."""
-    size = getattr(model.config, "head_dim", None)
-    size = size or model.config.hidden_size // model.config.num_attention_heads
-    kind = compute_dtype(model.device, model.dtype)
-    return _kernel_takes(model.device, kind, size) and variable_length_attention() is not None
-
-
-def _kernel_takes(device: torch.device, kind: torch.dtype, size: int) -> bool:
-    """Whether FlashAttention is there for heads of ``size``: not on GPUs before Ampere."""
-    return (
-        device.type == "cuda"
-        and kind in _HALF
-        and size in _KERNEL_SIZES
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+def _kernel(device: torch.device, kind: torch.dtype, size: int) -> Callable[..., Any] | None:
+    """FlashAttention for heads of ``size``, where there is one: not on GPUs before Ampere."""
+    if device.type != "cuda" or kind not in _HALF or size not in _KERNEL_SIZES:
+        return None
+    is_new = torch.cuda.get_device_capability(device) >= (8, 0)
+    return variable_length_attention() if is_new else None

@@ -26,6 +26,7 @@ def make_batch(
         encoder.pad_id,
         compact_filtering=settings.compact_filtering,
         anchor_similarity=settings.anchor_similarity,
+        may_be_empty=True,
     )
     if wants_actions(modulation):
         batch.action_mask = action_mask(batch, trajectories, encoder.decode)
@@ -40,8 +41,13 @@ def wants_actions(modulation: Modulation) -> bool:
 
 
 def entropy_sums(batch: RolloutBatch) -> Tensor:
-    """The sum of all token entropies and the number of tokens, [2]; both add up over ranks."""
-    return torch.stack([(batch.entropy * batch.length).sum(), batch.length.sum().float()])
+    """The sum of token entropies and the number of tokens, [2]; both add up over ranks.
+
+    Of the episodes that are judged: broken ones say nothing.
+    """
+    kept = batch.judged[batch.trajectory]
+    length = batch.length[kept]
+    return torch.stack([(batch.entropy[kept] * length).sum(), length.sum().float()])
 
 
 def trained_units(batch: RolloutBatch, aggregation: Aggregation) -> Tensor:

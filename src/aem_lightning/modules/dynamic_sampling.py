@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from aem_lightning.rollout import Collector, make_groups, stable_seed
@@ -50,6 +50,8 @@ class GroupSource:
             seed = stable_seed(*self.key, "tasks", number + 1)
             wanted = draw_tasks(self.tasks(), missing, seen, seed)
             seen |= {task.id for task in wanted}
+        if reason := why_all_broke(played):
+            log.warning("There is nothing to learn from in this iteration: %s", reason)
         return played
 
     def play(self, tasks: Sequence[Task], number: int, first_group: int) -> list[Trajectory]:
@@ -75,10 +77,21 @@ def draw_tasks(tasks: Sequence[Task], count: int, seen: set[str], seed: int) -> 
 def mixed_groups(played: Sequence[Trajectory]) -> set[int]:
     """The groups whose copies did not all earn the same; broken episodes do not count."""
     earned: dict[int, set[float]] = {}
-    for trajectory in played:
-        if trajectory.turns and trajectory.infra_error is None:
-            earned.setdefault(trajectory.group, set()).add(trajectory.total_reward)
+    for trajectory in judged(played):
+        earned.setdefault(trajectory.group, set()).add(trajectory.total_reward)
     return {group for group, returns in earned.items() if len(returns) > 1}
+
+
+def judged(played: Iterable[Trajectory]) -> list[Trajectory]:
+    """The episodes that say something about the policy: nothing outside it broke them."""
+    return [trajectory for trajectory in played if trajectory.turns and not trajectory.infra_error]
+
+
+def why_all_broke(played: Sequence[Trajectory]) -> str | None:
+    """Why there is nothing to judge, in the environment's words; ``None`` where there is."""
+    if not played or judged(played):
+        return None
+    return f"all {len(played)} episodes broke, the last: {played[-1].infra_error}"
 
 
 def split_uniform(
@@ -96,7 +109,7 @@ def split_uniform(
     dropped = [trajectory for trajectory in played if trajectory.group not in mixed]
     log.info(
         "%d collection rounds of at most %d: %d groups kept, %d dropped",
-        1 + max(trajectory.round for trajectory in played),
+        1 + max((trajectory.round for trajectory in played), default=0),
         rounds,
         len(mixed),
         len({trajectory.group for trajectory in dropped}),

@@ -20,11 +20,9 @@ _SHORT = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class TokenBudget:
-    """Cuts rows into micro-batches, smaller ones after memory has run out.
+    """Cuts rows into micro-batches of at most ``tokens``, smaller ones after memory has run out.
 
-    Args:
-        tokens: Most tokens of a micro-batch.
-        packed: Whether its rows are packed, else padded to the longest.
+    Their rows are packed, or padded to the longest.
     """
 
     def __init__(self, tokens: int, *, packed: bool) -> None:
@@ -56,7 +54,13 @@ class TokenBudget:
                     raise
                 single = [len(batch) == 1 for batch in micro]
                 if all(single) or (len(tried) == 1 and single[0]):
-                    raise MemoryError(_too_long(micro[0], lengths)) from error
+                    tokens = int(lengths[micro[0][0]])
+                    raise MemoryError(
+                        f"Out of memory with a single row of {tokens} tokens: no smaller "
+                        f"micro-batch is left. Type max_context={max(1, tokens // 2)} or "
+                        "memory=window for shorter rows, policy.gradient_checkpointing=true, or a "
+                        "smaller policy=..."
+                    ) from error
             # Outside the handler, whose traceback holds on to the tensors of the failed pass.
             self._halve(micro, lengths)
 
@@ -90,12 +94,3 @@ def _remembering(batches: list[list[int]], tried: list[list[int]]) -> Iterator[l
     for rows in batches:
         tried.append(rows)
         yield rows
-
-
-def _too_long(longest: list[int], lengths: Tensor) -> str:
-    tokens = int(lengths[longest[0]])
-    return (
-        f"Out of memory with a single row of {tokens} tokens: no smaller micro-batch is left. Type "
-        f"max_context={max(1, tokens // 2)} or memory=window for shorter rows, "
-        "policy.gradient_checkpointing=true, or a smaller policy=..."
-    )

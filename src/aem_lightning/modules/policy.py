@@ -240,7 +240,8 @@ def check_adapters(expected: Mapping[str, torch.Size], state: Mapping[str, Tenso
         raise ValueError(
             f"The checkpoint's adapters do not fit this policy ({len(wrong)} differences, the "
             f"first: {wrong[0][0]} with shape {tuple(wrong[0][1])}). Use the policy and "
-            "policy.lora settings that the checkpoint was trained with."
+            "policy.lora settings that the checkpoint was trained with, and its advantage: that of "
+            "algorithm=ppo has a value head of its own."
         )
 
 

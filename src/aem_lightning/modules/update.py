@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aem_lightning.algorithms import Loss
+from aem_lightning.algorithms import Loss, Modulation
 from aem_lightning.modules.scoring import Objective
 from aem_lightning.modules.settings import UpdateSettings
 from aem_lightning.rollout import minibatches
@@ -157,15 +157,28 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], world_size: int) -> 
             parameter.grad = piece.view_as(parameter)
 
 
-def check_finite(iteration: int, name: str, value: Tensor) -> None:
-    """Stop before a broken gradient reaches the weights.
+def clip_globally(
+    parameters: Iterable[torch.nn.Parameter], max_norm: float, world_size: int
+) -> Tensor:
+    """Sum the gradients over ranks, then clip; the norm before clipping."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    sum_gradients(trained, world_size)
+    return torch.nn.utils.clip_grad_norm_(trained, max_norm)
 
-    Raises:
-        ValueError: ``value`` is infinite or not a number.
+
+def reason_to_skip(
+    spread: float, episodes: float, modulation: Modulation, loss: Loss
+) -> str | None:
+    """Why there is nothing to learn from a batch; ``None`` when there is.
+
+    Args:
+        spread: The sum of absolute advantages, over all ranks.
+        episodes: How many of theirs can be judged.
+        modulation: Whether it moves advantages of 0.
+        loss: Whether it has a gradient for them.
     """
-    if not torch.isfinite(value):
-        raise ValueError(
-            f"The {name} of iteration {iteration} is {float(value.detach())}; the weights are "
-            "still those of the last update. Go back to the last checkpoint with ckpt_path=last "
-            "and type a lower optimizer.lr=..."
-        )
+    if not episodes:
+        return "every episode broke"
+    if spread == 0 and modulation.keeps_zeros and loss.keeps_zeros:
+        return "every group is uniform: all copies of each task earned the same return"
+    return None

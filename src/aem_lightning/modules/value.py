@@ -12,9 +12,6 @@ class ValueHead(nn.Module):
     """A linear function of last hidden states, in float32 whatever the policy computes in.
 
     It starts at 0: the first advantages are returns, and no random number is drawn.
-
-    Args:
-        hidden_size: Width of the hidden states.
     """
 
     def __init__(self, hidden_size: int) -> None:

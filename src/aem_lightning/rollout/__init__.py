@@ -6,6 +6,7 @@ from aem_lightning.rollout.chat import ChatResponder, TextEncoder
 from aem_lightning.rollout.collector import (
     Collector,
     EngineResponder,
+    EnvironmentPool,
     Episode,
     Live,
     Responder,
@@ -22,6 +23,7 @@ from aem_lightning.rollout.endpoint import (
 )
 from aem_lightning.rollout.engine import Request, Result, RolloutEngine, Sampling
 from aem_lightning.rollout.expert import Expert, ExpertResponder
+from aem_lightning.rollout.finite import NotFiniteError, place_of
 from aem_lightning.rollout.packing import micro_batches, minibatches, pack
 from aem_lightning.rollout.prompt import Prompt
 from aem_lightning.rollout.rewards import RewardShaping
@@ -35,10 +37,12 @@ __all__ = [
     "Endpoint",
     "EndpointError",
     "EngineResponder",
+    "EnvironmentPool",
     "Episode",
     "Expert",
     "ExpertResponder",
     "Live",
+    "NotFiniteError",
     "Prompt",
     "PromptEncoder",
     "Request",
@@ -59,5 +63,6 @@ __all__ = [
     "micro_batches",
     "minibatches",
     "pack",
+    "place_of",
     "stable_seed",
 ]

@@ -52,11 +52,6 @@ def action_span(turn: Turn, ids: Sequence[int], decode: Decode) -> tuple[int, in
     if not holds(ids):
         return 0, len(ids)
     # Text that holds the action still does with tokens added at either end: bisection finds both.
-    start = _last_true(lambda at: holds(ids[at:]), len(ids))
-    kept = _last_true(lambda cut: holds(ids[start : len(ids) - cut]), len(ids) - start)
-    return start, len(ids) - kept
-
-
-def _last_true(test: Callable[[int], bool], end: int) -> int:
-    """The largest number under ``end`` that passes, given that 0 does and passing is monotone."""
-    return bisect_left(range(1, end), True, key=lambda number: not test(number))
+    start = bisect_left(range(1, len(ids)), True, key=lambda at: not holds(ids[at:]))
+    ends = range(start + 1, len(ids))
+    return start, start + 1 + bisect_left(ends, True, key=lambda end: holds(ids[start:end]))

@@ -48,7 +48,8 @@ def anchor_states(trajectories: Sequence[Trajectory], similarity: float = 1.0) -
             else:
                 ids[key] = ids[trajectory.group, alike]
     return torch.tensor(
-        [ids[tr.group, turn.observation] for tr in trajectories for turn in tr.turns]
+        [ids[tr.group, turn.observation] for tr in trajectories for turn in tr.turns],
+        dtype=torch.long,
     )
 
 

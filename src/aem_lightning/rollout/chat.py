@@ -1,4 +1,7 @@
-"""A collector's prompts as chat messages, for models that are talked to in text."""
+"""A collector's prompts as chat messages, for models that are talked to in text.
+
+That what a message says stays content, and never becomes control, is then the server's business.
+"""
 
 from __future__ import annotations
 

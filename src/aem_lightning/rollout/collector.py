@@ -10,11 +10,12 @@ batch, and with it every bit of the rollout, is the same on every run, however l
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from typing import Protocol, TypeVar
@@ -22,8 +23,11 @@ from typing import Protocol, TypeVar
 from aem_lightning.rollout.constraint import Constraint
 from aem_lightning.rollout.encoder import Encoder
 from aem_lightning.rollout.engine import Request, Result, RolloutEngine, Sampling
-from aem_lightning.rollout.rewards import RewardShaping
+from aem_lightning.rollout.finite import NotFiniteError, place_of
+from aem_lightning.rollout.rewards import BadRewardError, RewardShaping
 from aem_lightning.types import EnvStep, ResetRequest, Task, Trajectory, Turn
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -127,6 +131,7 @@ class EngineResponder:
     seed: tuple[object, ...]
     share: float = 0.5
     _under_way: int = field(default=0, init=False)
+    _asked: dict[str, Live] = field(default_factory=dict, init=False, repr=False)
 
     def ask(self, live: Mapping[str, Live]) -> None:
         self.engine.submit(
@@ -134,15 +139,23 @@ class EngineResponder:
             for key, item in live.items()
         )
         self._under_way += len(live)
+        self._asked |= live
 
     def answers(self) -> Sequence[Result]:
-        results = self.engine.poll(at_least=max(1, math.ceil(self.share * self._under_way)))
+        try:
+            results = self.engine.poll(at_least=max(1, math.ceil(self.share * self._under_way)))
+        except NotFiniteError as error:  # an engine knows of no task
+            item = self._asked.get(error.said.partition(":")[0])
+            if item is not None:
+                error.place = place_of(item.trajectory, len(item.trajectory.turns))
+            raise
         self._under_way -= len(results)
         return results
 
     def forget(self, keys: Iterable[str]) -> None:
         for key in keys:
             self.engine.close(key)
+            self._asked.pop(key, None)
 
     def _seed(self, item: Live) -> int:
         episode, turn = item.episode, len(item.trajectory.turns)
@@ -163,6 +176,7 @@ class Collector:
         max_new_tokens: Room that a response needs.
         concurrency: Episodes in play at once.
         episodes_over: Is told how many episodes have just ended.
+        must_fit: Raise where no opening prompt of a `collect` fits; else its episodes only break.
         environment_seconds: Wall time spent waiting for environments so far.
     """
 
@@ -175,10 +189,12 @@ class Collector:
     max_new_tokens: int
     concurrency: int = 64
     episodes_over: Callable[[int], object] | None = None
+    must_fit: bool = True
     environment_seconds: float = 0.0
     _starts: dict[int, tuple[Episode, EnvStep]] = field(
         default_factory=dict, init=False, repr=False
     )
+    _overlong: list[str] = field(default_factory=list, init=False, repr=False)
 
     def collect(self, episodes: Sequence[Episode], *, seed: int = 0) -> list[Trajectory]:
         """The trajectories of ``episodes``, in their order.
@@ -187,15 +203,18 @@ class Collector:
             episodes: What to play; keys must be unique.
             seed: Seed of the environments' own randomness; the copies of a group share it.
 
+        An opening prompt that leaves no room for a response breaks its episode.
+
         Raises:
-            ValueError: The opening prompt leaves no room for a response, or two copies of a group
-                start in different states.
+            ValueError: No opening prompt leaves room, or two copies of a group start in different
+                states.
         """
         waiting = deque(episodes)
         live: dict[str, Live] = {}
         starting: dict[str, Episode] = {}
         played: dict[str, Trajectory] = {}
         self._starts.clear()
+        self._overlong.clear()
         asked: set[str] = set()
         while waiting or live or starting:
             # Environments work on what was sent at the end of a pass while responses are sampled
@@ -219,7 +238,10 @@ class Collector:
                 e.key: e for e in (waiting.popleft() for _ in range(min(room, len(waiting))))
             }
             actions = {result.key: _sent_to_environment(live[result.key]) for result in results}
-            self._timed(partial(self.pool.send, _reset_requests(starting, seed), actions))
+            requests = _reset_requests(starting, seed, self.uses_reward)
+            self._timed(partial(self.pool.send, requests, actions))
+        if self.must_fit and episodes and len(self._overlong) == len(episodes):
+            raise ValueError(self._overlong[0])
         return [played[episode.key] for episode in episodes]
 
     def _take_in(
@@ -236,20 +258,30 @@ class Collector:
                 self._observe(live[key], step)
 
     def _open(self, episode: Episode, step: EnvStep) -> Live:
-        if step.infra_error is None:
-            first, start = self._starts.setdefault(episode.group, (episode, step))
-            check_same_start(episode, step, first, start)
-        prompt = self.encoder.first(step)
-        if len(prompt) + self.max_new_tokens > self.max_context:
-            raise ValueError(
-                f"The opening prompt of task {episode.task.id!r} has {len(prompt)} tokens; "
-                f"with max_new_tokens={self.max_new_tokens} it does not fit into "
-                f"max_context={self.max_context}. Type "
-                f"max_context={len(prompt) + 8 * self.max_new_tokens} or a shorter prompt."
-            )
         trajectory = Trajectory(episode.task, episode.group, episode.copy)
         trajectory.infra_error = step.infra_error
+        if step.infra_error is not None:
+            return Live(episode, trajectory, step, [])
+        first, start = self._starts.setdefault(episode.group, (episode, step))
+        check_same_start(episode, step, first, start)
+        prompt = self.encoder.first(step)
+        if len(prompt) + self.max_new_tokens > self.max_context:
+            trajectory.infra_error = self._refuse(episode, len(prompt))
+            trajectory.truncated = True
         return Live(episode, trajectory, step, prompt, self.encoder.constraint(step))
+
+    def _refuse(self, episode: Episode, tokens: int) -> str:
+        """Why an opening prompt of so many tokens is not played; said once a group."""
+        reason = (
+            f"The opening prompt of task {episode.task.id!r} has {tokens} tokens; "
+            f"with max_new_tokens={self.max_new_tokens} it does not fit into "
+            f"max_context={self.max_context}. Type "
+            f"max_context={tokens + 8 * self.max_new_tokens} or a shorter prompt."
+        )
+        if reason not in self._overlong:
+            log.warning("%s Its group is left out", reason)
+        self._overlong.append(reason)
+        return reason
 
     def _record(self, item: Live, result: Result) -> None:
         """Append a response: to the last row where the prompt extends it, else to a new one."""
@@ -275,13 +307,17 @@ class Collector:
 
     def _observe(self, item: Live, step: EnvStep) -> None:
         trajectory, turn = item.trajectory, item.trajectory.turns[-1]
-        turn.reward = self.rewards(step, malformed=turn.action is None)
+        try:
+            turn.reward = self.rewards(step, malformed=turn.action is None)
+        except BadRewardError as error:
+            where = f"task {trajectory.task.id!r}, turn {len(trajectory.turns) - 1}"
+            step = replace(step, truncated=True, info={"infra_error": f"{where}: {error}"})
         turn.is_valid = turn.action is not None and step.is_action_valid
         trajectory.won = step.won
         trajectory.score = float(step.info.get("score", step.won))
         trajectory.infra_error = step.infra_error
         item.step = step
-        if step.terminated or step.truncated:
+        if step.terminated or step.truncated or step.infra_error is not None:
             trajectory.truncated = step.truncated
             return
         item.prompt = self.encoder.next(step, trajectory)
@@ -289,9 +325,16 @@ class Collector:
         too_long = len(item.prompt) + self.max_new_tokens > self.max_context
         trajectory.truncated = too_long or len(trajectory.turns) >= self.max_turns
 
+    @property
+    def uses_reward(self) -> bool:
+        """Whether the environment's own reward counts; one that does not is not looked at."""
+        return bool(getattr(self.rewards, "environment", True))
+
     @staticmethod
     def _is_over(item: Live) -> bool:
-        return item.step.terminated or item.step.truncated or item.trajectory.truncated
+        trajectory, step = item.trajectory, item.step
+        broke = trajectory.infra_error is not None
+        return broke or step.terminated or step.truncated or trajectory.truncated
 
     def _timed(self, call: Callable[[], T]) -> T:
         start = time.perf_counter()
@@ -321,11 +364,13 @@ def check_same_start(episode: Episode, step: EnvStep, other: Episode, start: Env
             )
 
 
-def _reset_requests(episodes: Mapping[str, Episode], seed: int) -> dict[str, ResetRequest]:
+def _reset_requests(
+    episodes: Mapping[str, Episode], seed: int, uses_reward: bool
+) -> dict[str, ResetRequest]:
     """How the environments of ``episodes`` are to start; the copies of a task start alike."""
     return {
         key: ResetRequest(
-            episode.task.id, stable_seed(seed, episode.task.id) % 2**31, episode.group
+            episode.task.id, stable_seed(seed, episode.task.id) % 2**31, episode.group, uses_reward
         )
         for key, episode in episodes.items()
     }

@@ -68,12 +68,8 @@ class DecodeGraphs:
     ) -> Tensor | None:
         """Next-token logits of ``rows``, [b, V] float32; ``None`` where a graph cannot be had.
 
-        Args:
-            model: The model, always the same.
-            rows: Cache rows, ascending.
-            starts: Tokens that each row holds.
-            tokens: The token to append to each row.
-            read: Leading positions that the queries may look at.
+        The ``rows`` of the cache ascend and hold ``starts`` tokens; ``tokens`` are appended, and
+        queries may look at the first ``read`` positions. The model is always the same.
         """
         if self.is_broken:
             return None

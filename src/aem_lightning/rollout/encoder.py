@@ -1,4 +1,10 @@
-"""Messages to token ids, by the model's own chat template; a response is never tokenised again."""
+"""Messages to token ids, by the model's own chat template; a response is never tokenised again.
+
+Content is never control. The template is rendered around a probe and the message put in its place,
+so a template never sees what a message says; and what an environment or a policy wrote is plain
+text even where it spells a control token (`tokens`). For harmless text the ids are those of the
+template rendered with the message itself.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from aem_lightning.rollout.constraint import BLANK, Constraint, PlainActions, TaggedActions
-from aem_lightning.rollout.prompt import Prompt
+from aem_lightning.rollout.prompt import Message, Piece, Prompt
+from aem_lightning.rollout.tokens import TextTokens
 from aem_lightning.types import EnvStep, FinishReason, Trajectory
 
 if TYPE_CHECKING:
@@ -15,7 +22,7 @@ if TYPE_CHECKING:
 
 Memory = Literal["window", "transcript"]
 ActionMode = Literal["free", "constrained"]
-_PROBE = "probe"
+_PROBE = "\ue000"  # private use: no template and no system message has it
 
 
 class Encoder(Protocol):
@@ -85,6 +92,9 @@ class PromptEncoder:
         self.history_length = history_length
         self.action = action
         self._closing = self._closing_text()
+        turns = self._render(self._finished_conversation(), reply=False)
+        self._tokens = TextTokens(tokenizer, f"{tokenizer.get_chat_template()}{turns}")
+        self._frame = lru_cache(maxsize=64)(self._make_frame)
         # Observations repeat across the copies of a group, so their ids are worth keeping.
         self._follow_up = lru_cache(maxsize=8192)(self._encode_follow_up)
         self._constraint = lru_cache(maxsize=8192)(self._make_constraint)
@@ -96,21 +106,20 @@ class PromptEncoder:
 
     def first(self, step: EnvStep) -> list[int]:
         """The prompt of the first turn."""
-        return self._encode(self._render(self._conversation(self.prompt.first_message(step))))
+        return self._tokens.encode(self._framed(self.prompt.first_message(step)))
 
     def next(self, step: EnvStep, trajectory: Trajectory) -> list[int]:
         """The prompt of the next turn; the last row of ``trajectory`` ends with a response."""
         turns = trajectory.turns
         if self.memory == "window":
             message = self.prompt.window_message(step, turns, self.history_length)
-            return self._encode(self._render(self._conversation(message)))
-        message = self.prompt.next_message(step, turns)
-        return trajectory.rows[-1] + self._follow_up(message, turns[-1].finish_reason)
+            return self._tokens.encode(self._framed(message))
+        follow_up = self.prompt.next_message(step, turns).pieces
+        return trajectory.rows[-1] + self._follow_up(follow_up, turns[-1].finish_reason)
 
     def demonstrate(self, action: str) -> list[int]:
         """The ids of an expert's response, end token included."""
-        text = self.prompt.demonstration.format(action=action)
-        return [*self._encode(text), *self.stop_ids]
+        return [*self._tokens.encode(self.prompt.demonstrated(action).pieces), *self.stop_ids]
 
     def constraint(self, step: EnvStep) -> Constraint | None:
         """What the response to ``step`` may be; ``None`` for anything.
@@ -135,7 +144,7 @@ class PromptEncoder:
     def _make_constraint(self, actions: tuple[str, ...]) -> Constraint:
         if self.prompt.action == "plain":
             return PlainActions(actions, tuple(tuple(self.demonstrate(a)) for a in actions))
-        return TaggedActions(actions, self._encode, self.decode, self.stop_ids)
+        return TaggedActions(actions, self._encode_content, self.decode, self.stop_ids)
 
     def _conversation(self, message: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.prompt.system}] if self.prompt.system else []
@@ -147,8 +156,41 @@ class PromptEncoder:
         )
         return str(text)
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+    def _encode_content(self, text: str) -> list[int]:
+        return self._tokens.encode([Piece(text, True)])
+
+    def _framed(self, message: Message, after: FinishReason | None = None) -> list[Piece]:
+        """``message`` inside what the chat template writes around it.
+
+        Blanks at its ends are the template's to keep or to strip.
+        """
+        body = message.strip()
+        start, _, end = message.partition(body) if body else (message, "", "")
+        head, tail = self._frame(start, end, after)
+        return [Piece(head, False), *body.pieces, Piece(tail, False)]
+
+    def _make_frame(self, start: str, end: str, after: FinishReason | None) -> tuple[str, str]:
+        """What is written before and behind a message with the blanks ``start`` and ``end``.
+
+        The message opens a conversation, or comes ``after`` a response.
+        """
+        conversation = self._conversation(f"{start}{_PROBE}{end}")
+        written = ""
+        if after is not None:
+            conversation = [*self._finished_conversation(), conversation[-1]]
+            written = self._render(conversation[:-1], reply=False)
+        text = self._render(conversation)
+        if not text.startswith(written):
+            raise ValueError(
+                "The chat template rewrites earlier turns when a new one is added, so a transcript "
+                "cannot be kept as one row. Type memory=window, or give a template that only "
+                "appends."
+            )
+        head, _, tail = text[len(written) :].rpartition(_PROBE)
+        closing = self._closing if after is not None else ""
+        if after == "stop":  # the sampled ids already hold the end token
+            closing = closing.lstrip().removeprefix(str(self.tokenizer.eos_token))
+        return closing + head, tail
 
     def _finished_conversation(self) -> list[dict[str, str]]:
         return [*self._conversation(_PROBE), {"role": "assistant", "content": _PROBE}]
@@ -166,18 +208,8 @@ class PromptEncoder:
             )
         return closing
 
-    def _encode_follow_up(self, message: str, finish_reason: FinishReason) -> list[int]:
+    def _encode_follow_up(
+        self, pieces: tuple[Piece, ...], finish_reason: FinishReason
+    ) -> list[int]:
         """Ids between a sampled response and the next one."""
-        finished = self._finished_conversation()
-        head = self._render(finished, reply=False)
-        full = self._render([*finished, {"role": "user", "content": message}])
-        if not full.startswith(head):
-            raise ValueError(
-                "The chat template rewrites earlier turns when a new one is added, so a transcript "
-                "cannot be kept as one row. Type memory=window, or give a template that only "
-                "appends."
-            )
-        closing = self._closing
-        if finish_reason == "stop":  # the sampled ids already hold the end token
-            closing = closing.lstrip().removeprefix(str(self.tokenizer.eos_token))
-        return self._encode(closing + full[len(head) :])
+        return self._tokens.encode(self._framed(Message.of(pieces), after=finish_reason))

@@ -132,17 +132,16 @@ class Endpoint:
         """
         import openai
 
-        unreachable: Exception | None = None
         try:
             self._client.with_options(max_retries=0, timeout=10.0).models.list()
+            return
         except openai.APITimeoutError:
             return  # a slow one: the first request shows
         except openai.APIConnectionError as error:
             unreachable = self._explained(error)
         except (openai.OpenAIError, ValueError):
             return  # somebody is there; how they speak the protocol shows with the first request
-        if unreachable is not None:
-            raise unreachable
+        raise unreachable  # outside, as in `_post`
 
     def reply(
         self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float | None
@@ -223,7 +222,13 @@ class Endpoint:
                 "base_url=http://host:port/v1, where /chat/completions is below it."
             )
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return EndpointError(self._refused_key(error.status_code, said))
+            state = "the key in it is refused" if self._key else "that variable is not set"
+            return EndpointError(
+                f"The endpoint answered {error.status_code} to the key of "
+                f"api_key_env={self.api_key_env} ({state}): {said}\nType: "
+                f"export {self.api_key_env}=..., or "
+                "api_key_env=<the variable that holds this endpoint's key>."
+            )
         if isinstance(error, openai.NotFoundError):
             return EndpointError(
                 f"{self.base_url} does not know model={self.model}, or has no /chat/completions "
@@ -234,17 +239,10 @@ class Endpoint:
                 f"The endpoint's rate limit holds {attempts}: {said}\nType a smaller "
                 "concurrency=..., a larger max_retries=..., or come back later."
             )
-        if isinstance(error, openai.BadRequestError) and _is_about_context(error):
+        about = f"{(error.code or '').replace('_', ' ')} {error.message}"
+        if isinstance(error, openai.BadRequestError) and _CONTEXT_FULL.search(about):
             return ContextFullError(said)
         return self._failed(said)
-
-    def _refused_key(self, status: int, said: str) -> str:
-        state = "the key in it is refused" if self._key else "that variable is not set"
-        return (
-            f"The endpoint answered {status} to the key of api_key_env={self.api_key_env} "
-            f"({state}): {said}\nType: export {self.api_key_env}=..., or "
-            "api_key_env=<the variable that holds this endpoint's key>."
-        )
 
     def _failed(self, reason: str) -> Exception:
         """One more failure: of the request, or, after many in a row, of the endpoint."""
@@ -289,10 +287,6 @@ def read_reply(text: str, messages: Sequence[Message]) -> Reply:
 
 def _count(tokens: int | None, characters: int) -> int:
     return int(tokens) if tokens is not None else -(-characters // CHARACTERS_PER_TOKEN)
-
-
-def _is_about_context(error: openai.BadRequestError) -> bool:
-    return bool(_CONTEXT_FULL.search(f"{(error.code or '').replace('_', ' ')} {error.message}"))
 
 
 def _check(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from aem_lightning.rollout.anchors import anchor_states
+from aem_lightning.rollout.finite import NotFiniteError, place_of
 from aem_lightning.types import RolloutBatch, Trajectory, Turn
 
 
@@ -18,12 +19,14 @@ def pack(
     *,
     compact_filtering: bool = False,
     anchor_similarity: float = 1.0,
+    may_be_empty: bool = False,
 ) -> RolloutBatch:
     """The rollout batch of ``trajectories``, on the CPU.
 
     Responses are numbered in the order of trajectories and turns. Token entropies that no engine
     gave are 0 here, and so is ``entropy``: the scoring pass fills them in. A trajectory with an
-    ``infra_error`` or without a response leaves the loss, and its return is not judged.
+    ``infra_error`` or without a response leaves the loss, and its return is not judged: it is 0,
+    and so are its rewards, whatever they were.
 
     Args:
         trajectories: The episodes.
@@ -31,23 +34,24 @@ def pack(
         compact_filtering: Trajectories that a limit cut leave the loss too. Their returns still
             count in the baseline of their group (DeepSWE's GRPO++).
         anchor_similarity: How alike two observations are that share an anchor; 1 is equality.
+        may_be_empty: Without any response the batch has no row, as on a rank whose episodes broke.
 
     Raises:
-        ValueError: There is no response at all, or a log-probability or entropy is not finite.
+        ValueError: There is no response where there has to be one.
+        NotFiniteError: A log-probability or entropy is not finite.
     """
     responses = [
         (n, t, turn)
         for n, trajectory in enumerate(trajectories)
         for t, turn in enumerate(trajectory.turns)
     ]
-    if not responses:
+    if not responses and not may_be_empty:
         raise ValueError(
             f"None of the {len(trajectories)} trajectories holds a response; nothing to train on."
         )
-    _check_finite(trajectories, responses)
     rows = [row for trajectory in trajectories for row in trajectory.rows]
     first_row = [0, *accumulate(len(trajectory.rows) for trajectory in trajectories)]
-    shape = (len(rows), max(map(len, rows)))
+    shape = (len(rows), max(map(len, rows), default=0))
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     response_index = torch.full(shape, -1, dtype=torch.long)
     logprobs, entropies = torch.zeros(shape), torch.zeros(shape)
@@ -59,29 +63,33 @@ def pack(
         logprobs[s, span] = torch.tensor(turn.logprobs)
         if turn.entropies is not None:
             entropies[s, span] = torch.tensor(turn.entropies)
+    columns = {"log-probabilities": logprobs, "entropies": entropies}
+    _check_finite(trajectories, responses, input_ids, response_index, columns)
     turns = [turn for _, _, turn in responses]
-    judged = torch.tensor([bool(tr.turns) and tr.infra_error is None for tr in trajectories])
-    truncated = torch.tensor([trajectory.truncated for trajectory in trajectories])
-    length = torch.tensor([turn.length for turn in turns])
+    counts = [bool(trajectory.turns) and not trajectory.infra_error for trajectory in trajectories]
+    judged = torch.tensor(counts, dtype=torch.bool)
+    truncated = torch.tensor([tr.truncated for tr in trajectories], dtype=torch.bool)
+    length = torch.tensor([turn.length for turn in turns], dtype=torch.long)
     total_entropy = torch.tensor([sum(turn.entropies or (0.0,)) for turn in turns])
+    returns = [tr.total_reward if n else 0.0 for tr, n in zip(trajectories, counts, strict=True)]
     return RolloutBatch(
         input_ids=input_ids,
-        row_length=torch.tensor([len(row) for row in rows]),
+        row_length=torch.tensor([len(row) for row in rows], dtype=torch.long),
         response_index=response_index,
         old_logprobs=logprobs,
         sampler_logprobs=logprobs,
         ref_logprobs=None,
         entropies=entropies,
-        trajectory=torch.tensor([n for n, _, _ in responses]),
-        turn=torch.tensor([t for _, t, _ in responses]),
+        trajectory=torch.tensor([n for n, _, _ in responses], dtype=torch.long),
+        turn=torch.tensor([t for _, t, _ in responses], dtype=torch.long),
         length=length,
         entropy=total_entropy / length.clamp(min=1),
         surprisal=torch.tensor([-sum(turn.logprobs) for turn in turns]),
-        reward=torch.tensor([turn.reward for turn in turns]),
-        valid=torch.tensor([turn.is_valid for turn in turns]),
+        reward=torch.tensor([turn.reward if counts[n] else 0.0 for n, _, turn in responses]),
+        valid=torch.tensor([turn.is_valid for turn in turns], dtype=torch.bool),
         anchor=anchor_states(trajectories, anchor_similarity),
-        group=torch.tensor([trajectory.group for trajectory in trajectories]),
-        returns=torch.tensor([trajectory.total_reward for trajectory in trajectories]),
+        group=torch.tensor([tr.group for tr in trajectories], dtype=torch.long),
+        returns=torch.tensor(returns),
         loss_mask=judged & ~truncated if compact_filtering else judged,
         judged=judged,
     )
@@ -121,15 +129,25 @@ def minibatches(num_rows: int, count: int, generator: torch.Generator) -> list[l
 
 
 def _check_finite(
-    trajectories: Sequence[Trajectory], responses: Sequence[tuple[int, int, Turn]]
+    trajectories: Sequence[Trajectory],
+    responses: Sequence[tuple[int, int, Turn]],
+    input_ids: Tensor,
+    response_index: Tensor,
+    columns: Mapping[str, Tensor],
 ) -> None:
-    for n, t, turn in responses:
-        values = torch.tensor([*turn.logprobs, *(turn.entropies or ())])
-        if not torch.isfinite(values).all():
-            trajectory = trajectories[n]
-            raise ValueError(
-                "A log-probability or entropy is not finite in episode "
-                f"{trajectory.key} (task {trajectory.task.id!r}), turn {t}: "
-                "the policy has diverged. Go back to the last checkpoint with ckpt_path=last and a "
-                "lower learning rate: optimizer.lr=..."
+    """Raise where the engine's ``columns``, [S, L] each, are not finite."""
+    for name, values in columns.items():
+        broken = (~values.isfinite()).nonzero()
+        if len(broken):
+            row, column = broken[0].tolist()
+            n, t, _ = responses[int(response_index[row, column])]
+            raise NotFiniteError(
+                f"The engine's {name} are not finite",
+                stage="rollout",
+                tensor=name,
+                place=place_of(trajectories[n], t),
+                advice="the policy's logits were not. Where an update drove them there, a lower "
+                "optimizer.lr=... mends it; where the engine computes in half precision, a wider "
+                "one does",
+                kept={"input_ids": input_ids[row : row + 1]},
             )

@@ -1,11 +1,16 @@
-"""The words around an environment: what the policy is told, and where its action is found."""
+"""The words around an environment: what the policy is told, and where its action is found.
+
+A message knows which of its characters a template wrote and which an environment or a policy: only
+the former may be control (`PromptEncoder`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from string import Formatter
+from typing import Literal, NamedTuple
 
 from aem_lightning.types import EnvStep, Turn
 
@@ -28,6 +33,64 @@ _FIELDS = (
 )
 _ITEM_FIELDS = ("step", "observation", "action", "response")
 FORMATS = ("tagged", "plain", "react", "function")
+_OURS = frozenset({"role", "steps_taken", "history_length", "step"})  # fields that a config fills
+
+
+class Piece(NamedTuple):
+    """A part of a message.
+
+    ``is_content``: it was written by an environment or a policy, not by a template.
+    """
+
+    text: str
+    is_content: bool
+
+
+class Message(str):
+    """A filled-in template: a text that remembers its pieces."""
+
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece]) -> Message:
+        """The message that ``pieces`` make, one after the other."""
+        known = tuple(piece for piece in pieces if piece.text)
+        message = cls("".join(piece.text for piece in known))
+        message.pieces = known
+        return message
+
+    def strip(self, characters: str | None = None, /) -> Message:
+        """Without blanks at its ends."""
+        start = len(self) - len(self.lstrip(characters))
+        left = len(str(self).strip(characters))
+        pieces = []
+        for text, is_content in self.pieces:
+            kept = text[start : start + left]
+            pieces.append(Piece(kept, is_content))
+            start, left = max(0, start - len(text)), left - len(kept)
+        return Message.of(pieces)
+
+
+def fill_in(template: str, fields: Mapping[str, object]) -> Message:
+    """``template.format(**fields)`` as a message; a field that is a message brings its pieces.
+
+    Example:
+        >>> fill_in("Say {action}", {"action": "hello"}).pieces
+        (Piece(text='Say ', is_content=False), Piece(text='hello', is_content=True))
+    """
+    formatter, pieces = Formatter(), []
+    for literal, name, form, conversion in formatter.parse(template):
+        pieces.append(Piece(literal, False))
+        if name is None:
+            continue
+        value, first = formatter.get_field(name, (), fields)
+        if isinstance(value, Message) and not (form or conversion):
+            pieces += value.pieces
+        else:
+            converted = formatter.convert_field(value, conversion)
+            text = formatter.format_field(converted, formatter.vformat(form or "", (), fields))
+            pieces.append(Piece(text, first not in _OURS))
+    return Message.of(pieces)
 
 
 @dataclass(frozen=True)
@@ -93,27 +156,34 @@ class Prompt:
                     "write a literal brace twice."
                 ) from None
 
-    def first_message(self, step: EnvStep) -> str:
+    def first_message(self, step: EnvStep) -> Message:
         """The user message that opens an episode."""
-        return self.opening.format(**self._fields(step, (), 0))
+        return fill_in(self.opening, self._fields(step, (), 0))
 
-    def next_message(self, step: EnvStep, turns: Sequence[Turn]) -> str:
+    def next_message(self, step: EnvStep, turns: Sequence[Turn]) -> Message:
         """The user message that answers the last response, under ``memory=transcript``."""
-        return self.turn.format(**self._fields(step, turns, 0))
+        return fill_in(self.turn, self._fields(step, turns, 0))
 
-    def window_message(self, step: EnvStep, turns: Sequence[Turn], history_length: int) -> str:
+    def demonstrated(self, action: str) -> Message:
+        """An expert's ``action`` as a response."""
+        return fill_in(self.demonstration, {"action": action})
+
+    def window_message(self, step: EnvStep, turns: Sequence[Turn], history_length: int) -> Message:
         """The user message with the last ``history_length`` turns, under ``memory=window``."""
         recent = turns[max(0, len(turns) - history_length) :]
-        items = (
-            self.history_item.format(
-                step=len(turns) - len(recent) + i + 1,
-                observation=turn.observation,
-                action=turn.action if turn.action is not None else turn.response,
-                response=turn.response,
-            )
-            for i, turn in enumerate(recent)
-        )
-        return self.window.format(**self._fields(step, turns, len(recent), "\n".join(items)))
+        history: list[Piece] = []
+        for number, turn in enumerate(recent, len(turns) - len(recent) + 1):
+            item = {
+                "step": number,
+                "observation": turn.observation,
+                "action": turn.action if turn.action is not None else turn.response,
+                "response": turn.response,
+            }
+            history += [
+                Piece("\n" if history else "", False),
+                *fill_in(self.history_item, item).pieces,
+            ]
+        return fill_in(self.window, self._fields(step, turns, len(recent), Message.of(history)))
 
     def parse(self, response: str) -> str | None:
         """The action in ``response``, or ``None`` where the response is malformed."""
@@ -136,8 +206,12 @@ class Prompt:
         return " ".join(found[0].split()) or None
 
     def _fields(
-        self, step: EnvStep, turns: Sequence[Turn], history_length: int, history: str = ""
-    ) -> dict[str, str | int]:
+        self,
+        step: EnvStep,
+        turns: Sequence[Turn],
+        history_length: int,
+        history: str = "",
+    ) -> dict[str, object]:
         return {
             "role": self.role,
             "goal": step.info.get("goal", ""),

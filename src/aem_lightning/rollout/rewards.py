@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
 
 from aem_lightning.types import EnvStep
+
+
+class BadRewardError(ValueError):
+    """An environment's reward that counts is no finite number."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,17 @@ class RewardShaping:
                 )
 
     def __call__(self, step: EnvStep, *, malformed: bool) -> float:
-        """The shaped reward of the turn that ``step`` answers."""
-        reward = self.environment * step.reward + self.step
+        """The shaped reward of the turn that ``step`` answers.
+
+        Raises:
+            BadRewardError: The environment's own counts, and is no finite number.
+        """
+        reward = float(self.step)
+        if self.environment:
+            given: Any = step.reward
+            if not isinstance(given, Real) or not math.isfinite(given):
+                raise BadRewardError(f"reward={given!r}; expected a finite number")
+            reward += self.environment * float(given)
         if step.won:
             reward += self.success
         if malformed:

@@ -24,9 +24,7 @@ def request_uniforms(seed: int, count: int) -> list[float]:
 def allowed_tokens(choices: Sequence[Sequence[int] | None], logits: Tensor) -> Tensor | None:
     """The tokens that each row may draw as a mask, [b, V] bool; ``None`` where no row is limited.
 
-    Args:
-        choices: Of each row the token ids, ``None`` for all.
-        logits: Next-token logits, [b, V].
+    ``choices`` has the token ids of each row, ``None`` for all; ``logits`` are [b, V].
     """
     limited = {row: tokens for row, tokens in enumerate(choices) if tokens is not None}
     if not limited:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +16,6 @@ class SlotCache:
     computes in: autocast's, else the layer's. A row keeps its tokens at their own positions from 0
     on, without holes. The last position is a bin: the last token of a response is never fed, so
     only padding lands there, where no valid query looks.
-
-    Args:
-        slots: Number of rows.
-        length: Most tokens of a prompt with its response.
     """
 
     is_compileable = False
@@ -37,10 +33,8 @@ class SlotCache:
     def aim(self, rows: Sequence[int], positions: Tensor, read: int) -> None:
         """Say where the next forward pass writes and how far it reads.
 
-        Args:
-            rows: The slot of each batch row, ascending.
-            positions: Where each token goes, [b, q].
-            read: Number of leading positions that the queries may look at.
+        The tokens of a batch row go to ``positions``, [b, q], of its slot, one of the ascending
+        ``rows``; queries may look at the first ``read`` positions.
         """
         self._rows = torch.tensor(rows, device=positions.device)[:, None]
         first, last = rows[0], rows[-1]
@@ -74,6 +68,26 @@ class SlotCache:
         """Copy the first ``tokens`` of the source rows to the target rows, all at once."""
         for block in (*self._keys.values(), *self._values.values()):
             block[list(target), :, :tokens] = block[list(source), :, :tokens]
+
+    def held(self, tokens: int, most: int) -> dict[str, Tensor] | None:
+        """The first ``tokens`` of every row, on the CPU, by name; ``None`` above ``most`` bytes."""
+        blocks = {f"keys.{layer}": block for layer, block in self._keys.items()}
+        blocks |= {f"values.{layer}": block for layer, block in self._values.items()}
+        held = {name: block[:, :, :tokens] for name, block in blocks.items()}
+        if sum(view.nbytes for view in held.values()) > most:
+            return None
+        return {name: view.to("cpu", copy=True).contiguous() for name, view in held.items()}
+
+    def fill(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Put back what `held` gave."""
+        for name, tensor in tensors.items():
+            kind, _, layer = name.partition(".")
+            store = self._keys if kind == "keys" else self._values
+            if int(layer) not in store:
+                slots, heads, _, width = tensor.shape
+                shape = slots, heads, self.length, width
+                store[int(layer)] = tensor.new_zeros(shape, device=device)
+            store[int(layer)][:, :, : tensor.shape[2]] = tensor.to(store[int(layer)].device)
 
     def _write(self, store: dict[int, Tensor], new: Tensor, layer_idx: int) -> Tensor:
         block = store.get(layer_idx)

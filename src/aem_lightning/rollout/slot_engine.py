@@ -13,16 +13,18 @@ early update away.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
+from aem_lightning.rollout.finite import NotFiniteError
 from aem_lightning.rollout.sampling import allowed_tokens, draw, request_uniforms
 from aem_lightning.rollout.slot_model import SlotModel, waves
 from aem_lightning.rollout.slots import Job, Slot, common_prefix
@@ -74,14 +76,16 @@ class SlotEngine:
             ("prefilled", "reused", "forked", "tokens", "decode_steps", "evicted"), 0
         )
         self._model: SlotModel | None = None
-        self._clock = 0
-        self._slots: list[Slot] = []
+        self._clock = itertools.count(1)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._slots = [Slot() for _ in range(self.slots)]
         self._owner: dict[str, int] = {}
         self._waiting: dict[str, Job] = {}
         # Rows that are drawing, ascending, and the logits of their next token, [len(running), V].
         self._running: list[int] = []
         self._logits = torch.empty(0)
-        self._forget()
 
     def sync(self, policy: SyncablePolicy, version: int) -> None:
         """Take the policy's present weights, drop every cached key and value, free every slot.
@@ -100,7 +104,7 @@ class SlotEngine:
         if self._model is not None:
             # Nothing in the cache is read again: no slot has ids.
             model.inherit(self._model)
-        if model.graphs is None and self._wants_graphs(model.device):
+        if model.graphs is None and self.cuda_graphs != "off" and model.device.type == "cuda":
             model.graphs = DecodeGraphs(self.slots, self.max_length - 1)
         self._model = model
         self.version = version
@@ -122,7 +126,7 @@ class SlotEngine:
             busy.add(request.key)
         for request in requests:
             uniforms = request_uniforms(request.seed, request.sampling.max_new_tokens)
-            self._waiting[request.key] = Job(request, self._tick(), uniforms)
+            self._waiting[request.key] = Job(request, next(self._clock), uniforms)
 
     def poll(self, wait_all: bool = False, at_least: int = 1) -> list[Result]:
         """Run until a request has finished and return what has, in the order of submission.
@@ -138,7 +142,7 @@ class SlotEngine:
 
         Raises:
             RuntimeError: ``sync`` was never called.
-            ValueError: The model gave logits that are not finite.
+            NotFiniteError: The model gave logits that are not finite.
         """
         done: list[tuple[int, Result]] = []
         with self._policy().sampling_mode():
@@ -164,19 +168,20 @@ class SlotEngine:
         self._slots[row].key = None
         self._slots[row].job = None
 
-    def _wants_graphs(self, device: torch.device) -> bool:
-        return self.cuda_graphs != "off" and device.type == "cuda"
+    def state_dict(self, most: int) -> dict[str, Any] | None:
+        """What the cache holds; ``None`` above ``most`` bytes, or among unfinished requests."""
+        if self._model is None or self._waiting or self._running:
+            return None
+        slots = [[slot.key, slot.ids, slot.used] for slot in self._slots]
+        held = self._model.cache.held(max(len(slot.ids) for slot in self._slots), most)
+        return {"clock": next(self._clock), "slots": slots, "tensors": held} if held else None
 
-    def _forget(self) -> None:
-        self._slots = [Slot() for _ in range(self.slots)]
-        self._owner = {}
-        self._waiting = {}
-        self._running = []
-        self._logits = torch.empty(0)
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, bit by bit, as an engine of the same policy and settings left off."""
+        self._clock = itertools.count(state["clock"])
+        self._slots = [Slot(key, ids=list(ids), used=used) for key, ids, used in state["slots"]]
+        self._owner = {slot.key: row for row, slot in enumerate(self._slots) if slot.key}
+        self._policy().cache.fill(state["tensors"], self._policy().device)
 
     def _check_request(self, request: Request, busy: set[str | None]) -> None:
         prompt, new = len(request.prompt), request.sampling.max_new_tokens
@@ -334,10 +339,15 @@ class SlotEngine:
         done, stay = [], []
         for row, job, token, logprob, entropy in zip(self._running, jobs, *table, strict=True):
             if not math.isfinite(entropy):
-                raise ValueError(
+                raise NotFiniteError(
                     f"{job.request.key}: the policy's logits are not finite at token "
-                    f"{len(job.tokens)} of the response (entropy {entropy}): a weight has become "
-                    "NaN or infinite; lower optimizer.lr"
+                    f"{len(job.tokens)} of the response (entropy {entropy})",
+                    stage="rollout",
+                    tensor="logits",
+                    advice="a weight is NaN or infinite, or half precision overflows. To lower "
+                    "optimizer.lr=... helps where an update did it; a model that came so needs "
+                    "another policy.model=..., or policy.dtype=float32",
+                    kept={"input_ids": torch.tensor([[*job.request.prompt, *job.tokens]])},
                 )
             job.take(int(token), logprob, entropy)
             if reason := job.finish_reason():
@@ -353,7 +363,7 @@ class SlotEngine:
 
     def _finish(self, row: int, job: Job, reason: FinishReason) -> Result:
         self._slots[row].job = None
-        self._slots[row].used = self._tick()
+        self._slots[row].used = next(self._clock)
         return Result(
             key=job.request.key,
             tokens=job.tokens,

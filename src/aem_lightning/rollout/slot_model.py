@@ -23,13 +23,8 @@ _WAVE_TOKENS = 8192
 class SlotModel:
     """The forward pass of the ``hf`` engine: body and head of a causal LM over a slot cache.
 
-    Weights are used as they are, adapters unmerged.
-
-    Args:
-        causal_lm: A HF ``*ForCausalLM``, injected or wrapped by PEFT or neither.
-        slots: Rows of the cache.
-        max_length: Most tokens of a row.
-        bucket: Attention reads are rounded up to a multiple of it.
+    Weights are used as they are, adapters unmerged: of a HF ``*ForCausalLM``, injected or wrapped
+    by PEFT or neither. The numbers are `SlotEngine`'s.
 
     Raises:
         ValueError: The model's layers or head are of a kind that would be computed wrongly.
@@ -82,7 +77,9 @@ class SlotModel:
         """Evaluation mode without gradients; every submodule's own mode comes back afterwards."""
         training = [module for module in self.causal_lm.modules() if module.training]
         attention = self._config._attn_implementation
-        _register_attention()
+        from transformers import AttentionInterface  # heavy: only where a model is there anyway
+
+        AttentionInterface.register(_ATTENTION, _slot_attention)
         for module in training:
             module.training = False
         self._config._attn_implementation = _ATTENTION
@@ -102,15 +99,9 @@ class SlotModel:
     def forward(
         self, rows: Sequence[int], starts: Sequence[int], chunks: Sequence[list[int]]
     ) -> Tensor:
-        """Append a chunk of tokens to each row and return the logits after the last of each.
+        """Logits after the last token of the chunk that each row is appended, [b, V] float32.
 
-        Args:
-            rows: Cache rows, ascending.
-            starts: Tokens that each row holds.
-            chunks: What to append, at least one token a row.
-
-        Returns:
-            [b, V], float32.
+        The ``rows`` of the cache ascend and hold ``starts`` tokens; no chunk is empty.
         """
         counts = [len(chunk) for chunk in chunks]
         width = max(counts)
@@ -156,13 +147,9 @@ class SlotModel:
 
 
 def waves(lengths: dict[int, int]) -> list[list[int]]:
-    """Split rows into batches of similar length, so that their padding is bounded.
+    """Rows by ``lengths`` in batches of similar length, so that their padding is bounded.
 
-    Args:
-        lengths: Tokens of each row.
-
-    Returns:
-        The batches, longest first; the rows of each ascending.
+    The longest batch comes first; the rows of each ascend.
     """
     batches: list[list[int]] = []
     longest = total = 0
@@ -198,12 +185,6 @@ def _query_heads_per_key(config: Any) -> int:
     if not isinstance(keys, int):
         raise ValueError(f"engine=hf wants as many key-value heads in every layer, got {keys}")
     return int(config.num_attention_heads) // keys
-
-
-def _register_attention() -> None:
-    from transformers import AttentionInterface  # heavy: only where a model is there anyway
-
-    AttentionInterface.register(_ATTENTION, _slot_attention)
 
 
 def _slot_attention(

@@ -222,39 +222,30 @@ class VllmEngine:
                 self._local.connection = None
                 # An idle connection may have been closed by the server: try once with a new one.
                 if is_fresh or attempt or isinstance(error, TimeoutError):
-                    raise VllmError(self._unreachable(path, error)) from error
+                    raise VllmError(
+                        f"No vLLM server answered at {self.url}{path} "
+                        f"({type(error).__name__}: {error}).\n"
+                        f"  start one:      {self.serve_command()}\n"
+                        "  or another URL: engine.url=http://host:port\n"
+                        "  or without it:  engine=hf"
+                    ) from error
                 continue
             if answer.status != 200:
                 raise VllmError(self._refused(path, answer.status, text))
             return text
         raise AssertionError("both attempts return or raise")
 
-    def _unreachable(self, path: str, error: Exception) -> str:
-        return (
-            f"No vLLM server answered at {self.url}{path} ({type(error).__name__}: {error}).\n"
-            f"  start one:      {self.serve_command()}\n"
-            "  or another URL: engine.url=http://host:port\n"
-            "  or without it:  engine=hf"
-        )
-
     def _refused(self, path: str, status: int, text: str) -> str:
-        hint = ""
-        if "lora_adapter" in path:
-            hint = (
-                "\nAdapters are loaded at run time only by a server that was started so:\n  "
-                + self.serve_command()
-            )
+        hint = "\nAdapters are loaded at run time only by a server that was started so:\n  "
+        hint = hint + self.serve_command() if "lora_adapter" in path else ""
         return f"The vLLM server answered {status} to {path}: {text.strip()[:500]}{hint}"
 
 
 def completion_request(request: Request, model: str) -> dict[str, Any]:
     """The body for ``/v1/completions``: plain softmax sampling, ids in and ids out."""
-    sampling = request.sampling
-    limits: dict[str, Any] = {}
-    if request.constraint is not None:
-        limits["structured_outputs"] = request.constraint.structured_outputs()
+    sampling, bound = request.sampling, request.constraint
     return {
-        **limits,
+        **({"structured_outputs": bound.structured_outputs()} if bound is not None else {}),
         "model": model,
         "prompt": list(request.prompt),
         "max_tokens": sampling.max_new_tokens,
@@ -296,6 +287,8 @@ def completion_result(request: Request, text: str, version: int) -> Result:
             f"{request.key}: the vLLM server gave {len(tokens)} token ids and {len(logprobs)} "
             "log-probabilities; both are needed for every token. Use vLLM 0.10.2 or later."
         )
+    # Prompt tokens that the server found in its prefix cache, where it says so.
+    details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
     return Result(
         key=request.key,
         tokens=list(tokens),
@@ -303,11 +296,5 @@ def completion_result(request: Request, text: str, version: int) -> Result:
         entropies=None,
         finish_reason="stop" if tokens[-1] in request.sampling.stop_ids else "length",
         version=version,
-        reused=_cached_tokens(answer),
+        reused=int(details.get("cached_tokens") or 0),
     )
-
-
-def _cached_tokens(answer: Mapping[str, Any]) -> int:
-    """Prompt tokens that the server found in its prefix cache, where it says so."""
-    details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
-    return int(details.get("cached_tokens") or 0)

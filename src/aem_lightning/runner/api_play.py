@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from aem_lightning.callbacks import Meter
 from aem_lightning.datamodules import AgentDataModule
@@ -25,8 +24,6 @@ from aem_lightning.rollout import (
 )
 from aem_lightning.runner.episode_store import EpisodeStore
 from aem_lightning.types import EnvStep, ResetRequest, Trajectory
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,59 +122,34 @@ def play(
     def run(episode: Episode) -> Trajectory | None:
         try:
             endpoint.check_open()
-            trajectory, spent = player.play(episode, seat(episode))
+            seat = Seat(*tables[episode.group % len(tables)])
+            trajectory, spent = player.play(episode, seat)
         except StoppedError:
             return None
         if trajectory.infra_error is None:
             store.add(trajectory, spent)
         return trajectory
 
-    with (
-        _seats(datamodule, len(episodes)) as seat,
-        _threads(endpoint, concurrency) as threads,
-    ):
+    with contextlib.ExitStack() as stack:
+        # A seat for each episode, in as many processes as the DataModule has workers.
+        tables = []
+        for _ in range(min(datamodule.workers, len(episodes))):
+            pool = EnvPool(datamodule.env_factory(), workers=1, **datamodule.pool_settings)
+            tables.append((stack.enter_context(contextlib.closing(pool)), threading.Lock()))
+        # Threads are not waited for longer than their present request takes.
+        threads = ThreadPoolExecutor(concurrency, "episode")
+        stack.callback(threads.shutdown, cancel_futures=True)
+        stack.callback(endpoint.stop)
+        meter = stack.enter_context(Meter("evaluation", len(episodes)))
         futures = [threads.submit(run, episode) for episode in episodes]
+        played = []
         try:
-            played = [future.result() for future in _shown(futures)]
+            for future in as_completed(futures):
+                meter.add()
+                played.append(future.result())
         except EndpointError as error:
             raise EndpointError(
                 f"{error}\n{len(store.episodes)} finished episodes are kept in {store.path}: the "
                 "same command plays the rest."
             ) from None
     return [trajectory for trajectory in played if trajectory and trajectory.infra_error]
-
-
-@contextlib.contextmanager
-def _seats(datamodule: AgentDataModule, episodes: int) -> Iterator[Callable[[Episode], Seat]]:
-    """A seat for each episode, in as many processes as the DataModule has workers."""
-    tables = [
-        (
-            EnvPool(datamodule.env_factory(), workers=1, timeout_s=datamodule.timeout_s),
-            threading.Lock(),
-        )
-        for _ in range(min(datamodule.workers, episodes))
-    ]
-    try:
-        yield lambda episode: Seat(*tables[episode.group % len(tables)])
-    finally:
-        for pool, _ in tables:
-            pool.close()
-
-
-@contextlib.contextmanager
-def _threads(endpoint: Endpoint, concurrency: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that are not waited for longer than their present request takes."""
-    threads = ThreadPoolExecutor(concurrency, "episode")
-    try:
-        yield threads
-    finally:
-        endpoint.stop()
-        threads.shutdown(cancel_futures=True)
-
-
-def _shown(futures: Sequence[Future[T]]) -> Iterator[Future[T]]:
-    """The futures as they are done, counted where a person sees it."""
-    with Meter("evaluation", len(futures)) as meter:
-        for future in as_completed(futures):
-            meter.add()
-            yield future

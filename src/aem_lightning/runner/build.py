@@ -13,6 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,12 +26,14 @@ from aem_lightning.modules import (
     Architecture,
     Lora,
     Policy,
+    RolloutJournal,
     RolloutSettings,
     UpdateSettings,
     WarmStartSettings,
     check_dtype,
 )
 from aem_lightning.rollout import PromptEncoder
+from aem_lightning.runner.broken_batch import BrokenBatch
 from aem_lightning.runner.checks import refuse, unresolved
 from aem_lightning.runner.early import read_template
 from aem_lightning.runner.parts import check_classes, made
@@ -88,6 +92,7 @@ def build_datamodule(cfg: DictConfig) -> AgentDataModule:
     # A missing folder or an empty split must show before anything is loaded.
     for split in (datamodule.train_split, *datamodule.evaluation_splits):
         datamodule.tasks(split)
+    datamodule.iterations = cfg.get("iterations")
     return datamodule
 
 
@@ -178,6 +183,9 @@ def warm_start_data(cfg: DictConfig) -> dict[str, Any]:
         "evaluation_splits",
         "workers",
         "timeout_s",
+        "memory_gb",
+        "pass_environment",
+        "on_bad_answer",
         "seed",
         "cached_engine",
     )
@@ -219,9 +227,15 @@ def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) ->
     return agent
 
 
-def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """The Trainer, with callbacks and loggers; its epochs come from the number of iterations."""
+def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
+    """The Trainer, with callbacks and loggers; its epochs come from the number of iterations.
+
+    With ``start``, the iteration at which a run goes on, TensorBoard hides what an interrupted run
+    wrote for later ones into the same folder, and a table of that run is kept.
+    """
     trainer = _make_trainer(cfg)
+    for logger in trainer.loggers if start else ():
+        _go_on(logger, start)
     if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
         log.warning("No GPU was found: this run computes on the CPU")
     return trainer
@@ -229,18 +243,32 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
 
 def _make_trainer(cfg: DictConfig) -> L.Trainer:
     callbacks, loggers = _named("callbacks", cfg.callbacks), _named("logger", cfg.logger)
+    callbacks.append(BrokenBatch())
     if cfg.profile:
         callbacks.append(Profile())
-    epochs = cfg.iterations // cfg.iterations_per_epoch  # check_config: a whole number
+    if cfg.get("rollout_journal"):  # earlier checkpoints have no such key
+        callbacks.append(RolloutJournal())
     options = {
         "callbacks": callbacks,
         "logger": loggers,
         # Where none of them saves, Lightning would add a checkpoint of its own.
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
-        "max_epochs": epochs,
+        "max_epochs": -(-cfg.iterations // cfg.iterations_per_epoch),
+        # An epoch may be shorter than others: the last, and the first of a resumed run.
+        "reload_dataloaders_every_n_epochs": 1,
     }
     trainer: L.Trainer = made("trainer", cfg.trainer, **options)
     return trainer
+
+
+def _go_on(logger: Any, start: int) -> None:
+    """Let a logger of Lightning's go on at iteration ``start`` of the run in its folder."""
+    if isinstance(logger, TensorBoardLogger):
+        logger._kwargs["purge_step"] = start  # of the SummaryWriter, which is made at first use
+    elif isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        table = Path(logger.log_dir) / "metrics.csv"
+        if table.is_file():  # it would be deleted
+            table.rename(table.with_name(f"metrics_before_{start}.csv"))
 
 
 def _named(group: str, nodes: DictConfig | None) -> list[Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
+SWEEP = "multirun_"  # how configs/paths/default.yaml begins the name of a sweep's folder
 # What torch raises for half a file, for another kind of file, and what ours lack of a stranger's.
 UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, TypeError)
 
@@ -16,7 +20,8 @@ UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupErr
 def find_checkpoint(cfg: DictConfig, run: str | None) -> Path | None:
     """The checkpoint file of ``cfg.ckpt_path``.
 
-    ``last`` is the newest one of the runs named ``run``, or of all runs.
+    ``last`` is the newest one of the runs named ``run``, or of all runs; jobs of sweeps are runs.
+    A job of a sweep takes that of the same job, where the newest is one of an earlier sweep.
 
     Raises:
         FileNotFoundError: There is no such file, or no run has a checkpoint yet.
@@ -25,13 +30,13 @@ def find_checkpoint(cfg: DictConfig, run: str | None) -> Path | None:
         return None
     logs = Path(cfg.paths.log_dir)
     if cfg.ckpt_path == "last":
-        found = list(logs.glob(f"{run or '*'}/*/checkpoints/last.ckpt"))
+        found = _last_checkpoints(logs, run)
         if not found:
             raise FileNotFoundError(
                 f"ckpt_path=last: no run under {logs / (run or '*')} has a checkpoint yet. Start "
                 "one without ckpt_path, or give a file: ckpt_path=/path/to/last.ckpt"
             )
-        return max(found, key=lambda path: path.stat().st_mtime).absolute()
+        return found[-1].absolute()
     path = Path(cfg.ckpt_path).expanduser()
     if not os.path.isfile(path):  # no error where the name is longer than names can be
         raise FileNotFoundError(
@@ -39,6 +44,38 @@ def find_checkpoint(cfg: DictConfig, run: str | None) -> Path | None:
             f"{logs}/<name>/<time>/checkpoints/; ckpt_path=last takes the newest."
         )
     return path.absolute()
+
+
+def _last_checkpoints(logs: Path, run: str | None) -> list[Path]:
+    """Every ``last.ckpt`` that `find_checkpoint` may take, the newest at the end.
+
+    Raises:
+        FileNotFoundError: The newest is of a sweep that left nothing for this job of a sweep.
+    """
+    jobs = ("*", f"{SWEEP}*/**/*")  # a sweep's jobs may lie deeper: hydra.sweep.subdir
+    runs = ["**"] if run is None else [f"{glob.escape(run)}/{job}" for job in jobs]
+    names = [
+        name
+        for pattern in runs
+        for name in glob.glob(
+            f"{pattern}/checkpoints/last.ckpt", root_dir=logs, recursive=True, include_hidden=True
+        )
+    ]
+    found = sorted((logs / name for name in names), key=lambda path: (path.stat().st_mtime, path))
+    if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
+        return found
+    mine, job = Path(HydraConfig.get().sweep.dir).absolute(), HydraConfig.get().sweep.subdir
+    found = [path for path in found if not path.absolute().is_relative_to(mine)]
+    folders = found[-1].parents if found else ()
+    sweep = next((folder for folder in folders if folder.name.startswith(SWEEP)), None)
+    if sweep is not None:
+        found = [path for path in found if path.parents[1] == sweep / str(job)]
+        if not found:
+            raise FileNotFoundError(
+                f"ckpt_path=last: job {job} of the sweep in {sweep} has no checkpoint. Give a "
+                "file: ckpt_path=/path/to/last.ckpt"
+            )
+    return found
 
 
 def needed_checkpoint(cfg: DictConfig, run: str | None) -> Path:

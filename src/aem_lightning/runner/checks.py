@@ -66,9 +66,13 @@ class TrainOptions(RolloutSettings, UpdateSettings, PlayOptions):
     stage: Literal["train", "warm_start", "check"]
     ckpt_path: str | None
     profile: bool
+    preflight: Literal["auto", True, False, "only"] = "auto"
+    strict: bool = False
+    rollout_journal: bool = True
     evaluate: bool
     iterations: Count
     algorithm: str | None
+    fast: Group | None = None
     aem_scope: Literal["task", "trajectory", "batch", "anchor_state"] = "task"
     action: Literal["free", "constrained"]
     policy: PolicyOptions
@@ -141,6 +145,7 @@ _ELSEWHERE = {
     "limit_test_batches": "type evaluate=false, or datamodule.evaluation_splits=[...]",
     "limit_predict_batches": "nothing is predicted here: leave it out",
     "val_check_interval": "type iterations_per_epoch=..., after which validation comes",
+    "reload_dataloaders_every_n_epochs": "they are made anew each epoch here: leave it out",
     "barebones": "type callbacks=null logger=null",
     "callbacks": "type callbacks=..., or callbacks.<name>=null",
     "logger": "type logger=...",
@@ -154,12 +159,6 @@ def check_config(cfg: DictConfig) -> None:
     """Raise `ConfigError` with every problem of ``cfg`` that shows without building anything."""
     refuse(wrong_options(cfg, TrainOptions) + _trainer_problems(cfg.get("trainer")))
     problems = _combination_problems(cfg)
-    if cfg.iterations % cfg.iterations_per_epoch:
-        per_epoch = cfg.iterations_per_epoch
-        problems.append(
-            f"iterations={cfg.iterations} is no multiple of iterations_per_epoch={per_epoch}: type "
-            f"iterations={-(-cfg.iterations // per_epoch) * per_epoch}, or iterations_per_epoch=1"
-        )
     if cfg.max_context <= cfg.max_new_tokens:
         problems.append(
             f"max_context={cfg.max_context} leaves no room for a prompt beside "
@@ -318,6 +317,11 @@ def _combination_problems(cfg: DictConfig) -> list[str]:
         problems.append(
             "loss=kl_cov does nothing before the second optimizer step of an iteration, and "
             "update_epochs=1 num_minibatches=1 makes one: type num_minibatches=2"
+        )
+    if cfg.get("strict") and OmegaConf.select(cfg, "callbacks.learning") is None:
+        problems.append(
+            "strict=true ends a run by the verdict of callbacks.learning, which is left out: type "
+            "strict=false, or callbacks=default"
         )
     if cfg.group_size == 1 and cfg.collection_rounds != 1:
         problems.append(

@@ -60,14 +60,16 @@ def _mendable(error: Exception) -> str | None:
     if _is_full_disk(error):
         return (
             f"The disk is full: {error}. Free some room, or write to another disk: type "
-            "paths.root_dir=/other/disk. ckpt_path=last continues from the last completed epoch."
+            "paths.root_dir=/other/disk. ckpt_path=last goes on from the last checkpoint."
         )
     ours = [getattr(sys.modules[room], name) for room, name in OURS if room in sys.modules]
     mendable = (*MENDABLE, *ours)
     cause: BaseException = error
     while isinstance(cause, HydraException) and isinstance(cause.__cause__, mendable):
         cause = cause.__cause__  # hydra wraps what a constructor raised
-    return str(cause) if isinstance(cause, mendable) else None
+    if not isinstance(cause, mendable):
+        return None
+    return "\n".join([str(cause), *getattr(cause, "__notes__", ())])
 
 
 def _is_full_disk(error: BaseException) -> bool:
@@ -121,8 +123,6 @@ def quiet_libraries() -> None:
         # Inside Lightning and transformers, of their own older names.
         ".*isinstance.treespec, LeafSpec.*",
         ".*gradient_checkpointing.* is deprecated.*",
-        # A continued run has its own folder, and a test its checkpoints.
-        ".*The dirpath has changed from.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     # Devices found, tips of the day, and that training stopped at its last epoch.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -47,7 +48,8 @@ class Command:
     def answer(self, arguments: Sequence[str]) -> None:
         """End with help where it is asked for, and with what to type where that was wrong.
 
-        What is left to Hydra: ``--cfg``, ``--info``, and the jobs of ``--multirun``.
+        What is left to Hydra: ``--cfg`` and ``--info`` of a config that can be composed, and the
+        jobs of ``--multirun``, once each of their values has been tried.
         """
         parser = get_args_parser()
         flags, unknown = parser.parse_known_args(list(arguments))
@@ -59,15 +61,15 @@ class Command:
                 sys.exit(told)
             if secrets := typed_secrets(flags.overrides):
                 sys.exit("\n".join(without_secrets(secrets)))
-            if any(a.startswith("-") for a in arguments) and not flags.help:
-                return
-            composed = self._compose(flags.overrides)
-            if flags.help:
-                from aem_lightning.runner.help_page import show_help
+            for job in _jobs(flags.overrides) if flags.multirun else [flags.overrides]:
+                composed = self._compose(job)
+                if flags.help:
+                    from aem_lightning.runner.help_page import show_help
 
-                show_help(self, composed)
-                sys.exit(0)
-            self._check_early(composed)
+                    show_help(self, composed)
+                    sys.exit(0)
+                if not (flags.cfg or flags.info):  # which show what would be refused, too
+                    self._check_early(composed)
 
     def _compose(self, given: Sequence[str]) -> DictConfig:
         try:
@@ -103,3 +105,20 @@ class Command:
     def _check(self, cfg: DictConfig) -> None:
         refuse(without_secrets(secrets_in(cfg)))
         self.check(cfg)
+
+
+def _jobs(given: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of jobs in which each value of a sweep stands at least once."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(given))
+    except HydraException:
+        yield list(given)  # composing says what is wrong with it
+        return
+    values = [
+        [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
+        if each.is_sweep_override()
+        else [word]
+        for each, word in zip(parsed, given, strict=True)
+    ]
+    for number in range(max(map(len, values), default=1)):
+        yield [words[min(number, len(words) - 1)] for words in values]

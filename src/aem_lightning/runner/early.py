@@ -23,6 +23,7 @@ from aem_lightning.runner.checks import (
     refuse,
     wrong_options,
 )
+from aem_lightning.runner.folder import check_free
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -33,7 +34,16 @@ def check_training(cfg: DictConfig) -> None:
         FileNotFoundError: Files that are not there.
     """
     check_config(cfg)
+    if cfg.ckpt_path is not None and cfg.stage != "train":
+        refuse(
+            [
+                f"ckpt_path={cfg.ckpt_path} stage={cfg.stage}: only a training run goes on from a "
+                "checkpoint. Type one of them alone"
+            ]
+        )
     find_checkpoint(cfg, cfg.name)
+    if "hydra" in cfg:  # composed before the run: Hydra has not written into its folder yet
+        check_free(Path(cfg.hydra.run.dir))
     splits = _splits(cfg.datamodule.get("evaluation_splits"))
     finds: list[Callable[[], object]] = [partial(_find_data, cfg.datamodule, splits)]
     if cfg.stage != "check":  # which has no policy

@@ -20,10 +20,8 @@ from aem_lightning.types import Task, Trajectory
 class EpisodeStore:
     """Finished episodes in a file of transcripts, each under its key; many threads may add.
 
-    Args:
-        path: The file; it may hold episodes of other runs.
-        tasks: The tasks of this run by their keys.
-        label: What every record says of the run.
+    The file may hold episodes of other runs; ``tasks`` are this run's by their keys, and every
+    record says ``label`` of it.
 
     Attributes:
         episodes: The finished episodes of this run's tasks.

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from aem_lightning.runner.build import (
 from aem_lightning.runner.checkpoints import needed_checkpoint, read_checkpoint
 from aem_lightning.runner.checks import TrainOptions, refuse, wrong_options
 from aem_lightning.runner.early import check_evaluation
+from aem_lightning.runner.folder import held
 from aem_lightning.runner.report import (
     game_hashes,
     results_of,
@@ -36,9 +37,10 @@ from aem_lightning.runner.report import (
 )
 from aem_lightning.runner.summary import percent
 from aem_lightning.runner.trust import check_trusted, literal
-from aem_lightning.types import Trajectory
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PROGRESS = {"progress": {"_target_": "aem_lightning.callbacks.Progress"}}
 
@@ -89,7 +91,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     check_evaluation(cfg)
     if cfg.get("policy") == "api":
         return evaluate_api(cfg)
-    with restored(cfg) as agent:
+    with held(Path(cfg.paths.output_dir)), restored(cfg) as agent:
         trainer = build_trainer(agent.config)
         results = play_all(trainer, agent.module, agent.datamodule)
         iteration = agent.module.iteration
@@ -118,7 +120,7 @@ def play_all(
     """
     module.tested = []
     trainer.test(module, datamodule=datamodule, verbose=False)
-    module.tested = _from_all_ranks(module.tested)
+    module.tested = from_all_ranks(module.tested)
     results = results_of(module.tested, datamodule.evaluation_splits)
     if trainer.is_global_zero:
         success = " ".join(percent(results["success"]).split())
@@ -126,12 +128,13 @@ def play_all(
     return results
 
 
-def _from_all_ranks(trajectories: list[Trajectory]) -> list[Trajectory]:
+def from_all_ranks(mine: list[T]) -> list[T]:
+    """The entries of all ranks, one rank after the other."""
     if not (dist.is_available() and dist.is_initialized()):
-        return trajectories
-    gathered: list[list[Trajectory]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, trajectories)
-    return [trajectory for part in gathered for trajectory in part]
+        return mine
+    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, mine)
+    return [entry for part in gathered for entry in part]
 
 
 def checked_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.runner.trust import typed_again
+
+CHECKOUT = Path(__file__).parents[3]
+# What belongs to one run alone, and not to the one that goes on from it.
+OF_ONE_RUN = ("ckpt_path", "paths.output_dir", "stage")
 
 
 def command(*words: str) -> str:
@@ -28,27 +39,114 @@ def command(*words: str) -> str:
     return shlex.join([str(name), *words])
 
 
+def override(key: str, value: Any) -> str:
+    """``key=value`` as Hydra's grammar takes it, whatever characters the value holds."""
+    if isinstance(value, str):  # what looks like an interpolation is none
+        value = re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", value)
+    return f"{key}={_written(value)}"
+
+
 def after_training(cfg: DictConfig, checkpoint: Path) -> list[str]:
     """The evaluation of ``checkpoint``, and the curves."""
     root, data = str(cfg.paths.root_dir), str(cfg.paths.data_dir)
-    places = [] if root == os.environ.get("AEM_LIGHTNING_ROOT", ".") else [f"paths.root_dir={root}"]
+    usual = root == os.environ.get("AEM_LIGHTNING_ROOT", ".")
+    words = [] if usual else [override("paths.root_dir", root)]
     if data != f"{root}/data":  # else it would make the warm start again
-        places.append(f"paths.data_dir={data}")
+        words.append(override("paths.data_dir", data))
+    if cfg.seed != 0:  # an evaluation's own: with it, the summary's figure comes out again
+        words.append(override("seed", cfg.seed))
     return [
-        command(_script("eval.py"), *places, *typed_again(cfg), f"ckpt_path={checkpoint}"),
+        command(
+            _script("eval.py"),
+            *words,
+            *typed_again(cfg),
+            override("ckpt_path", str(checkpoint)),
+        ),
         command("-m", "tensorboard.main", "--logdir", str(Path(cfg.paths.log_dir))),
     ]
 
 
-def after_warm_start(model: Path) -> list[str]:
-    """The run that goes on from ``model``: the overrides of this one, without its stage."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-    kept = [word for word in given if not word.startswith(("stage=", "policy.model="))]
-    words = [word.replace("alfworld_warm_start", "alfworld_aem") for word in kept]
-    return [command(_script("train.py"), *words, f"policy.model={model}")]
+def after_warm_start(model: Path, cfg: DictConfig | None = None) -> list[str]:
+    """The run that goes on from ``model``: the overrides of this one (``cfg``), without a stage."""
+    given = [] if cfg is None else overrides_of(cfg)
+    words = _without(given, (*OF_ONE_RUN, "policy.model"))
+    stage_of_its_own = "experiment=alfworld_warm_start"
+    words = ["experiment=alfworld_aem" if word == stage_of_its_own else word for word in words]
+    return [command(_script("train.py"), *words, override("policy.model", str(model)))]
+
+
+def to_continue(cfg: DictConfig, checkpoint: Path) -> str:
+    """The command that goes on from ``checkpoint`` with the overrides of this run."""
+    words = _without(overrides_of(cfg), OF_ONE_RUN)
+    return command(_script("train.py"), *words, override("ckpt_path", str(checkpoint)))
+
+
+def overrides_of(cfg: DictConfig) -> list[str]:
+    """The overrides that make ``cfg`` of ``configs/train.yaml``.
+
+    Those that were typed; for a config from Python, whatever differs from one without any.
+    """
+    if HydraConfig.initialized() and HydraConfig.get().job.config_name == "train":
+        given = HydraConfig.get().overrides
+        places = [word for word in given.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
+        return [*places, *given.task]
+    configs = CHECKOUT / "configs"
+    if not configs.is_dir():
+        return []
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        base = compose("train")
+    plain: list[Any] = [OmegaConf.to_container(each, resolve=False) for each in (base, cfg)]
+    return list(_changes(*plain))
+
+
+def _changes(base: Any, wanted: Any, prefix: str = "") -> Iterable[str]:
+    """The overrides that turn the plain ``base`` into ``wanted``."""
+    yield from (f"~{key}" for key in base if key not in wanted)
+    for key, value in wanted.items():
+        name, is_node = f"{prefix}{key}", isinstance(value, dict)
+        if key not in base:
+            yield f"+{name}={_written(value)}"
+        elif is_node and isinstance(base[key], dict) and not _lacks(value, base[key]):
+            yield from _changes(base[key], value, f"{name}.")
+        elif is_node and not prefix:  # another option of the group; Hydra deletes no null inside
+            yield from (f"~{name}", f"+{name}={_written(value)}")
+        elif value != base[key]:
+            yield f"{name}={_written(value)}"
+
+
+def _lacks(node: dict[Any, Any], base: dict[Any, Any]) -> bool:
+    """Whether ``base`` has a key, at any depth, that ``node`` has not."""
+    return any(
+        key not in node
+        or (isinstance(value, dict) and isinstance(node[key], dict) and _lacks(node[key], value))
+        for key, value in base.items()
+    )
+
+
+def _without(words: Sequence[str], keys: Sequence[str]) -> list[str]:
+    return [word for word in words if word.lstrip("+~").partition("=")[0] not in keys]
+
+
+def _written(value: Any, inside: bool = False) -> str:
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_written(value[key], inside=True)}' for key in value)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_written(item, inside=True) for item in value)}]"
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower()
+    bare = not inside and _is_bare(value)
+    return value if bare else QuotedString(value, Quote.single).with_quotes()
+
+
+def _is_bare(text: str) -> bool:
+    """Whether Hydra reads ``text`` as itself without quotes."""
+    try:
+        return bool(OverridesParser.create().parse_override(f"key={text}").value() == text)
+    except (HydraException, ValueError):
+        return False
 
 
 def _script(name: str) -> str:
-    """The script ``name``, which lies beside the one that runs."""
-    beside = Path(sys.argv[0]).with_name(name)
-    return str(beside) if beside.is_file() else name
+    """The script ``name``: beside the one that runs, or that of this folder or this checkout."""
+    places = (Path(sys.argv[0]).with_name(name), Path(name), CHECKOUT / name)
+    return str(next((place for place in places if place.is_file()), name))

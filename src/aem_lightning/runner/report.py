@@ -19,11 +19,21 @@ log = logging.getLogger(__name__)
 
 
 def results_of(played: Sequence[Trajectory], splits: Iterable[str]) -> dict[str, Any]:
-    """Success over all episodes together and for each split, and every episode's outcome."""
+    """Success over all episodes together and for each split, and every episode's outcome.
+
+    A split whose every episode broke is left out.
+
+    Raises:
+        NothingToJudgeError: Every episode broke.
+    """
     parts = {split: [t for t in played if t.task.split == split] for split in splits}
     return {
         "success": success_summary(played),
-        "by_split": {split: success_summary(part) for split, part in parts.items() if part},
+        "by_split": {
+            split: success_summary(part)
+            for split, part in parts.items()
+            if not all(trajectory.infra_error for trajectory in part)
+        },
         "episodes": list(map(_outcome, sorted(played, key=lambda t: (t.task.split, t.task.id)))),
     }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 SUMMARY = "summary.json"
+BAD_PREFLIGHT, LEARNT_NOTHING = 3, 4  # exit statuses
 
 
 class StageClock:
@@ -30,6 +32,20 @@ class StageClock:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def learning_verdict(callbacks: Iterable[Any]) -> dict[str, Any] | None:
+    """Why a run learnt nothing, as its `LearningWatch` found; ``None`` where it did learn."""
+    verdicts = (getattr(callback, "verdict", None) for callback in callbacks)
+    return next((asdict(verdict) for verdict in verdicts if verdict is not None), None)
+
+
+def exit_status(cfg: Mapping[str, Any], summary: Mapping[str, Any]) -> int:
+    """What a command ends with: 3 for a bad ``preflight=only``, 4 for a verdict under strict."""
+    checked = summary.get("preflight")
+    if cfg.get("preflight") == "only" and checked is not None and checked["verdict"]["bad"]:
+        return BAD_PREFLIGHT
+    return LEARNT_NOTHING if cfg.get("strict") and summary.get("verdict") else 0
 
 
 def percent(result: Mapping[str, Any]) -> str:
@@ -68,7 +84,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
     console = Console()
     console.print(table)
     for name, path in summary["paths"].items():
-        console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+        console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
     for line in summary["next"]:
         console.print("next:", Text(line, "bold"), soft_wrap=True, highlight=False)
     return target

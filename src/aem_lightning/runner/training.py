@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.envs import check_env
+from aem_lightning.metrics import NothingToJudgeError
+from aem_lightning.modules import AgentModule
 from aem_lightning.runner.build import (
     build_agent,
     build_datamodule,
@@ -23,14 +25,15 @@ from aem_lightning.runner.build import (
 )
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
-from aem_lightning.runner.evaluation import play_all
-from aem_lightning.runner.next_steps import after_training, after_warm_start
-from aem_lightning.runner.summary import StageClock, write_summary
+from aem_lightning.runner.evaluation import from_all_ranks, play_all
+from aem_lightning.runner.folder import held
+from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
+from aem_lightning.runner.preflight import preflight
+from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
+from aem_lightning.runner.summary import StageClock, learning_verdict, write_summary
 from aem_lightning.runner.trust import remember
 
 log = logging.getLogger(__name__)
-
-BEFORE = "success_before.json"
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -38,62 +41,85 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     check_training(cfg)
     check_parts(cfg)
     remember(cfg)
-    checkpoint = find_checkpoint(cfg, cfg.name)
-    before = _before(checkpoint)  # now: a broken file must show before anything is made
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    clock = StageClock()
-    with clock("tasks"):
-        datamodule = build_datamodule(cfg)
-    try:
-        if cfg.stage == "check":
-            return check_only(cfg, datamodule)
-        if cfg.stage == "warm_start":
-            return warm_start_only(cfg, datamodule, clock)
-        return reinforce(cfg, datamodule, clock, checkpoint, before)
-    finally:
-        datamodule.close()
+    with held(Path(cfg.paths.output_dir)):
+        checkpoint = find_checkpoint(cfg, cfg.name)
+        # Now: a broken file must show before anything is made.
+        earlier = None if checkpoint is None else earlier_run(cfg, checkpoint)
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        clock = StageClock()
+        with clock("tasks"):
+            datamodule = build_datamodule(cfg)
+        try:
+            if cfg.stage == "check":
+                return check_only(cfg, datamodule)
+            if cfg.stage == "warm_start":
+                return warm_start_only(cfg, datamodule, clock)
+            return reinforce(cfg, datamodule, clock, earlier)
+        finally:
+            datamodule.close()
 
 
 def reinforce(
-    cfg: DictConfig,
-    datamodule: AgentDataModule,
-    clock: StageClock,
-    checkpoint: Path | None,
-    known: dict[str, Any] | None,
+    cfg: DictConfig, datamodule: AgentDataModule, clock: StageClock, earlier: Earlier | None
 ) -> dict[str, Any]:
-    """The reinforcement stage, between two evaluations; ``known`` is the first, once made."""
+    """The reinforcement stage, between two evaluations; ``earlier`` is the run it goes on from."""
     output = Path(cfg.paths.output_dir)
     with clock("warm_start"):
         policy, _ = build_policy(cfg, datamodule)
     module = build_agent(cfg, policy, datamodule)
-    trainer = build_trainer(cfg)
+    trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
+    checkpoint = earlier.checkpoint if earlier else None
+    checked = preflight(cfg, trainer, module, datamodule, checkpoint)
+    if cfg.preflight == "only":
+        return {"name": cfg.name, "preflight": checked}
     before = after = None
     if cfg.evaluate:
         with clock("evaluation_before"):
-            before = known or play_all(trainer, module, datamodule)["success"]
+            known = earlier.before if earlier else None
+            before = known or _success(trainer, module, datamodule)
         (output / BEFORE).write_text(json.dumps(before, indent=2), encoding="utf-8")
     with clock("training"):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     last = output / "checkpoints" / "last.ckpt"
-    if not trainer.strategy.broadcast(last.exists()):
-        # Lightning's callback saves nothing before the first update.
+    if trainer.strategy.broadcast(not _is_of(last, module.iteration)):
+        # Lightning's callback saves nothing where there was no update since the one before.
         trainer.save_checkpoint(last, weights_only=False)
-    if cfg.evaluate:
+    next_steps = after_training(cfg, last)
+    if module.iteration < cfg.iterations:
+        next_steps.insert(0, to_continue(cfg, last))
+        log.warning("Stopped after iteration %d of %d", module.iteration, cfg.iterations)
+    verdict = learning_verdict(trainer.callbacks)  # type: ignore[attr-defined]
+    if cfg.evaluate and not (cfg.strict and verdict):
         with clock("evaluation_after"):
-            after = play_all(trainer, module, datamodule)["success"]
+            after = _success(trainer, module, datamodule)
     summary = {
         "name": cfg.name,
         "iterations": module.iteration,
         "seed": cfg.seed,
         "success_before": before,
         "success_after": after,
+        "verdict": verdict,
+        "preflight": checked and checked["verdict"],
+        "quarantine": dict(from_all_ranks([*getattr(datamodule.pool, "quarantine", {}).items()])),
         "seconds": clock.seconds,
         "paths": {"run": str(output), "checkpoint": str(last), "adapter": str(output / "adapter")},
-        "next": after_training(cfg, last),
+        "next": next_steps,
     }
     if trainer.is_global_zero:
         write_summary(output, summary)
     return summary
+
+
+def _success(
+    trainer: L.Trainer, module: AgentModule, datamodule: AgentDataModule
+) -> dict[str, Any] | None:
+    """Success over the evaluation; ``None``, and the run goes on, where every episode broke."""
+    try:
+        success: dict[str, Any] = play_all(trainer, module, datamodule)["success"]
+    except NothingToJudgeError as error:
+        log.warning("%s", error)
+        return None
+    return success
 
 
 def warm_start_only(
@@ -111,7 +137,7 @@ def warm_start_only(
         "warm_start": dict(done.report),
         "seconds": clock.seconds,
         "paths": {"run": cfg.paths.output_dir, "model": str(done.folder)},
-        "next": after_warm_start(done.folder),
+        "next": after_warm_start(done.folder, cfg),
     }
     write_summary(Path(cfg.paths.output_dir), summary)
     return summary
@@ -129,13 +155,8 @@ def check_only(cfg: DictConfig, datamodule: AgentDataModule) -> dict[str, Any]:
     return {"name": cfg.name, "checked": name}
 
 
-def _before(checkpoint: Path | None) -> dict[str, Any] | None:
-    """The first evaluation of the run that ``checkpoint`` continues: it is not played again."""
-    if checkpoint is None:
-        return None
-    stored = read_checkpoint(checkpoint)
-    earlier = Path(stored["aem_lightning"]["config"]["paths"]["output_dir"]) / BEFORE
-    if not earlier.is_file():
-        return None
-    found: dict[str, Any] = json.loads(earlier.read_text(encoding="utf-8"))
-    return found
+def _is_of(checkpoint: Path, iteration: int) -> bool:
+    """Whether the file is there, and was written after that many iterations."""
+    if not checkpoint.exists():
+        return False
+    return bool(read_checkpoint(checkpoint)["aem_lightning"]["iteration"] == iteration)

@@ -74,7 +74,7 @@ def play_demonstrations(
     encoder: PromptEncoder,
     settings: WarmStartSettings,
     rewards: RewardShaping,
-    limits: Mapping[str, int],
+    limits: Mapping[str, Any],
 ) -> tuple[list[Trajectory], set[tuple[str, int]]]:
     """Won expert episodes on training tasks, and which of their turns are slips.
 

@@ -80,7 +80,7 @@ def chosen(records: Sequence[Record], wish: Wish) -> dict[int, Record]:
             "iteration": {record.get("iteration") for record in records},
         }
         listed = "\n".join(
-            f"  --{name}: {', '.join(sorted(map(str, values), key=_natural))}"
+            f"  --{name}: {', '.join(map(str, sorted(values, key=lambda v: (str(type(v)), v))))}"
             for name, values in there.items()
         )
         raise ValueError(f"None of {len(records)} episodes is wanted. There are:\n{listed}")
@@ -117,7 +117,3 @@ def _record(line: str, place: str) -> Record:
             f"{place}: no episode: each line is a JSON object with {', '.join(_NEEDED)}"
         )
     return record
-
-
-def _natural(text: str) -> tuple[int, str]:
-    return (int(text) if text.isdecimal() else -1, text)

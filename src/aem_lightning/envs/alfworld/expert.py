@@ -50,15 +50,14 @@ class SearchingExpert:
         self._chosen: str | None = None  # the receptacle of the destination's class that it fills
 
     def act(self, observation: str, admissible: Sequence[str]) -> str:
-        """The action that answers ``observation``.
-
-        Args:
-            observation: What the environment showed last.
-            admissible: What it accepts now.
-        """
+        """The action that answers ``observation``, of those that are accepted now."""
         self._read(observation)
         allowed = frozenset(admissible)
-        self._plan_search(admissible)
+        if not self._order:
+            places = sorted(a.removeprefix("go to ") for a in admissible if a.startswith("go to "))
+            self._order = sorted(
+                places, key=lambda place: self._rng.random() + RELUCTANCE.get(_kind(place), 0.0)
+            )
         action = self._with_full_hand(allowed) if self._held else self._with_empty_hand(allowed)
         return action if action in allowed else "look"
 
@@ -83,13 +82,6 @@ class SearchingExpert:
     def _change(self, place: str, *, with_: str = "", without: str = "") -> None:
         kept = [thing for thing in self._contents.get(place, ()) if thing != without]
         self._contents[place] = (*kept, with_) if with_ else tuple(kept)
-
-    def _plan_search(self, admissible: Sequence[str]) -> None:
-        if not self._order:
-            places = sorted(a.removeprefix("go to ") for a in admissible if a.startswith("go to "))
-            self._order = sorted(
-                places, key=lambda place: self._rng.random() + RELUCTANCE.get(_kind(place), 0.0)
-            )
 
     def _with_empty_hand(self, allowed: frozenset[str]) -> str:
         """Take the target where it is known to be, else search on."""

@@ -132,18 +132,15 @@ def generate_games(
         return found
     load_kit()
     root.mkdir(parents=True, exist_ok=True)
-    _remove_stale(root)
-    partial_root = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
-    partial_root.chmod(0o755)
-    try:
-        count = sum(sizes.values())
-        logger.info("Making %d games in %s: each is played to its end", count, games)
-        started = time.monotonic()
-        _fill(partial_root, recipe, workers)
-        _publish(partial_root, root)
-        logger.info("Games made in %s, in %.1f s", games, time.monotonic() - started)
-    finally:
-        shutil.rmtree(partial_root, ignore_errors=True)
+    for left in root.glob(".partial-*"):  # what a killed process has left behind
+        if time.time() - left.stat().st_mtime > STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
+    logger.info("Making %d games in %s: each is played to its end", sum(sizes.values()), games)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as folder:
+        _fill(Path(folder), recipe, workers)
+        _publish(Path(folder), root)
+    logger.info("Games made in %s, in %.1f s", games, time.monotonic() - started)
     found = _finished(games, recipe)
     if found is None:
         raise OSError(f"{games} was changed by someone else while games were made there; try again")
@@ -189,13 +186,6 @@ def _publish(partial_root: Path, root: Path) -> None:
                 raise
 
 
-def _remove_stale(root: Path) -> None:
-    """Remove what a killed process has left behind."""
-    for left in root.glob(".partial-*"):
-        if time.time() - left.stat().st_mtime > STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
-
-
 def _fill(root: Path, recipe: _Recipe, workers: int) -> None:
     """Write and verify all games and the manifest under ``root``."""
     kit = load_kit()
@@ -222,11 +212,8 @@ def _fill(root: Path, recipe: _Recipe, workers: int) -> None:
                 plans[slot] = planner.next_plan(*slot)
             rejected += len(failed)
             waiting = {slot: plans[slot] for slot in failed}
-    names = [
-        _name(split, plans[split, index])
-        for split in SPLITS
-        for index in range(recipe.sizes.get(split, 0))
-    ]
+    ordered = sorted(plans, key=lambda slot: (SPLITS.index(slot[0]), slot[1]))
+    names = [_name(slot[0], plans[slot]) for slot in ordered]
     manifest = {"parameters": recipe.describe(), "rejected": rejected, "games": names}
     path = root / "json_2.1.1" / MANIFEST
     path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -20,25 +20,21 @@ SEGMENT = "<I4xQ16xQ16x"  # its kind, its place in the file, its length there
 LOADED = 1  # PT_LOAD
 
 
-def use_trimmed_library() -> bool:
+def use_trimmed_library() -> None:
     """Make engines of this process copy a trimmed library; where that fails, they copy all.
 
     The trimmed file has no name in any folder, so nothing is left behind, however the process ends.
-
-    Returns:
-        Whether it is in place.
     """
     interface = import_optional("fast_downward.interface")
     if not hasattr(os, "memfd_create"):
-        return False
+        return
     trimmed = trim(Path(interface.DOWNWARD_LIB_PATH).read_bytes())
     if trimmed is None:
         logger.info("%s has a layout that is not trimmed", interface.DOWNWARD_LIB_PATH)
-        return False
+        return
     with os.fdopen(os.memfd_create("libdownward"), "wb", closefd=False) as file:
         file.write(trimmed)
         interface.DOWNWARD_LIB_PATH = f"/proc/self/fd/{file.fileno()}"
-    return True
 
 
 def trim(library: bytes) -> bytes | None:

@@ -147,10 +147,6 @@ class SweEnv:
     for the test runner. A sandbox that breaks ends the episode as truncated, with ``infra_error``.
     The seed changes nothing.
 
-    Args:
-        instances: What can be played.
-        settings: How.
-
     Raises:
         RuntimeError: No sandbox works here.
     """
@@ -320,10 +316,9 @@ class _Engine:
         return spoken(statement.strip().partition("\n")[0])  # the title
 
     def _info(self, **more: Any) -> dict[str, Any]:
-        words = self._settings.dialect == "words"
         info: dict[str, Any] = {
             "task_id": self._instance.instance_id,
-            "goal": self._observation() if words else self._instance.problem_statement,
+            "goal": self._observation(),
             # Calls in XML cannot be listed.
             "admissible_actions": self._words.admissible if self._words else (),
             "is_action_valid": True,

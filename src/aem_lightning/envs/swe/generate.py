@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import random
-import shutil
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -115,17 +113,16 @@ def generate_instances(
 def _place(out: Path, found: Sequence[Tried], manifest: dict[str, Any], file_format: str) -> None:
     """Write beside the target, then rename; the sizes of the splits join the manifest."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+        beside = Path(folder) / out.name
+        beside.mkdir()
         manifest["sizes"] = _write(beside, found, file_format)
         _write_json(beside / MANIFEST, manifest)
-        beside.chmod(0o755)
-        os.rename(beside, out)
-    except OSError:
-        if not (out / MANIFEST).is_file():  # else another process was quicker, with the same
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            beside.rename(out)
+        except OSError:
+            if not (out / MANIFEST).is_file():  # else another process was quicker, with the same
+                raise
 
 
 def candidates(seed: int) -> list[Candidate]:
@@ -256,18 +253,14 @@ def _write(folder: Path, found: Sequence[Tried], file_format: str) -> dict[str, 
     for split, rows in splits.items():
         for row in rows:
             row["base_commit"] = commits[row["instance_id"]]
-        _write_rows(folder / f"{split}.{file_format}", rows)
+        path = folder / f"{split}.{file_format}"
+        if file_format == "json":
+            _write_json(path, rows)
+        else:
+            import datasets  # it takes a second, which most callers need not spend
+
+            datasets.Dataset.from_list(rows).to_parquet(str(path))
     return {split: len(rows) for split, rows in splits.items()}
-
-
-def _write_rows(path: Path, rows: list[Row]) -> None:
-    if path.suffix == ".json":
-        _write_json(path, rows)
-        return
-    # Imported here: it takes a second, which most callers need not spend.
-    import datasets
-
-    datasets.Dataset.from_list(rows).to_parquet(str(path))
 
 
 def _write_json(path: Path, content: Any) -> None:

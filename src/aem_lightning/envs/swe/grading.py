@@ -240,14 +240,12 @@ def without_tests(diff: str, tests: str = "", left_out: re.Pattern[str] | None =
     except DiffError:
         return ""
     theirs = _paths(tests)
+    patterns = (TEST_PATH, left_out) if left_out else (TEST_PATH,)
 
     def is_left_out(path: str) -> bool:
-        ours = left_out is not None and left_out.search(path)
-        return path in theirs or bool(ours or TEST_PATH.search(path))
+        return path in theirs or any(pattern.search(path) for pattern in patterns)
 
-    return text_of(
-        part for part in parts if part.complete and not any(map(is_left_out, part.paths))
-    )
+    return text_of(p for p in parts if p.complete and not any(map(is_left_out, p.paths)))
 
 
 def tampering(diff: str) -> tuple[str, ...]:

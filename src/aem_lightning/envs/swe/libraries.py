@@ -18,13 +18,7 @@ TEST_FILE = "tests/test_core.py"
 
 @dataclass(frozen=True)
 class Library:
-    """A package of one module.
-
-    Attributes:
-        name: Of the package.
-        core: Its source.
-        tests: Its tests.
-    """
+    """A package of one module: its name, and the source of the module and of its tests."""
 
     name: str
     core: str

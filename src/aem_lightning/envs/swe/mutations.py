@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
-COMPARISONS: Mapping[type[ast.cmpop], tuple[str, str]] = {
+OPERATORS: Mapping[type[ast.AST], tuple[str, str]] = {
     ast.Lt: ("<", "<="),
     ast.LtE: ("<=", "<"),
     ast.Gt: (">", ">="),
     ast.GtE: (">=", ">"),
     ast.Eq: ("==", "!="),
     ast.NotEq: ("!=", "=="),
-}
-ARITHMETIC: Mapping[type[ast.operator], tuple[str, str]] = {
     ast.Add: ("+", "-"),
     ast.Sub: ("-", "+"),
     ast.Mult: ("*", "+"),
@@ -99,13 +97,13 @@ def _place(node: ast.AST) -> tuple[int, int]:
 
 def _replacements(node: ast.AST, text: _Text) -> Iterator[tuple[int, int, str, str]]:
     """Ranges of the source, a token inside, and what to put in its place."""
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARISONS:
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OPERATORS:
         span = text.end(node.left), text.start(node.comparators[0])
-        yield *span, *COMPARISONS[type(node.ops[0])]
-    elif isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        yield text.end(node.left), text.start(node.right), *ARITHMETIC[type(node.op)]
+        yield *span, *OPERATORS[type(node.ops[0])]
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        yield text.end(node.left), text.start(node.right), *OPERATORS[type(node.op)]
     elif isinstance(node, ast.AugAssign) and type(node.op) in (ast.Add, ast.Sub):
-        old, new = ARITHMETIC[type(node.op)]
+        old, new = OPERATORS[type(node.op)]
         yield text.end(node.target), text.start(node.value), f"{old}=", f"{new}="
     elif isinstance(node, ast.BoolOp):
         pair = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")

@@ -115,11 +115,8 @@ def check_official(instances: Iterable[Instance]) -> None:
         MissingExtraError: `swebench` is not installed, and one of them needs it.
         ValueError: `swebench` does not know a version.
     """
-    found = [instance for instance in instances if is_official(instance)]
-    harness = load_harness() if found else None
-    for instance in found:
-        assert harness is not None
-        eval_script(instance, harness)
+    for instance in filter(is_official, instances):
+        eval_script(instance, load_harness())
 
 
 def eval_script(instance: Instance, harness: Harness) -> str:

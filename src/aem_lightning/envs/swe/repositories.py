@@ -18,8 +18,7 @@ DATE = "1577836800 +0000"
 class Repositories:
     """Clones in a folder, as ``owner__name.git``, ``owner__name`` or ``owner/name``.
 
-    Args:
-        root: The folder; None where every instance has an image.
+    Without the folder every instance needs an image.
     """
 
     def __init__(self, root: str | Path | None) -> None:

@@ -266,11 +266,8 @@ def definitions(source: str) -> list[tuple[str, int, int]]:
 
 
 TOOLS = {
-    function.__name__: function
-    for function in (
-        *(view, symbol, symbols, create, str_replace, insert),
-        *(swap, undo_edit, search),
-    )
+    f.__name__: f
+    for f in (view, symbol, symbols, create, str_replace, insert, swap, undo_edit, search)
 }
 
 

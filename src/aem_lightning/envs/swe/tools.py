@@ -80,7 +80,12 @@ def parse_call(action: str) -> Call:
     if name in SHORT:
         name, arguments["command"] = "file_editor", SHORT[name]
     if name == "file_editor":
-        return _editor_call(arguments)
+        command = arguments.pop("command", "").strip()
+        if command not in EDITOR_COMMANDS:
+            raise CallError(f"command={command!r}; allowed: {', '.join(EDITOR_COMMANDS)}.")
+        call = _checked(command, arguments, *EDITOR_COMMANDS[command])
+        kept = {key: value for key, value in call.arguments.items() if key != "concise"}
+        return Call(command, kept | {"path": kept["path"].strip()})
     if name == "search":
         return _checked("search", arguments, ("search_term",), ("path",))
     if name == "execute_bash":
@@ -136,15 +141,6 @@ def write_call(name: str, **arguments: str) -> str:
         edge = "\n" if "\n" in value else ""
         lines.append(f"<parameter={key}>{edge}{value}{edge}</parameter>")
     return "\n".join([f"<function={name}>", *lines, "</function>"])
-
-
-def _editor_call(arguments: dict[str, str]) -> Call:
-    command = arguments.pop("command", "").strip()
-    if command not in EDITOR_COMMANDS:
-        raise CallError(f"command={command!r}; allowed: {', '.join(EDITOR_COMMANDS)}.")
-    call = _checked(command, arguments, *EDITOR_COMMANDS[command])
-    kept = {key: value for key, value in call.arguments.items() if key != "concise"}
-    return Call(command, kept | {"path": kept["path"].strip()})
 
 
 def _checked(

@@ -23,11 +23,7 @@ SWAPS = {
 
 
 class WordsDialect:
-    """Reads actions of one episode; what is admissible depends on the function in view.
-
-    Args:
-        symbols: The functions that can be viewed.
-    """
+    """Reads actions of one episode; ``symbols`` can be viewed, the one in view can be edited."""
 
     def __init__(self, symbols: tuple[str, ...]) -> None:
         self._views = {view_action(name): Call("symbol", {"name": name}) for name in symbols}
@@ -95,11 +91,8 @@ def swaps(line: str) -> list[tuple[str, str]]:
         [('<=', '<'), ('1', '0'), ('1', '2')]
     """
     tokens = TOKEN.findall(line)
-    found = []
-    for token in tokens:
-        if tokens.count(token) == 1:
-            found += [(token, other) for other in _others(token)]
-    return found
+    once = [token for token in tokens if tokens.count(token) == 1]
+    return [(token, other) for token in once for other in _others(token)]
 
 
 def _others(token: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ every ideograph is a word of its own.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from aem_lightning.envs.webshop.porter import stem
 
@@ -15,7 +16,6 @@ STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then "
     "there these they this to was will with".split()
 )
-MAX_WORDS = 500_000  # remembered; then an analyzer starts over
 _LETTER = r"[^\W\d_]"
 # Full stops, colons and apostrophes join letters; full stops, commas and the like join digits.
 _WORD = re.compile(
@@ -29,28 +29,16 @@ _POSSESSIVE = ("'s", "\u2019s", "'S", "\u2019S")
 
 
 class Analyzer:
-    """Text to terms; words that it has seen are looked up, up to `MAX_WORDS`."""
-
-    def __init__(self) -> None:
-        self._terms: dict[str, str] = {}
+    """Text to terms."""
 
     def __call__(self, text: str) -> list[str]:
         """The terms of ``text``, in their order, repetitions included."""
         if not text.isascii():
             text = _IDEOGRAPH.sub(r" \g<0> ", _NO_WORD.sub(" ", text))
-        known = self._terms
-        terms = []
-        for word in _WORD.findall(text):
-            term = known.get(word)
-            if term is None:
-                if len(known) >= MAX_WORDS:
-                    known.clear()
-                term = known[word] = _term(word)
-            if term:
-                terms.append(term)
-        return terms
+        return list(filter(None, map(_term, _WORD.findall(text))))
 
 
+@lru_cache(maxsize=500_000)
 def _term(word: str) -> str:
     """The term of one word; empty where it has none."""
     if word.endswith(_POSSESSIVE):

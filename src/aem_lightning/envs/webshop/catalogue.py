@@ -19,13 +19,10 @@ FOUND = 50  # products that a search finds at most
 
 
 class Catalogue:
-    """What every session of the shop reads; nothing in it changes.
+    """What every session of the shop reads, in a folder that `prepare_catalogue` made.
 
-    Products and searches that were used lately are kept as objects; all else stays on disk, in
-    pages that processes share.
-
-    Args:
-        folder: What `prepare_catalogue` made.
+    Nothing in it changes. Products and searches that were used lately are kept as objects; all else
+    stays on disk, in pages that processes share.
 
     Attributes:
         manifest: How it was made: parameters, digest, counts.
@@ -42,13 +39,16 @@ class Catalogue:
                 "it; python train.py does so by itself"
             )
         self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        self._products = Records(folder / "products")
+        self._products = products = Records(folder / "products")
         self._goals = Records(folder / "goals")
         self._order = np.load(folder / "goal_order.npy", mmap_mode="r")
         self._categories = np.load(folder / "goal_categories.npy", mmap_mode="r")
-        self._index = Index(folder / "index")
-        self.product = lru_cache(maxsize=4096)(self._read_product)
-        self.search = lru_cache(maxsize=1024)(self._search)
+        index = Index(folder / "index")
+        # Product ``number`` in the order of the data, and the best ones for ``query``, best first.
+        self.product = lru_cache(maxsize=4096)(lambda number: Product(**products[number]))
+        self.search = lru_cache(maxsize=1024)(
+            lambda query: tuple(number for number, _ in index.search(query, FOUND))
+        )
 
     @property
     def num_products(self) -> int:
@@ -70,14 +70,6 @@ class Catalogue:
     def category(self, number: int) -> str:
         """The category of the product of goal ``number``."""
         return str(self.manifest["categories"][int(self._categories[int(self._order[number])])])
-
-    def _read_product(self, number: int) -> Product:
-        """Product ``number``, in the order of the data."""
-        return Product(**self._products[number])
-
-    def _search(self, query: str) -> tuple[int, ...]:
-        """The numbers of the best products for ``query``, best first."""
-        return tuple(number for number, _ in self._index.search(query, FOUND))
 
 
 @cache

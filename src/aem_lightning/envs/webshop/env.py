@@ -13,7 +13,6 @@ from aem_lightning.envs.webshop import pages
 from aem_lightning.envs.webshop.catalogue import Catalogue, open_catalogue
 from aem_lightning.envs.webshop.goals import Goal
 from aem_lightning.envs.webshop.pages import Page, Part
-from aem_lightning.envs.webshop.products import Product
 from aem_lightning.envs.webshop.reward import judge
 
 SEARCH_HINT = "search[<your query>]"
@@ -91,6 +90,7 @@ class WebShopEnv:
         if results_per_page < 1:
             raise ValueError(f"results_per_page={results_per_page}; allowed: at least 1")
         self._catalogue: Catalogue = open_catalogue(str(folder))
+        self._product = self._catalogue.product
         self._mode, self._separator = observation, separator
         self._show_instruction, self._show_attributes = show_instruction, show_attributes
         self._per_page, self._exact = results_per_page, exact_actions
@@ -107,7 +107,7 @@ class WebShopEnv:
         goal = self._catalogue.goal(number)
         self._session = session = _Session(number, goal, Page(()))
         self._open(session, "search")
-        return self._observation(session), self._info(session, is_valid=True)
+        return self._shown(session, is_valid=True)
 
     def step(self, action: str) -> Step:
         """Do ``action``; what is over stays as it is."""
@@ -118,8 +118,8 @@ class WebShopEnv:
         is_valid = not was_over and self._act(session, action)
         is_over = session.place == "done"
         reward = session.score if is_over and not was_over else 0.0
-        info = self._info(session, is_valid=is_valid)
-        return self._observation(session), reward, is_over, False, info
+        observation, info = self._shown(session, is_valid=is_valid)
+        return observation, reward, is_over, False, info
 
     def close(self) -> None:
         """Forget the session; the catalogue stays open for others."""
@@ -137,7 +137,10 @@ class WebShopEnv:
 
     def _act(self, session: _Session, action: str) -> bool:
         """Whether ``action`` was one of the page's."""
-        name, argument = self._parsed(action)
+        found = _ACTION.match(action)
+        name, argument = (found[1], found[2].lower()) if found else ("", "")
+        if not self._exact:
+            name, argument = name.strip().lower(), argument.strip()
         if name == "search" and argument:
             session.found = self._catalogue.search(argument)
             self._open(session, "results", shown=1)
@@ -150,14 +153,6 @@ class WebShopEnv:
         self._click(session, clicked, part)
         return True
 
-    def _parsed(self, action: str) -> tuple[str, str]:
-        """Name and argument of an action; empty where it has none."""
-        found = _ACTION.match(action)
-        if found is None:
-            return "", ""
-        name, argument = found[1], found[2].lower()
-        return (name, argument) if self._exact else (name.strip().lower(), argument.strip())
-
     def _click(self, session: _Session, name: str, part: Part) -> None:
         """A button's name goes before an option's value, as upstream has it."""
         sub_pages = {title.lower(): title for title in (*pages.SUB_PAGES, pages.ATTRIBUTES)}
@@ -169,7 +164,10 @@ class WebShopEnv:
         elif name == pages.NEXT.lower() and session.place == "results":
             self._open(session, "results", shown=session.shown + 1)
         elif name == pages.PREVIOUS.lower():
-            self._back(session)
+            # One level up: sub page, product, results, the page of results before.
+            step = 1 if session.place == "results" else 0
+            place = "item" if session.place == "sub" else "results"
+            self._open(session, place, shown=session.shown - step)
         elif name in sub_pages and session.place == "item":
             self._open(session, "sub", sub_pages[name])
         elif part.kind == "product":
@@ -180,15 +178,6 @@ class WebShopEnv:
         else:
             session.chosen[part.axis] = part.text
             self._open(session, "item")
-
-    def _back(self, session: _Session) -> None:
-        """One level up: sub page, product, results, the page of results before."""
-        if session.place == "sub":
-            self._open(session, "item")
-        elif session.place == "item":
-            self._open(session, "results", shown=session.shown)
-        else:
-            self._open(session, "results", shown=session.shown - 1)
 
     def _open(self, session: _Session, place: str, name: str = "", *, shown: int = 0) -> None:
         """Go to a page."""
@@ -218,9 +207,6 @@ class WebShopEnv:
         first = (session.shown - 1) * self._per_page
         return session.found[first : first + self._per_page]
 
-    def _product(self, number: int) -> Product:
-        return self._catalogue.product(number)
-
     def _buy(self, session: _Session) -> None:
         bought, target = self._product(session.product), self._product(session.goal.product)
         session.score = judge(bought, session.chosen, session.goal, target).reward
@@ -228,13 +214,11 @@ class WebShopEnv:
         session.page = pages.done_page(bought.asin, session.chosen, session.score)
         session.clickables = {}
 
-    def _observation(self, session: _Session) -> str:
-        return session.page.render(self._mode, self._separator)
-
-    def _info(self, session: _Session, *, is_valid: bool) -> dict[str, Any]:
+    def _shown(self, session: _Session, *, is_valid: bool) -> Reset:
+        """The page and ``info``."""
         listed = f"search[{session.goal.wish}]" if self._suggest else SEARCH_HINT
         hint = (listed,) if session.place == "search" else ()
-        return {
+        info = {
             "task_id": task_id(session.number),
             "goal": session.goal.instruction,
             "admissible_actions": (*hint, *(f"click[{name}]" for name in session.clickables)),
@@ -243,3 +227,4 @@ class WebShopEnv:
             "score": session.score,
             "noun_tagger": self._catalogue.tagger,
         }
+        return session.page.render(self._mode, self._separator), info

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from aem_lightning.envs.webshop.goals import Goal
 from aem_lightning.envs.webshop.pages import single_blanks
 
 _CLICKED = re.compile(r"You have clicked .*\n|clicked (?=button)")  # what text_rich marks
+_MARKS = re.compile(r"\[(?:clicked )?button_\]|\[SEP\]")  # around a title
 _PRICE = re.compile(r"\$(\d+(?:\.\d+)?)")
 BUY, NEXT, BACK, PREVIOUS = (
     "click[buy now]",
@@ -52,12 +53,7 @@ class ShoppingExpert:
         self._chosen: set[str] = set()
 
     def act(self, observation: str, admissible: Sequence[str]) -> str:
-        """The action that answers ``observation``.
-
-        Args:
-            observation: What the environment showed last.
-            admissible: What it accepts now.
-        """
+        """The action that answers ``observation``, of those that are accepted now."""
         allowed = frozenset(admissible)
         # The instruction names all that is wanted, and what is chosen is remembered anyway.
         observation = _CLICKED.sub("", observation.replace(self._instruction, ""))
@@ -86,7 +82,7 @@ class ShoppingExpert:
         }
         # Where titles say an attribute at all, those that do not are not meant.
         telling = [asin for asin, title in cheap.items() if self._has_attributes(title)]
-        silent = [asin for asin, title in cheap.items() if not self._names_any(title)]
+        silent = [a for a, title in cheap.items() if not self._has_attributes(title, any)]
         if telling or silent:
             self._opened = [*telling, *silent][0]
             return f"click[{self._opened}]"
@@ -98,10 +94,10 @@ class ShoppingExpert:
     def _on_item(self, observation: str, allowed: frozenset[str]) -> str:
         """Check, choose, buy."""
         page = self._identity(observation)
-        if not self._suits(observation, allowed):
-            return self._leave(observation)
         suits = self._features.get(page)
-        if suits is False:
+        is_cheap = _dollars(observation.rpartition("Price: ")[2]) <= self._cap
+        offers_all = all(f"click[{option}]" in allowed for option in self._options)
+        if suits is False or not (is_cheap and offers_all):
             return self._leave(observation)
         if suits is None and not self._has_attributes(observation) and FEATURES in allowed:
             self._reading = page
@@ -111,10 +107,6 @@ class ShoppingExpert:
                 self._chosen.add(option)
                 return f"click[{option}]"
         return BUY
-
-    def _suits(self, observation: str, allowed: frozenset[str]) -> bool:
-        is_cheap = _dollars(observation.rpartition("Price: ")[2]) <= self._cap
-        return is_cheap and all(f"click[{option}]" in allowed for option in self._options)
 
     def _leave(self, observation: str) -> str:
         """Go back; what it had opened itself is not opened again."""
@@ -131,11 +123,8 @@ class ShoppingExpert:
         is_own = self._opened is not None and self._is_open(self._opened, observation)
         return f"{self._opened if is_own else ''}{observation}"
 
-    def _has_attributes(self, text: str) -> bool:
-        return all(attribute in text.lower() for attribute in self._attributes)
-
-    def _names_any(self, text: str) -> bool:
-        return any(attribute in text.lower() for attribute in self._attributes)
+    def _has_attributes(self, text: str, which: Callable[[Iterator[bool]], bool] = all) -> bool:
+        return which(attribute in text.lower() for attribute in self._attributes)
 
 
 def _listings(observation: str, admissible: Sequence[str]) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -151,14 +140,7 @@ def _listings(observation: str, admissible: Sequence[str]) -> Iterator[tuple[str
         text = observation[place + len(name) : end]
         title, dollar, price = text.rpartition("$" if "$" in text else " ")
         found = _PRICE.match(dollar + price)
-        yield name, (_inner(title), found[0] if found else "")
-
-
-def _inner(text: str) -> str:
-    """A title without the marks around it."""
-    for mark in ("[button_]", "[clicked button_]", "[SEP]"):
-        text = text.replace(mark, "")
-    return text.strip(" \n,;|")
+        yield name, (_MARKS.sub("", title).strip(" \n,;|"), found[0] if found else "")
 
 
 def _dollars(text: str) -> float:

@@ -195,7 +195,6 @@ class _Shop:
         self._wanted = wanted
         self._difficulty = DIFFICULTIES[wanted.difficulty]
         self._rng = random.Random(f"webshop/{VERSION}/{wanted.difficulty}/{wanted.seed}")
-        self._asins: set[str] = set()
         self._products: list[dict[str, Any]] = []
         self._attributes: dict[str, Any] = {}
         self._human: dict[str, Any] = {}
@@ -253,14 +252,11 @@ class _Shop:
                     self._attributes[asin] |= {"instruction": f"Find me {wish}", **wanted}
                     combinations = list(itertools.product(*options.values()))
                     count = min(len(combinations), self._wanted.goals_per_product)
-                    self._human[asin] = [
-                        {
-                            "instruction": f"{rng.choice(OPENINGS)} {wish}{_axes(options, values)}",
-                            **wanted,
-                            "instruction_options": list(values),
-                        }
-                        for values in rng.sample(combinations, count)
-                    ]
+                    for values in rng.sample(combinations, count):
+                        chosen = [f"{a} {v}" for a, v in zip(options, values, strict=True)]
+                        told = ", ".join([f"{rng.choice(OPENINGS)} {wish}", *chosen])
+                        goal = {"instruction": told, **wanted, "instruction_options": list(values)}
+                        self._human.setdefault(asin, []).append(goal)
 
     def _add_common(self) -> None:
         """A product that no goal asks for: a cluster of one."""
@@ -279,7 +275,9 @@ class _Shop:
         price: float,
     ) -> str:
         """Add an official row; returns its asin."""
-        asin = self._asin()
+        asin = ""
+        while not asin or asin in self._attributes:
+            asin = "B0" + "".join(self._rng.choices(string.ascii_uppercase + string.digits, k=8))
         told = [] if cluster.is_hidden else attributes
         self._products.append(
             {
@@ -307,14 +305,3 @@ class _Shop:
         if self._difficulty.whole:
             return float(rng.randint(int(low), int(high)))
         return round(rng.uniform(low, high), 2)
-
-    def _asin(self) -> str:
-        while True:
-            asin = "B0" + "".join(self._rng.choices(string.ascii_uppercase + string.digits, k=8))
-            if asin not in self._asins:
-                self._asins.add(asin)
-                return asin
-
-
-def _axes(options: Mapping[str, Sequence[str]], values: Sequence[str]) -> str:
-    return "".join(f", {axis} {value}" for axis, value in zip(options, values, strict=True))

@@ -114,11 +114,9 @@ def goal_order(count: int) -> list[int]:
 
 
 def split_ranges(splits: str | Mapping[str, Sequence[int | None]], count: int) -> dict[str, range]:
-    """The goal numbers of every split.
+    """The goal numbers, of ``count``, of each split.
 
-    Args:
-        splits: ``original``, ``verl_agent``, or a start and an end (None: the last) by name.
-        count: How many goals there are.
+    ``splits`` are ``original``, ``verl_agent``, or a start and an end (None: the last) by name.
 
     Raises:
         ValueError: An unknown name, splits that overlap, or one that has no goals.

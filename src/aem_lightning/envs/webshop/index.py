@@ -117,12 +117,9 @@ def invert(texts: Iterable[str], analyze: Callable[[str], list[str]]) -> Chunk:
 
 
 def merge(chunks: Sequence[Callable[[], Chunk]], ids: Sequence[str], folder: Path) -> None:
-    """Write the index of ``chunks`` to ``folder``; one chunk is in memory at a time.
+    """Write the index of ``chunks`` to an empty folder; one chunk is in memory at a time.
 
-    Args:
-        chunks: Give the chunks, in the order of their documents.
-        ids: The id of every document, by which equal scores are ranked.
-        folder: An empty folder.
+    Equal scores are ranked by the ``ids`` of all documents.
     """
     folder.mkdir(parents=True, exist_ok=True)
     frequency: Counter[str] = Counter()
@@ -184,11 +181,7 @@ def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 class Index:
-    """A searchable index, memory-mapped: the processes that open it share it.
-
-    Args:
-        folder: What `merge` filled.
-    """
+    """A searchable index in a folder that `merge` filled: processes that open it share its map."""
 
     def __init__(self, folder: Path) -> None:
         self._starts, self._documents, self._scaled, self._idf, self._rank, self._term_ends = (

@@ -22,17 +22,17 @@ Tagger = Callable[[Iterable[str]], Iterator[list[str]]]
 
 
 def load_tagger(name: str) -> Tagger:
-    """A function from titles to their lists of nouns.
-
-    Args:
-        name: A spaCy model, by its name or folder, or ``fallback``.
+    """A function from titles to their nouns: a spaCy model's, by name or folder, or ``fallback``.
 
     Raises:
         MissingExtraError: spaCy is not installed.
         FileNotFoundError: spaCy does not have the model.
     """
     if name == FALLBACK:
-        return lambda titles: (words(title) for title in titles)
+        return lambda titles: (
+            [word for word in _WORD.findall(title.lower()) if word not in STOP_WORDS]
+            for title in titles
+        )
     spacy = import_extra("spacy", "webshop-nouns")
     try:
         model = spacy.load(name, exclude=["ner"])
@@ -47,8 +47,3 @@ def load_tagger(name: str) -> Tagger:
             yield [token.text.lower() for token in document if token.pos_ in NOUN_TAGS]
 
     return tag
-
-
-def words(title: str) -> list[str]:
-    """Every word of a title that is no stop word, in lower case: the fallback's nouns."""
-    return [word for word in _WORD.findall(title.lower()) if word not in STOP_WORDS]

@@ -66,8 +66,7 @@ def _mended(part: str) -> str:
     """What is left of a word without its -ed or -ing, spelt as a word again."""
     if part.endswith(("at", "bl", "iz")):
         return part + "e"
-    is_double = len(part) > 1 and part[-1] == part[-2] and _shape(part)[-1] == "c"
-    if is_double:
+    if len(part) > 1 and part[-1] == part[-2] and _shape(part)[-1] == "c":
         return part if part[-1] in "lsz" else part[:-1]
     return part + "e" if _measure(part) == 1 and _ends_in_short_syllable(part) else part
 

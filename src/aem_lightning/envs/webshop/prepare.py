@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +33,7 @@ from aem_lightning.envs.webshop.catalogue import MANIFEST
 from aem_lightning.envs.webshop.index import Chunk, invert, merge
 from aem_lightning.envs.webshop.nouns import GIVEN, Tagger, load_tagger
 from aem_lightning.envs.webshop.products import Product, indexed_text, is_kept, read_product
-from aem_lightning.envs.webshop.records import DATA, Records, join_records, write_records
+from aem_lightning.envs.webshop.records import DATA, Records, write_records
 
 logger = logging.getLogger(__name__)
 
@@ -155,12 +155,15 @@ class _Preparation:
         of_goals = np.array(self._categories_of_goals, dtype=np.int32)
         np.save(self._folder / "goal_order.npy", np.array(goals.goal_order(number), dtype=np.int64))
         np.save(self._folder / "goal_categories.npy", of_goals)
+        known = hashlib.sha256(state["digest"].encode())  # of the products; the goals join them
+        with (self._folder / f"goals{DATA}").open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: known).hexdigest()[:12]
         manifest = {
             "parameters": dict(parameters),
             "products": len(products),
             "goals": number,
             "categories": list(self._categories),
-            "digest": self._digest(state["digest"]),
+            "digest": digest,
         }
         for name in (STATE, SIDE):
             (self._folder / name).unlink()
@@ -172,14 +175,8 @@ class _Preparation:
             len(products),
             number,
             self._files.nouns,
-            manifest["digest"],
+            digest,
         )
-
-    def _digest(self, products: str) -> str:
-        """Twelve hex digits that stand for products and goals."""
-        with (self._folder / f"goals{DATA}").open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.sha256(products.encode()))
-        return digest.hexdigest()[:12]
 
     def _read_side_files(self) -> None:
         """What belongs to products by their asin, into a table that need not fit into memory."""
@@ -249,7 +246,7 @@ class _Preparation:
 
     def _merge(self, chunks: int) -> None:
         names = [self._folder / "chunks" / str(i) for i in range(chunks)]
-        join_records(self._folder / "products", names)
+        write_records(self._folder / "products", chain.from_iterable(map(Records, names)))
         shutil.rmtree(self._folder / "index", ignore_errors=True)
         loads = [partial(Chunk.load, name.with_suffix(".npz")) for name in names]
         ids = [product["asin"] for product in Records(self._folder / "products")]

@@ -58,13 +58,9 @@ def is_kept(asin: str) -> bool:
 def read_product(
     row: Mapping[str, Any], attributes: Sequence[str] | None, nouns: Sequence[str], seed: int
 ) -> Product:
-    """The product of an official row.
+    """The product of a row of ``items_shuffle.json``; ``seed`` keys a price within a range.
 
-    Args:
-        row: A row of ``items_shuffle.json``.
-        attributes: The product's entry in ``items_ins_v2.json``; None where it has none.
-        nouns: The nouns of its title.
-        seed: Key of the price within a range.
+    Its attributes are those of ``items_ins_v2.json``, None where it has no entry there.
     """
     asin = str(row["asin"])
     bullets = row.get("small_description")
@@ -79,18 +75,20 @@ def read_product(
         product_category=str(row.get("product_category") or ""),
         price=price,
         price_tag=tag,
-        options=_options(row.get("customization_options")),
+        options={
+            name.lower(): [str(v["value"]).strip().replace("/", " | ").lower() for v in values]
+            for name, values in (row.get("customization_options") or {}).items()
+            if values is not None
+        },
         attributes=list(NO_ATTRIBUTES if attributes is None else attributes),
         nouns=list(nouns),
     )
 
 
 def read_price(pricing: str | None, key: str) -> tuple[float, str]:
-    """The price of an official price string, and its tag.
+    """The price of an official price string, and its tag; ``key`` seeds the price within a range.
 
-    Args:
-        pricing: E.g. ``$12.99`` or ``$8.50$24.00`` (a range); None or empty: no price.
-        key: Seed of the price within a range.
+    E.g. ``$12.99``, or ``$8.50$24.00`` (a range); None or empty: no price.
     """
     texts = (_NO_DIGITS.sub("", part) for part in (pricing or "").split("$")[1:])
     found = [float(text) for text in texts if re.fullmatch(r"\d+\.?\d*|\.\d+", text)]
@@ -99,14 +97,6 @@ def read_price(pricing: str | None, key: str) -> tuple[float, str]:
     if len(found) == 1:
         return found[0], f"${found[0]}"
     return random.Random(key).uniform(found[0], found[1]), f"${found[0]} to ${found[1]}"
-
-
-def _options(given: Mapping[str, Any] | None) -> dict[str, list[str]]:
-    return {
-        name.lower(): [str(v["value"]).strip().replace("/", " | ").lower() for v in values]
-        for name, values in (given or {}).items()
-        if values is not None
-    }
 
 
 def indexed_text(product: Product) -> str:

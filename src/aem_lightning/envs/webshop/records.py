@@ -6,7 +6,6 @@ All processes that read a file share its pages, and a record is parsed when it i
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,7 @@ DATA, ENDS = ".json.bin", ".ends.npy"
 
 
 class Records:
-    """The records that `write_records` left at ``path``.
-
-    Args:
-        path: The path given to `write_records`.
-    """
+    """The records that `write_records` left at ``path``."""
 
     def __init__(self, path: Path) -> None:
         data, ends = path.with_name(path.name + DATA), path.with_name(path.name + ENDS)
@@ -54,18 +49,3 @@ def write_records(path: Path, records: Iterable[Any]) -> int:
             ends.append(position)
     np.save(path.with_name(path.name + ENDS), np.array(ends, dtype=np.int64))
     return len(ends)
-
-
-def join_records(path: Path, parts: Iterable[Path]) -> int:
-    """Write the records of ``parts``, one part after the other, below ``path``; how many."""
-    ends = [np.zeros(0, dtype=np.int64)]
-    position = 0
-    with path.with_name(path.name + DATA).open("wb") as file:
-        for part in parts:
-            ends.append(np.load(part.with_name(part.name + ENDS)) + position)
-            with part.with_name(part.name + DATA).open("rb") as source:
-                shutil.copyfileobj(source, file)
-            position = file.tell()
-    joined = np.concatenate(ends)
-    np.save(path.with_name(path.name + ENDS), joined)
-    return len(joined)

@@ -53,13 +53,9 @@ class Verdict:
 
 
 def judge(bought: Product, chosen: Mapping[str, str], goal: Goal, target: Product) -> Verdict:
-    """The worth of buying ``bought`` with the options ``chosen``.
+    """The worth of buying ``bought`` with the values ``chosen`` of its options, by their names.
 
-    Args:
-        bought: The product.
-        chosen: The option values that were clicked, by option name.
-        goal: What was asked for.
-        target: The product that the goal was written for.
+    The goal was written for the product ``target``.
     """
     kind = type_factor(bought, target)
     attributes = sum(_has_attribute(bought, wanted) for wanted in goal.attributes)
@@ -106,12 +102,7 @@ def _has_attribute(product: Product, wanted: str) -> bool:
 
 
 def matched_options(chosen: Sequence[str], wanted: Sequence[str | tuple[str, str]]) -> int:
-    """How many of the wanted options are among the chosen values.
-
-    Args:
-        chosen: Values.
-        wanted: Values, or pairs of an option's name and a value.
-    """
+    """How many of the wanted values, or pairs of option's name and value, are among the chosen."""
     values = [normal_colour(value) for value in chosen]
     return sum(
         any(token_set_ratio(value, option) > MATCH for value in values)

@@ -13,11 +13,8 @@ from aem_lightning.envs.webshop.pages import Page, Part
 def vocabulary_texts(catalogue: Catalogue, separator: str = " [SEP] ") -> list[str]:
     """Every page of every product, every goal, and every action on them, at least once.
 
-    The words are as many as the catalogue's, so this is for catalogues of thousands.
-
-    Args:
-        catalogue: The catalogue.
-        separator: What stands between the strings of ``text``.
+    The words are as many as the catalogue's, so this is for catalogues of thousands. The separator
+    stands between the strings of ``text``.
     """
     shown = [
         pages.search_page("goal"),

@@ -11,14 +11,13 @@ from contextlib import closing
 from functools import cache
 
 from aem_lightning.envs.swe.sandbox.base import Isolation, Level, SessionSpec
-from aem_lightning.envs.swe.sandbox.seccomp import readable, seccomp_program
+from aem_lightning.envs.swe.sandbox.seccomp import seccomp_program
 from aem_lightning.envs.swe.sandbox.session import Session, server_command
 
 HOME = "/home/agent"
 NOBODY = "65534"  # who runs it for root: the limit on processes does not hold for user 0
 # By its full name: in a prefix that is /usr there may be no `python`, and another `python3`.
 INTERPRETER = f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
-_WALLS = "own namespaces, a shared kernel"
 ENVIRONMENT = {
     "HOME": HOME,
     "PATH": "/opt/bin:/opt/python/bin:/usr/local/bin:/usr/bin:/bin",
@@ -56,9 +55,13 @@ class BubblewrapSandbox:
     def open(self, spec: SessionSpec) -> Session:
         """A session in namespaces of its own; ``spec.image`` is not used."""
         arguments = _arguments(spec)
-        filters = [readable(program)] if (program := seccomp_program()) else []
-        for descriptor in filters:
-            arguments[1:1] = ["--seccomp", str(descriptor)]
+        filters = []
+        if program := seccomp_program():
+            source, sink = os.pipe()  # which holds more than a filter
+            with os.fdopen(sink, "wb") as pipe:
+                pipe.write(program)
+            filters.append(source)
+            arguments[1:1] = ["--seccomp", str(source)]
         return Session(
             _as_nobody(arguments), spec, environment={"PATH": os.defpath}, descriptors=filters
         )
@@ -74,22 +77,20 @@ def _probe() -> Isolation:
     with closing(BubblewrapSandbox().open(SessionSpec())) as session:
         result = session.run("true", wall_s=20)
     if result.code == 0:
-        return Isolation(True, Level.NAMESPACES, f"bubblewrap works: {_WALLS}{_filtered()}")
+        filtered = (
+            "system calls filtered"
+            if seccomp_program()
+            else "no filter of system calls: memory that is not mapped has no bound. "
+            "Install libseccomp and pip install 'aem-lightning[swe]'"
+        )
+        works = f"bubblewrap works: own namespaces, a shared kernel, {filtered}"
+        return Isolation(True, Level.NAMESPACES, works)
     why = result.infra_error or result.output.strip()
     return Isolation(
         False,
         Level.NONE,
         f"bwrap is there but opens no sandbox ({why}). Inside Docker, or under Ubuntu's AppArmor "
         "rule for user namespaces, that is common: allow unprivileged user namespaces",
-    )
-
-
-def _filtered() -> str:
-    if seccomp_program():
-        return ", system calls filtered"
-    return (
-        ", no filter of system calls: memory that is not mapped has no bound. "
-        "Install libseccomp and pip install 'aem-lightning[swe]'"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import tempfile
 from functools import cache
 
@@ -35,11 +34,3 @@ def seccomp_program() -> bytes | None:
         rules.export_bpf(program)
         program.seek(0)
         return program.read()
-
-
-def readable(data: bytes) -> int:
-    """A descriptor from which ``data`` is read, no more of it than a pipe holds."""
-    source, sink = os.pipe()
-    with os.fdopen(sink, "wb") as pipe:
-        pipe.write(data)
-    return source

@@ -121,7 +121,9 @@ class Job:
                     return False
                 if time.monotonic() > end:
                     return True
-                if self._over_memory():
+                if resident_bytes() > self.request["memory_bytes"]:
+                    limit = self.request["memory_bytes"]
+                    self.killed_for = f"together over {limit} bytes of memory"
                     return False
         finally:
             if open_sink is not None:
@@ -134,12 +136,6 @@ class Job:
             if not chunk:
                 return
             self.output.add(chunk)
-
-    def _over_memory(self) -> bool:
-        if resident_bytes() <= self.request["memory_bytes"]:
-            return False
-        self.killed_for = f"together over {self.request['memory_bytes']} bytes of memory"
-        return True
 
     def _reap(self) -> None:
         while True:

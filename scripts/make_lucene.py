@@ -1,10 +1,10 @@
-"""Makes lucene.json: what Lucene itself ranks for some documents and queries.
+"""Makes tests/vectors/lucene.json: what Lucene itself ranks for some documents and queries.
 
 The jar comes with the search library that upstream's shop uses:
 
     pip download --no-deps pyserini==0.17.0
     unzip -j pyserini-0.17.0-py3-none-any.whl '*anserini*fatjar.jar'
-    python tests/vectors/make_lucene.py anserini-0.14.3-fatjar.jar
+    python scripts/make_lucene.py anserini-0.14.3-fatjar.jar
 
 Needs a JDK (11 or newer). Anserini 0.14.3 has Lucene 8.
 """
@@ -82,12 +82,8 @@ def questions(rng: random.Random, documents: list[dict[str, str]]) -> list[str]:
     return [*asked, "the of", "zzz", "hope hope hope hop", "men's", "usb-c 7.5", "\u6bdb"]
 
 
-def _hit(text: str) -> tuple[str, float]:
-    document, score = text.split(":")
-    return document, float(score)
-
-
 def main(jar: str) -> None:
+    """Index the documents with Anserini, ask the questions, and write down what it says."""
     rng = random.Random(8)
     documents = collection(rng)
     queries = questions(rng, documents)
@@ -116,7 +112,7 @@ def main(jar: str) -> None:
             for query, row in zip(queries, ranked, strict=True)
         ],
     }
-    target = Path(__file__).with_name("lucene.json")
+    target = Path(__file__).parents[1] / "tests" / "vectors" / "lucene.json"
     text = json.dumps(result, ensure_ascii=False, separators=(",", ":"))
     target.write_text(text.replace('},{"query"', '},\n{"query"') + "\n", encoding="utf-8")
 
