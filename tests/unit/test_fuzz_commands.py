@@ -10,6 +10,8 @@ from runs import CONFIGS, built, composed, toy_config
 from aem_lightning.runner.build import check_parts
 from aem_lightning.runner.early import check_training
 
+PLATEAU = "torch.optim.lr_scheduler.ReduceLROnPlateau"
+
 
 @pytest.fixture
 def configs():
@@ -49,6 +51,7 @@ def test_a_command_line_ends_in_a_traceback_or_in_an_error_without_its_key(confi
             "+datamodule.generate.sise=0",
             "datamodule.generate.sise: there is no such key. Allowed: ",
         ),
+        ("optimizer._target_=torch.optim.LBFGS", "optimizer.weight_decay=0.0: there is no such"),
         ("~optimizer.lr", "optimizer.lr is not given: type +optimizer.lr=2e-5"),
         ("~policy.lora.r", "policy.lora.r is not given: type +policy.lora.r=..."),
         ("seed=1.5", "seed=1.5: a whole number from 0"),
@@ -62,6 +65,24 @@ def test_a_command_line_ends_in_a_traceback_or_in_an_error_without_its_key(confi
 def test_a_wrong_value_is_told_late_or_without_its_key(typed, told, configs, tmp_path):
     said = Fuzz(tmp_path, random.Random(0)).verdict("train", [typed])
     assert all(part in said for part in told.split(" .* ")), said
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("optimizer._target_=torch.optim.LBFGS", "~optimizer.weight_decay"),
+            "optimizer._target_=",
+        ),
+        ((f"scheduler._target_={PLATEAU}", "scheduler.factor=0.5"), "scheduler._target_="),
+    ],
+)
+def test_a_part_that_asks_for_more_than_there_is_fails_after_an_iteration(
+    words, told, configs, tmp_path
+):
+    said = Fuzz(tmp_path, random.Random(0)).verdict("train", words)
+    assert told in said
+    assert "calls step() with nothing" in said
 
 
 @pytest.mark.parametrize(

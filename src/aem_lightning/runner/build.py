@@ -80,9 +80,19 @@ def check_parts(cfg: DictConfig) -> None:
         made(group, cfg[group])
     check_dtype(cfg.policy.dtype)
     optimizer = made("optimizer", cfg.optimizer, [torch.zeros(1, requires_grad=True)])
+    _step_once("optimizer", optimizer)
     if cfg.scheduler:
-        made("scheduler", cfg.scheduler, optimizer)
+        _step_once("scheduler", made("scheduler", cfg.scheduler, optimizer))
     _make_trainer(cfg)
+
+
+def _step_once(group: str, part: Any) -> None:
+    """Raise where ``part`` asks for more than the agent has: a closure, or what it is to watch."""
+    try:
+        part.step()
+    except TypeError as error:
+        name = f"{type(part).__module__}.{type(part).__name__}"
+        refuse([f"{group}._target_={name}: the agent calls step() with nothing. {error}"])
 
 
 def build_datamodule(cfg: DictConfig) -> AgentDataModule:

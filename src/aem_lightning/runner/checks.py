@@ -207,7 +207,9 @@ def wrong_options(cfg: DictConfig, options: type, *, whole: bool = True) -> list
         if name not in cfg.keys():  # noqa: SIM118 (`in` passes over what is broken)
             continue
         if is_group and isinstance(cfg._get_node(name), DictConfig) and cfg[name] is not None:
-            given[name] = {}  # not yet: some of it needs the run's folder
+            given[name] = {}  # `parts` looks into it; here, whether what it refers to is there
+            if name != "paths":
+                resolved(cfg, name, problems)
             continue
         given[name] = resolved(cfg, name, problems)
     problems += wrong_settings(options, given, whole=whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_type_hints
 
@@ -77,8 +78,10 @@ def made(key: str, node: Any, *arguments: Any, **options: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, ValueError) and f"{key}." in str(cause):
             raise ConfigError(str(cause)) from error
+        inner = re.search(r"full_key: (\S+)", str(error))  # Hydra's, of a node inside
+        place = inner[1] if inner and inner[1].startswith(key) else key
         kind = "" if isinstance(cause, ValueError | TypeError) else f"{type(cause).__name__}: "
-        raise ConfigError(f"{key}: {kind}{cause}. Given: {_given(key, node)}") from error
+        raise ConfigError(f"{place}: {kind}{cause}. Given: {_given(key, node)}") from error
 
 
 def _given(key: str, node: Any) -> str:
