@@ -80,9 +80,10 @@ def check_parts(cfg: DictConfig) -> None:
         made(group, cfg[group])
     check_dtype(cfg.policy.dtype)
     optimizer = made("optimizer", cfg.optimizer, [torch.zeros(1, requires_grad=True)])
+    schedule = made("scheduler", cfg.scheduler, optimizer) if cfg.scheduler else None
     _step_once("optimizer", optimizer)
-    if cfg.scheduler:
-        _step_once("scheduler", made("scheduler", cfg.scheduler, optimizer))
+    if schedule is not None:
+        _step_once("scheduler", schedule)
     _make_trainer(cfg)
 
 
