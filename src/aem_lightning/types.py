@@ -16,13 +16,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+
+# Numbers that options are made of; the runner holds what is typed against them.
+Count = Annotated[int, Ge(1), Le(2**31 - 1)]
+Places = Annotated[int, Ge(1), Le(2**16)]  # at once: each has memory of its own
+Natural = Annotated[int, Ge(0), Le(2**31 - 1)]
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ SAID = (
     ),
     (
         "No module named 'no_such'",
-        "modulation: '>=' not supported between instances of 'str' and 'int'. Given: modulation._t",
+        "modulation.min_range='wide': a number, e.g. modulation.min_range=0.1",
         "loss.columns is not given: type +loss.columns=...",
     ),
 )

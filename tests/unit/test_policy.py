@@ -1,4 +1,5 @@
 import builtins
+import os
 
 import pytest
 import torch
@@ -109,6 +110,22 @@ def test_a_saved_adapter_gives_the_same_logits_through_peft(folder, rows, tmp_pa
     expected = naive(policy.causal_lm, *rows)[0]
     assert torch.equal(naive(loaded, *rows)[0], expected)
     assert load_tokenizer(str(tmp_path)).get_vocab() == policy.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("umask", "of_folder", "of_file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)]
+)
+def test_a_server_of_another_account_cannot_read_an_adapter(
+    folder, tmp_path, umask, of_folder, of_file
+):
+    tmp_path.chmod(0o700)  # as mkdtemp makes it
+    before = os.umask(umask)
+    try:
+        Policy.from_pretrained(folder, lora=LORA).save_adapter(tmp_path)
+    finally:
+        os.umask(before)
+    assert tmp_path.stat().st_mode & 0o777 == of_folder
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {of_file}
 
 
 def test_a_saved_model_holds_its_adapters_merged_and_the_policy_stays_as_it_was(rows, tmp_path):

@@ -12,6 +12,7 @@ from aem_lightning.functional import (
     kl_cov_tokens,
     token_covariances,
 )
+from aem_lightning.types import NonNegative, Share
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ClipCov:
     into micro-batches does not matter. Source: arXiv 2505.22617, section 4.2.
     """
 
-    ratio: float = 2e-4
+    ratio: Share = 2e-4
     low: float = 1.0
     high: float = 5.0
 
@@ -83,8 +84,8 @@ class KLCov:
     Covariances are as for `ClipCov`. Source: arXiv 2505.22617, section 4.2.
     """
 
-    ratio: float = 2e-3
-    coef: float = 1.0
+    ratio: Share = 2e-3
+    coef: NonNegative = 1.0
 
     def select(
         self, logprobs: Tensor, advantages: Tensor, mask: Tensor, generator: torch.Generator

@@ -19,7 +19,7 @@ from aem_lightning.functional import (
     whiten,
 )
 from aem_lightning.functional.segments import segment_mean
-from aem_lightning.types import RolloutBatch
+from aem_lightning.types import Count, NonNegative, RolloutBatch
 
 Statistics = Literal["trajectory", "step"]
 
@@ -58,9 +58,9 @@ class Overlong:
     beside a reward of 1).
     """
 
-    max_length: int
+    max_length: Count
     share: float = 0.2
-    scale: float = 1.0
+    scale: NonNegative = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -86,7 +86,7 @@ class GRPO:
     """
 
     normalize_std: bool = True
-    eps: float = 1e-6
+    eps: NonNegative = 1e-6
     statistics: Statistics = "trajectory"
     overlong: Overlong | None = None
     min_group_size: int = 2
@@ -126,7 +126,7 @@ class ReinforcePP:
     2501.03262.
     """
 
-    eps: float = 1e-6
+    eps: NonNegative = 1e-6
     min_group_size: int = 1
 
     def __call__(self, batch: RolloutBatch) -> Tensor:
@@ -145,7 +145,7 @@ class GiGPO:
     """
 
     normalize_std: bool = True
-    eps: float = 1e-6
+    eps: NonNegative = 1e-6
     step_weight: float = 1.0
     gamma: float = 0.95
     statistics: Statistics = "trajectory"

@@ -13,7 +13,7 @@ from torch import Tensor
 from aem_lightning.algorithms.ranks import over_ranks
 from aem_lightning.functional import aem_coefficients, empg_bonus, empg_gain, response_entropy
 from aem_lightning.functional.segments import segment_ids, segment_range
-from aem_lightning.types import RolloutBatch
+from aem_lightning.types import RolloutBatch, Seed
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class AEM:
     scope: Literal["task", "trajectory", "batch", "anchor_state"] = "task"
     tokens: Literal["all", "action"] = "all"
     mean: Literal["response", "token"] = "response"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not self.min_range >= 0:

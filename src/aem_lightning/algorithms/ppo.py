@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aem_lightning.algorithms.ranks import over_ranks
 from aem_lightning.functional import clipped_value_loss, token_gae, whiten
-from aem_lightning.types import RolloutBatch
+from aem_lightning.types import NonNegative, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PPO:
 
     gamma: float = 1.0
     lam: float = 1.0
-    eps: float = 1e-6
+    eps: NonNegative = 1e-6
     value_clip: float = 0.5
     value_coef: float = 0.5
     train_trunk: bool = False

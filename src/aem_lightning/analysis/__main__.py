@@ -13,7 +13,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from aem_lightning.analysis.inputs import check_batch, check_compare, check_proxy, find_run
+from aem_lightning.analysis.inputs import (
+    check_batch,
+    check_compare,
+    check_cost,
+    check_masks,
+    check_proxy,
+)
 from aem_lightning.analysis.training import find_configs
 from aem_lightning.runner.cli import clear_errors, quiet_libraries
 from aem_lightning.runner.command import Command
@@ -44,10 +50,10 @@ class Analysis:
 
 ANALYSES = {
     "proxy": Analysis("proxy", check_proxy),
-    "masks": Analysis("masks"),
+    "masks": Analysis("masks", check_masks),
     "compare": Analysis("compare", check_compare),
     "ablations": Analysis("compare", check_compare),
-    "cost": Analysis("cost", find_run),
+    "cost": Analysis("cost", check_cost),
     "batch": Analysis("batch", check_batch),
 }
 

@@ -216,7 +216,8 @@ def _games(cfg: DictConfig, arm: str, seed: int, run: Path) -> dict[str, Any]:
     stored = torch.load(last, map_location="cpu", weights_only=True)["aem_lightning"]["config"]
     # The run's own places, where its games and its warm-started model are.
     places = {**stored["paths"], "output_dir": str(target)}
-    about: Any = {"ckpt": str(last), "run": None, "seed": seed, "overrides": [], "paths": places}
+    typed = [word for word in cfg.overrides if "._target_=" in word]
+    about: Any = {"ckpt": str(last), "run": None, "seed": seed, "overrides": typed, "paths": places}
     return evaluate(checkpoint_wishes(OmegaConf.create(about)))
 
 

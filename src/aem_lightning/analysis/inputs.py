@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Ge
 from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.analysis.training import arm_overrides
 from aem_lightning.runner.checkpoints import needed_checkpoint
+from aem_lightning.runner.checks import Group, refuse, wrong_options
+from aem_lightning.runner.schema import wrong_settings
 from aem_lightning.runner.summary import SUMMARY
+from aem_lightning.types import Count, NonNegative, Seed
 
 TIMES = "step_time.json"
 
@@ -23,24 +30,65 @@ class ProxySettings:
         ValueError: Sizes that allow no statistic.
     """
 
-    states: int = 64
-    samples: int = 64
+    states: Annotated[int, Ge(2)] = 64
+    samples: Annotated[int, Ge(2)] = 64
     split: str = "train"
-    tasks: int = 16
+    tasks: Count = 16
     sharpness: float = 1.0
-    min_range: float = 0.1
-    draws: int = 2000
-    seed: int = 0
+    min_range: NonNegative = 0.1
+    draws: Annotated[int, Ge(100)] = 2000
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        least = {"states": 2, "samples": 2, "tasks": 1, "draws": 100}
-        problems = [
-            f"{name}={getattr(self, name)!r}: a whole number of at least {low}"
-            for name, low in least.items()
-            if type(getattr(self, name)) is not int or getattr(self, name) < low
-        ]
-        if problems:
+        if problems := [*wrong_settings(type(self), vars(self))]:
             raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The keys of the analyses that train."""
+
+    name: str | int
+    experiment: str
+    iterations: Count | None
+    overrides: Sequence[str]
+    folder: str
+    paths: Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions(TrainingOptions):
+    """The keys of ``configs/analysis/masks.yaml``."""
+
+    seed: Seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(TrainingOptions):
+    """The keys of ``configs/analysis/compare.yaml``."""
+
+    arms: Sequence[str]
+    seeds: Sequence[Seed]
+    runs: Mapping[str, Sequence[str]] | None
+    games: bool
+    draws: Count
+    arm_overrides: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The keys that ``proxy`` and ``cost`` share."""
+
+    run: str | int | None
+    paths: Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyOptions(ProxySettings, RunOptions):
+    """The keys of ``configs/analysis/proxy.yaml``."""
+
+    ckpt: str
+    overrides: Sequence[str]
 
 
 def proxy_settings(cfg: DictConfig) -> ProxySettings:
@@ -64,8 +112,11 @@ def check_proxy(cfg: DictConfig) -> None:
     """
     if OmegaConf.is_missing(cfg, "ckpt"):
         raise ValueError("ckpt is not given: type ckpt=/path/to/last.ckpt, or ckpt=last")
-    proxy_settings(cfg)
-    needed_checkpoint(checkpoint_wishes(cfg), cfg.run)
+    refuse(wrong_options(cfg, ProxyOptions))
+    try:
+        needed_checkpoint(checkpoint_wishes(cfg), cfg.run)
+    except (FileNotFoundError, ValueError) as error:  # in the words of this command
+        raise type(error)(str(error).replace("ckpt_path=", "ckpt=")) from None
 
 
 def find_run(cfg: DictConfig) -> Path:
@@ -76,18 +127,29 @@ def find_run(cfg: DictConfig) -> Path:
     """
     logs = Path(cfg.paths.log_dir)
     if cfg.run is not None:
-        if not (Path(cfg.run) / TIMES).is_file():
+        if not os.path.isfile(Path(str(cfg.run), TIMES)):
             raise FileNotFoundError(
                 f"run={cfg.run}: there is no {TIMES} in it. Give the folder of a run that has "
                 f"ended, e.g. run={logs}/quickstart/<time>"
             )
-        return Path(cfg.run)
+        return Path(str(cfg.run))
     found = list(logs.rglob(TIMES))  # those of sweeps, too
     if not found:
         raise FileNotFoundError(
             f"run=null: no run under {logs} has a {TIMES} yet. Type run=<folder of a run>"
         )
     return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def check_masks(cfg: DictConfig) -> None:
+    """Raise where the options of the masked runs cannot be."""
+    refuse(wrong_options(cfg, MaskOptions))
+
+
+def check_cost(cfg: DictConfig) -> None:
+    """Raise where there is no run for the cost table."""
+    refuse(wrong_options(cfg, RunOptions))
+    find_run(cfg)
 
 
 def check_batch(cfg: DictConfig) -> None:
@@ -108,6 +170,7 @@ def check_batch(cfg: DictConfig) -> None:
 
 def check_compare(cfg: DictConfig) -> None:
     """Raise where a comparison's arms, seeds or runs cannot be."""
+    refuse(wrong_options(cfg, CompareOptions))
     if cfg.runs is not None:
         given_runs(cfg)
     else:

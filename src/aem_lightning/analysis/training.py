@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from aem_lightning import runner
 from aem_lightning.runner.summary import SUMMARY
+from aem_lightning.runner.trust import remember
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def finished_run(cfg: DictConfig, folder: Path, arm: Sequence[str], seed: int) -
             f"{folder} holds a run of other overrides: then {only_then}, now {only_now} (or in "
             "another order). Type the same ones, or another place: folder=<new folder>"
         )
+    remember(hydra.compose("train", overrides=overrides))
     if (folder / SUMMARY).is_file():
         log.info("%s: finished before", folder)
         return folder

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aem_lightning.envs import EnvPool, TextEnv, in_worker
 from aem_lightning.envs.pool import OnBadAnswer, check_pool_settings
-from aem_lightning.types import Task
+from aem_lightning.types import Count, Natural, Positive, Seed, Task
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -137,17 +137,17 @@ class AgentDataModule(LightningDataModule):
     def __init__(
         self,
         *,
-        tasks_per_iteration: int = 16,
-        iterations_per_epoch: int = 5,
-        validation_tasks: int = 64,
-        evaluation_batch: int = 128,
+        tasks_per_iteration: Count = 16,
+        iterations_per_epoch: Count = 5,
+        validation_tasks: Natural = 64,
+        evaluation_batch: Count = 128,
         evaluation_splits: Sequence[str] = ("valid_seen", "valid_unseen"),
-        workers: int = 2,
-        timeout_s: float = 120.0,
-        memory_gb: float | None = None,
+        workers: Count = 2,
+        timeout_s: Positive = 120.0,
+        memory_gb: Positive | None = None,
         pass_environment: Sequence[str] = (),
         on_bad_answer: OnBadAnswer = "mask",
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.tasks_per_iteration = tasks_per_iteration

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from aem_lightning.datamodules.agent import AgentDataModule
 from aem_lightning.envs import TextEnv
@@ -20,7 +20,7 @@ from aem_lightning.envs.alfworld import (
     list_games,
     vocabulary_texts,
 )
-from aem_lightning.types import Task
+from aem_lightning.types import Count, Task
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ class GeneratedGames:
         task_types: Task types to generate; ``None`` for all six.
     """
 
-    sizes: Mapping[str, int] = field(
+    sizes: Mapping[str, Count] = field(
         default_factory=lambda: {"train": 600, "valid_seen": 120, "valid_unseen": 120}
     )
-    difficulty: str = "easy"
+    difficulty: Literal["easy", "medium", "hard"] = "easy"
     seed: int = 0
     task_types: Sequence[str] | None = None
 

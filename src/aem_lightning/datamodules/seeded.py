@@ -9,7 +9,7 @@ from typing import Any
 from aem_lightning.datamodules.agent import AgentDataModule
 from aem_lightning.envs import TextEnv
 from aem_lightning.envs.adapters import GymnasiumEnv
-from aem_lightning.types import Task
+from aem_lightning.types import Count, Task
 
 SIZES = {"train": 1000, "valid": 100}
 
@@ -32,7 +32,7 @@ class SeededDataModule(AgentDataModule):
         self,
         env: Callable[[], TextEnv],
         *,
-        sizes: Mapping[str, int] | None = None,
+        sizes: Mapping[str, Count] | None = None,
         task_type: str = "",
         **settings: Any,
     ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from aem_lightning.datamodules.agent import AgentDataModule
 from aem_lightning.envs import TextEnv
@@ -27,7 +27,7 @@ from aem_lightning.envs.swe.instances import SOURCES, Source
 from aem_lightning.envs.swe.official import check_official
 from aem_lightning.envs.swe.sandbox import Limits
 from aem_lightning.envs.swe.vocabulary import vocabulary_texts
-from aem_lightning.types import Task
+from aem_lightning.types import Count, Task
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ class GeneratedInstances:
         file_format: ``json`` or ``parquet``.
     """
 
-    count: int = 120
+    count: Count = 120
     seed: int = 0
-    file_format: str = "json"
+    file_format: Literal["json", "parquet"] = "json"
 
 
 class SweDataModule(AgentDataModule):
@@ -72,10 +72,10 @@ class SweDataModule(AgentDataModule):
         *,
         source: Source = "embedded",
         splits: Mapping[str, str] | None = None,
-        adapter: str = "auto",
-        max_instances: int | None = None,
+        adapter: Literal["auto", "swebench", "r2e"] = "auto",
+        max_instances: Count | None = None,
         generate: GeneratedInstances | Mapping[str, Any] | None = None,
-        environment: Mapping[str, Any] | None = None,
+        environment: Annotated[Mapping[str, Any], SweSettings] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from aem_lightning.datamodules.agent import AgentDataModule
 from aem_lightning.envs import TextEnv
@@ -25,7 +25,7 @@ from aem_lightning.envs.webshop import (
     vocabulary_texts,
 )
 from aem_lightning.envs.webshop.nouns import FALLBACK
-from aem_lightning.types import Task
+from aem_lightning.types import Count, Task
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +59,12 @@ class WebShopDataModule(AgentDataModule):
         products: str = "items_shuffle.json",
         attributes: str = "items_ins_v2.json",
         human: str = "items_human_ins.json",
-        num_products: int | None = None,
+        num_products: Count | None = None,
         goals: Literal["human", "synthetic"] = "human",
         nouns: str = "en_core_web_lg",
         splits: str | Mapping[str, Sequence[int | None]] = "original",
         goal_seed: int = 0,
-        environment: Mapping[str, Any] | None = None,
+        environment: Annotated[Mapping[str, Any], WebShopEnv] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)

@@ -5,6 +5,7 @@ Imports nothing: a run asks before it loads anything.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def alfworld_folder(root: str | Path, split: str) -> Path:
         FileNotFoundError: It is missing.
     """
     folder = Path(root) / "json_2.1.1" / split
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # no error where a name is longer than names can be
         raise FileNotFoundError(
             f"No ALFWorld games: {folder} is not a folder. To fetch the official games, type "
             f"ALFWORLD_DATA={root} alfworld-download; to play generated ones, add the override "
@@ -41,7 +42,7 @@ def check_webshop_files(paths: Iterable[Path]) -> None:
     Raises:
         FileNotFoundError: One is missing.
     """
-    missing = [str(path) for path in paths if not path.is_file()]
+    missing = [str(path) for path in paths if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(
             f"No WebShop data: {', '.join(missing)} missing. Fetch the files as the WebShop "
@@ -58,7 +59,7 @@ def swe_file(path: str, split: str) -> Path:
         FileNotFoundError: It is missing.
     """
     file = Path(path).expanduser()
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise FileNotFoundError(
             f"No SWE instances: {file} is not a file. Give datamodule.splits.{split}=<file>, read "
             "from the hub with datamodule=swe_hub, or play embedded ones: datamodule=swe_embedded"

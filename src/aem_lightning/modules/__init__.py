@@ -11,9 +11,15 @@ from aem_lightning.lazy import lazily
 if TYPE_CHECKING:
     from aem_lightning.modules.agent import AgentModule
     from aem_lightning.modules.journal import RolloutJournal
-    from aem_lightning.modules.policy import Lora, Policy, check_dtype
-    from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
-    from aem_lightning.modules.tiny import Architecture, build_tiny_model, build_tokenizer
+    from aem_lightning.modules.policy import Policy, check_dtype
+    from aem_lightning.modules.settings import (
+        Architecture,
+        Lora,
+        RolloutSettings,
+        UpdateSettings,
+        WarmStartSettings,
+    )
+    from aem_lightning.modules.tiny import build_tiny_model, build_tokenizer
     from aem_lightning.modules.warm_start import (
         DemonstrationSampler,
         WarmStartModule,
@@ -34,6 +40,7 @@ __all__ = [
     "RolloutSettings",
     "UpdateSettings",
     "WarmStartModule",
+    "WarmStartSettings",
     "build_tiny_model",
     "build_tokenizer",
     "check_dtype",
@@ -46,9 +53,15 @@ __getattr__ = lazily(
     {
         "agent": ["AgentModule"],
         "journal": ["RolloutJournal"],
-        "policy": ["Lora", "Policy", "check_dtype"],
-        "settings": ["RolloutSettings", "UpdateSettings"],
-        "tiny": ["Architecture", "build_tiny_model", "build_tokenizer"],
+        "policy": ["Policy", "check_dtype"],
+        "settings": [
+            "Architecture",
+            "Lora",
+            "RolloutSettings",
+            "UpdateSettings",
+            "WarmStartSettings",
+        ],
+        "tiny": ["build_tiny_model", "build_tokenizer"],
         "warm_start": [
             "DemonstrationSampler",
             "WarmStartModule",

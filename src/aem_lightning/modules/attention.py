@@ -7,17 +7,17 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from aem_lightning.modules.settings import Packing
 from aem_lightning.rollout.slot_cache import compute_dtype
 
 PACKED = "aem_packed"
-Packing = Literal["auto", "packed", "padded"]
 _HALF = (torch.float16, torch.bfloat16)
 _KERNEL_SIZES = range(8, 257, 8)  # of a head, for FlashAttention
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,35 +25,11 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from aem_lightning.functional import token_logprob_entropy
 from aem_lightning.modules.attention import Segments, use_packed_attention
+from aem_lightning.modules.settings import Lora
 from aem_lightning.modules.value import ValueHead
 
 FULL_PRECISION = torch.float32
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """LoRA settings.
-
-    ``dropout`` stays 0: with it, sampling and training would be different policies.
-    Source: arXiv 2106.09685.
-    """
-
-    r: int = 32
-    alpha: int = 64
-    dropout: float = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
-
-    def config(self) -> LoraConfig:
-        """The same as a PEFT configuration."""
-        targets = self.target_modules
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-        )
 
 
 class Policy(nn.Module):
@@ -73,7 +49,7 @@ class Policy(nn.Module):
         self.causal_lm: PreTrainedModel = model
         self.peft: PeftModel | None = None
         if lora is not None:
-            self.peft = get_peft_model(model, lora.config())
+            self.peft = get_peft_model(model, _peft_config(lora))
             base = self.peft.get_base_model()
             assert isinstance(base, PreTrainedModel)
             self.causal_lm = base
@@ -204,6 +180,7 @@ class Policy(nn.Module):
             raise RuntimeError("A policy without LoRA has no adapter; use save_model.")
         self.peft.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
+        _share(Path(folder))
 
     def save_model(self, folder: str | Path) -> None:
         """Write the whole model, adapters merged into a float32 copy of it, as a model folder."""
@@ -212,6 +189,30 @@ class Policy(nn.Module):
         model.save_pretrained(str(folder))
         self.causal_lm.config.use_cache = False
         self.tokenizer.save_pretrained(str(folder))
+        _share(Path(folder))
+
+
+def _share(folder: Path) -> None:
+    """Let read whom the umask lets read: a server may run under another account.
+
+    safetensors writes for the owner alone, and so does ``mkdtemp``.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for file in folder.iterdir():
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
+
+
+def _peft_config(lora: Lora) -> LoraConfig:
+    targets = lora.target_modules
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:

@@ -1,10 +1,20 @@
-"""The settings of an agent: plain numbers, as they stand at the top of the config."""
+"""The settings of an agent and its policy: plain values, as they stand in the config.
+
+Their annotations are what a config is held against, before torch is imported: nothing heavy here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from aem_lightning.modules.attention import Packing
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AllowInfNan
+
+from aem_lightning.types import Count, NonNegative, Places, Positive, Seed, Share
+
+Packing = Literal["auto", "packed", "padded"]
 
 
 @dataclass(frozen=True)
@@ -27,17 +37,17 @@ class RolloutSettings:
             waiting episodes go on; 1 is a barrier between turns.
     """
 
-    group_size: int = 8
-    max_turns: int = 50
-    max_new_tokens: int = 512
-    max_context: int = 2560
-    temperature: float = 1.0
-    eval_temperature: float = 0.4
-    concurrency: int = 128
-    collection_rounds: int = 1
+    group_size: Count = 8
+    max_turns: Count = 50
+    max_new_tokens: Count = 512
+    max_context: Count = 2560
+    temperature: Positive = 1.0
+    eval_temperature: NonNegative = 0.4
+    concurrency: Places = 128
+    collection_rounds: Count = 1
     compact_filtering: bool = False
-    anchor_similarity: float = 1.0
-    overlap_share: float = 1.0
+    anchor_similarity: Annotated[float, Gt(0), Le(1)] = 1.0
+    overlap_share: Share = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,75 @@ class UpdateSettings:
         micro_batch_tokens: Tokens of one forward and backward pass; a single row may exceed it.
         packing: How rows share a pass: ``packed`` one after the other, ``padded`` to the longest,
             or ``auto``: packed wherever the model allows it and the device has a fast kernel.
-        max_grad_norm: Gradient norm to clip at.
+        max_grad_norm: Gradient norm to clip at; ``inf`` does not clip.
     """
 
-    update_epochs: int = 1
-    num_minibatches: int = 1
-    micro_batch_tokens: int = 16384
+    update_epochs: Count = 1
+    num_minibatches: Count = 1
+    micro_batch_tokens: Count = 16384
     packing: Packing = "auto"
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Gt(0), AllowInfNan()] = 1.0
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA settings.
+
+    ``dropout`` stays 0: with it, sampling and training would be different policies.
+    Source: arXiv 2106.09685.
+    """
+
+    r: Count = 32
+    alpha: Count = 64
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a tiny model; the names are Qwen2Config's.
+
+    A wider start (``initializer_range``) and a shorter rotary base than Qwen2's own let a small
+    model learn to copy names from its prompt within a few hundred updates.
+    """
+
+    hidden_size: Count = 128
+    intermediate_size: Count = 384
+    num_hidden_layers: Count = 3
+    num_attention_heads: Count = 4
+    num_key_value_heads: Count = 2
+    max_position_embeddings: Count = 4096
+    initializer_range: Positive = 0.05
+    rope_theta: Positive = 1000.0
+
+
+@dataclass(frozen=True)
+class WarmStartSettings:
+    """How a policy learns from expert play.
+
+    Attributes:
+        required: The policy is made by this stage; it has no other weights.
+        demonstrations: Expert episodes to play.
+        max_turns: Turns of a demonstration; ``None`` allows as many as the run does.
+        slip: Share of random actions in them, from which the expert has to recover.
+        imitate_slips: Learn the random actions too, as from a careless player; reinforcement can
+            then unlearn them.
+        epochs: Passes over them.
+        lr: Peak learning rate.
+        prompt_weight: Weight of a prompt token in the loss; a response token has 1.
+        batch_tokens: Padded tokens of one batch.
+        max_grad_norm: Gradient norm to clip at.
+        seed: Key of the demonstrations and of the initial weights.
+    """
+
+    required: bool = False
+    demonstrations: Count = 1000
+    max_turns: Count | None = None
+    slip: Share = 0.0
+    imitate_slips: bool = False
+    epochs: Count = 3
+    lr: Positive = 1e-3
+    prompt_weight: NonNegative = 0.0
+    batch_tokens: Count = 8192
+    max_grad_norm: Positive = 1.0
+    seed: Seed = 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from aem_lightning.modules.settings import Architecture
 
 END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -17,24 +19,6 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}" + END + "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The shape of a tiny model; the names are Qwen2Config's.
-
-    A wider start (``initializer_range``) and a shorter rotary base than Qwen2's own let a small
-    model learn to copy names from its prompt within a few hundred updates.
-    """
-
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_hidden_layers: int = 3
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    max_position_embeddings: int = 4096
-    initializer_range: float = 0.05
-    rope_theta: float = 1000.0
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -28,7 +28,7 @@ from aem_lightning.rollout.finite import NotFiniteError
 from aem_lightning.rollout.sampling import allowed_tokens, draw, request_uniforms
 from aem_lightning.rollout.slot_model import SlotModel, waves
 from aem_lightning.rollout.slots import Job, Slot, common_prefix
-from aem_lightning.types import FinishReason
+from aem_lightning.types import Count, FinishReason, Places
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ class SlotEngine:
 
     def __init__(
         self,
-        slots: int = 64,
-        max_length: int = 2048,
-        bucket: int = 128,
+        slots: Places = 64,
+        max_length: Count = 2048,
+        bucket: Count = 128,
         cuda_graphs: Literal["auto", "off"] = "auto",
     ) -> None:
         if cuda_graphs not in ("auto", "off"):

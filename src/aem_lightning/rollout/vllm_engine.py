@@ -30,6 +30,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
+from aem_lightning.types import Count, Places, Positive
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +60,11 @@ class VllmEngine:
     def __init__(
         self,
         url: str = "http://127.0.0.1:8000",
-        model: str = "",
-        concurrency: int = 128,
-        timeout_s: float = 600.0,
+        model: str | None = None,
+        concurrency: Places = 128,
+        timeout_s: Positive = 600.0,
         adapter_dir: str | None = None,
-        max_lora_rank: int = 64,
+        max_lora_rank: Count = 64,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
@@ -105,7 +106,9 @@ class VllmEngine:
             raise TypeError(
                 f"engine=vllm needs a policy with save_adapter(folder), not {type(policy).__name__}"
             )
-        folder = Path(tempfile.mkdtemp(prefix="aem-adapter-", dir=self._adapter_dir))
+        # Not by mkdtemp, whose folders a server of another account cannot read.
+        folder = Path(self._adapter_dir or tempfile.gettempdir(), f"aem-adapter-{uuid.uuid4().hex}")
+        folder.mkdir()
         save(folder)
         self._orders += 1
         # A version may come twice (training, then validation): the count makes the name new.

@@ -29,6 +29,7 @@ from aem_lightning.rollout import (
 from aem_lightning.runner.api_play import Player, play
 from aem_lightning.runner.build import build_datamodule, instantiate, plain, warm_start_data
 from aem_lightning.runner.episode_store import EpisodeStore
+from aem_lightning.runner.parts import check_classes, made
 from aem_lightning.runner.report import game_hashes, results_of, write_report
 from aem_lightning.types import Task, Trajectory
 
@@ -45,9 +46,8 @@ def evaluate_api(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         EndpointError: The endpoint does not answer, or no episode came to an end.
     """
-    options = ("api_key_env", "timeout_s", "max_retries", "token_budget", "request")
     with contextlib.ExitStack() as stack:
-        endpoint = Endpoint(cfg.model, cfg.base_url, **{name: plain(cfg)[name] for name in options})
+        endpoint = checked_endpoint(cfg)
         stack.callback(endpoint.close)
         endpoint.check()
         if cfg.splits is not None:
@@ -56,6 +56,21 @@ def evaluate_api(cfg: DictConfig) -> dict[str, Any]:
         datamodule = build_datamodule(cfg)
         stack.callback(datamodule.close)
         return _evaluate(cfg, endpoint, datamodule)
+
+
+def checked_endpoint(cfg: DictConfig) -> Endpoint:
+    """The endpoint of ``cfg``, not asked yet, once all other parts are known to be good.
+
+    Raises:
+        ConfigError: A class or an argument that does not fit.
+        ValueError: An option of the endpoint that cannot be.
+    """
+    parts = ("datamodule", "prompt", "rewards")
+    check_classes(cfg, parts)
+    for group in parts:
+        made(group, cfg[group])
+    options = ("api_key_env", "timeout_s", "max_retries", "token_budget", "request")
+    return Endpoint(cfg.model, cfg.base_url, **{name: plain(cfg)[name] for name in options})
 
 
 def _evaluate(cfg: DictConfig, endpoint: Endpoint, datamodule: AgentDataModule) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import hydra
 import lightning as L
@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.algorithms import check_group_size
 from aem_lightning.callbacks import Profile
@@ -31,27 +32,26 @@ from aem_lightning.modules import (
     RolloutJournal,
     RolloutSettings,
     UpdateSettings,
+    WarmStartSettings,
     check_dtype,
 )
 from aem_lightning.rollout import PromptEncoder
 from aem_lightning.runner import ranks
 from aem_lightning.runner.broken_batch import BrokenBatch
 from aem_lightning.runner.checkpoint_io import SealedCheckpointIO
+from aem_lightning.runner.checks import refuse, unresolved
 from aem_lightning.runner.early import read_template
-from aem_lightning.runner.parts import check_classes
+from aem_lightning.runner.parts import check_classes, made
 from aem_lightning.runner.signals import stop_signals
 from aem_lightning.runner.stopping import KeepLastIteration
 from aem_lightning.runner.warm_start import (
     WarmStart,
-    WarmStartSettings,
     run_warm_start,
     tiny_base,
     warm_start_key,
 )
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T", Architecture, Lora, WarmStartSettings)
 
 
 def instantiate(node: Any, **extra: Any) -> Any:
@@ -66,20 +66,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def settings_from(kind: type[T], node: DictConfig, where: str) -> T:
-    """The config ``node``, which stands at ``where``, as our own settings.
-
-    Raises:
-        ValueError: The node has a key that the settings lack.
-    """
-    given = plain(node)
-    known = [field.name for field in fields(kind)]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{where}.{name}: there is no such key. Allowed: {', '.join(known)}.")
-    return kind(**given)
-
-
 def check_parts(cfg: DictConfig) -> None:
     """Make the parts that cost nothing, and let them go: a wrong value in them shows at once.
 
@@ -87,33 +73,39 @@ def check_parts(cfg: DictConfig) -> None:
     minutes.
 
     Raises:
-        ConfigError: A class that is not found, or not fit for its place.
-        ValueError: As the part's own.
+        ConfigError: A class that is not found or not fit for its place, or an argument that it
+            does not take.
+        ValueError: A group too small for its estimator, or an unknown dtype.
     """
-    check_classes(cfg)
-    check_group_size(cfg.group_size, instantiate(cfg.advantage))
-    for part in (cfg.modulation, cfg.loss, cfg.rewards):
-        instantiate(part)
-    _named(cfg.callbacks)
-    settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
-    lora_of(cfg)
-    if cfg.policy.get("architecture") is not None:
-        settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
-    check_dtype(cfg.policy.dtype)
     try:
-        optimizer = instantiate(cfg.optimizer)([torch.zeros(1, requires_grad=True)])
-    except ValueError as error:
-        given = ", ".join(
-            f"optimizer.{name}={value}" for name, value in cfg.optimizer.items() if name[0] != "_"
-        )
-        raise ValueError(f"{error}. Given: {given}") from error
-    if cfg.scheduler:
-        instantiate(cfg.scheduler)(optimizer)
+        plain(cfg)  # as the run keeps it
+    except OmegaConfBaseException as error:
+        refuse([unresolved("config", error)])
+    check_classes(cfg)
+    check_group_size(cfg.group_size, made("advantage", cfg.advantage))
+    for group in ("modulation", "loss", "rewards", "prompt", "engine"):
+        made(group, cfg[group])
+    check_dtype(cfg.policy.dtype)
+    optimizer = made("optimizer", cfg.optimizer, [torch.zeros(1, requires_grad=True)])
+    schedule = made("scheduler", cfg.scheduler, optimizer) if cfg.scheduler else None
+    _step_once("optimizer", optimizer)
+    if schedule is not None:
+        _step_once("scheduler", schedule)
+    _make_trainer(cfg)
+
+
+def _step_once(group: str, part: Any) -> None:
+    """Raise where ``part`` asks for more than the agent has: a closure, or what it is to watch."""
+    try:
+        part.step()
+    except TypeError as error:
+        name = f"{type(part).__module__}.{type(part).__name__}"
+        refuse([f"{group}._target_={name}: the agent calls step() with nothing. {error}"])
 
 
 def build_datamodule(cfg: DictConfig) -> AgentDataModule:
     """The environment's DataModule, its tasks ready."""
-    datamodule: AgentDataModule = instantiate(cfg.datamodule)
+    datamodule: AgentDataModule = made("datamodule", cfg.datamodule)
     datamodule.prepare_data()
     # A missing folder or an empty split must show before anything is loaded.
     for split in (datamodule.train_split, *datamodule.evaluation_splits):
@@ -143,7 +135,7 @@ def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, 
 
 def lora_of(cfg: DictConfig) -> Lora:
     """The settings of the adapters."""
-    return settings_from(Lora, cfg.policy.lora, "policy.lora")
+    return Lora(**plain(cfg.policy.lora))
 
 
 def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
@@ -159,7 +151,7 @@ def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
 
 def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     """The model folder that the supervised stage leaves, keyed by everything that it depends on."""
-    settings = settings_from(WarmStartSettings, cfg.policy.warm_start, "policy.warm_start")
+    settings = WarmStartSettings(**plain(cfg.policy.warm_start))
     limits = {key: cfg[key] for key in ("max_context", "max_new_tokens")}
     limits["max_turns"] = settings.max_turns or cfg.max_turns
     policy_config = plain(cfg.policy)
@@ -175,7 +167,7 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     name = f"{type(datamodule).__name__.lower()}_{key}"
     folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / name
     if cfg.policy.model is None:
-        architecture = settings_from(Architecture, cfg.policy.architecture, "policy.architecture")
+        architecture = Architecture(**plain(cfg.policy.architecture))
         base = tiny_base(datamodule, architecture, settings.seed)
     else:
         base = load_policy(cfg, cfg.policy.model, lora=lora_of(cfg))
@@ -259,32 +251,38 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
     With ``start``, the iteration at which a run goes on, TensorBoard hides what an interrupted run
     wrote for later ones into the same folder, and a table of that run is kept.
     """
-    callbacks, loggers = [*_named(cfg.callbacks), BrokenBatch()], _named(cfg.logger)
-    for logger in loggers if start else ():
+    trainer = _make_trainer(cfg)
+    for logger in trainer.loggers if start else ():
         _go_on(logger, start)
+    if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
+        log.warning("No GPU was found: this run computes on the CPU")
+    return trainer
+
+
+def _make_trainer(cfg: DictConfig) -> L.Trainer:
+    callbacks, loggers = _named("callbacks", cfg.callbacks), _named("logger", cfg.logger)
+    callbacks.append(BrokenBatch())
     if cfg.profile:
         callbacks.append(Profile())
     if cfg.get("rollout_journal"):  # earlier checkpoints have no such key
         callbacks.append(RolloutJournal())
     if (signals := stop_signals()) is not None:
         callbacks.append(KeepLastIteration(cfg, signals))
-    # A partial: Hydra would take the objects for configs, and some loggers look like one.
-    trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
-        callbacks=callbacks,
-        logger=loggers,
+    options = {
+        "callbacks": callbacks,
+        "logger": loggers,
         # Where none of them saves, Lightning would add a checkpoint of its own.
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        max_epochs=-(-cfg.iterations // cfg.iterations_per_epoch),
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "max_epochs": -(-cfg.iterations // cfg.iterations_per_epoch),
         # An epoch may be shorter than others: the last, and the first of a resumed run.
-        reload_dataloaders_every_n_epochs=1,
-    )
+        "reload_dataloaders_every_n_epochs": 1,
+    }
+    trainer: L.Trainer = made("trainer", cfg.trainer, **options)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no choice of the user's
         trainer.strategy.checkpoint_io = SealedCheckpointIO()
     # Lightning's own watch ends this process too, without a word.
     watch = partial(ranks.watch_others, Path(cfg.paths.output_dir), partial(_flush, loggers))
     subprocess_script._launch_process_observer = watch  # type: ignore[attr-defined]
-    if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
-        log.warning("No GPU was found: this run computes on the CPU")
     return trainer
 
 
@@ -303,9 +301,10 @@ def _go_on(logger: Any, start: int) -> None:
             table.rename(table.with_name(f"metrics_before_{start}.csv"))
 
 
-def _named(nodes: DictConfig | None) -> list[Any]:
+def _named(group: str, nodes: DictConfig | None) -> list[Any]:
     """What each of ``nodes`` stands for; one that is null was dropped."""
-    return [instantiate(node) for node in (nodes or {}).values() if node is not None]
+    found = (nodes or {}).items()
+    return [made(f"{group}.{name!s}", node) for name, node in found if node is not None]
 
 
 def _pick(cfg: DictConfig, settings: type[RolloutSettings | UpdateSettings]) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def find_checkpoint(cfg: DictConfig, run: str | None) -> Path | None:
             )
         return found[-1].absolute()
     path = Path(cfg.ckpt_path).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # no error where the name is longer than names can be
         raise FileNotFoundError(
             f"ckpt_path={cfg.ckpt_path}: there is no such file. Checkpoints are in "
             f"{logs}/<name>/<time>/checkpoints/; ckpt_path=last takes the newest."

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.runner import ranks
 from aem_lightning.runner.signals import stoppable
@@ -29,6 +30,7 @@ MENDABLE: tuple[type[Exception], ...] = (
     MemoryError,
     PermissionError,
     HydraException,
+    OmegaConfBaseException,
 )
 # And an environment of their own, workers that do not start, or an endpoint that does not answer.
 # Their rooms, of which one imports torch, are loaded wherever these are raised.

@@ -21,6 +21,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.runner import overrides
+from aem_lightning.runner.checks import NO_FOLDER_YET, refuse
+from aem_lightning.runner.secrets import scrub, secrets_in, typed_secrets, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ class Command:
         with initialize_config_dir(str(self.configs), version_base="1.3"):
             if told := overrides.without_equals(flags.overrides):
                 sys.exit(told)
+            if secrets := typed_secrets(flags.overrides):
+                sys.exit("\n".join(without_secrets(secrets)))
             for job in _jobs(flags.overrides) if flags.multirun else [flags.overrides]:
                 composed = self._compose(job)
                 if flags.help:
@@ -70,7 +74,8 @@ class Command:
     def _compose(self, given: Sequence[str]) -> DictConfig:
         try:
             composed = compose(self.name, overrides=list(given), return_hydra_config=True)
-        except (HydraException, ValueError) as error:  # ValueError: a number in a group's place
+        # Others than Hydra's: a number, a list or a text of pages in a group's place.
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
             sys.exit(overrides.explained(error, self.name, given, self.typed))
         if self.name == "train" and (stray := overrides.stray_key(composed, self.configs, given)):
             sys.exit(stray)
@@ -78,10 +83,10 @@ class Command:
 
     def _check_early(self, composed: DictConfig) -> None:
         try:
-            self.check(composed)
-        except OmegaConfBaseException:
-            return  # a value that needs the run's own folder, which is not made yet
-        except (ValueError, FileNotFoundError) as error:
+            self._check(composed)
+        except (OmegaConfBaseException, ValueError, FileNotFoundError) as error:
+            if NO_FOLDER_YET in str(error):
+                return
             sys.exit(str(error))
 
     def check_job(self, cfg: DictConfig) -> None:
@@ -93,6 +98,12 @@ class Command:
         """
         for key, values in overrides.given_twice(HydraConfig.get().overrides.task).items():
             log.warning("%s is given more than once (%s): the last counts", key, ", ".join(values))
+        if secrets := secrets_in(cfg):
+            scrub(Path(HydraConfig.get().runtime.output_dir), secrets)
+        self._check(cfg)
+
+    def _check(self, cfg: DictConfig) -> None:
+        refuse(without_secrets(secrets_in(cfg)))
         self.check(cfg)
 
 

@@ -6,14 +6,23 @@ Python and for the jobs of ``--multirun``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from aem_lightning.runner.checkpoints import find_checkpoint, needed_checkpoint
-from aem_lightning.runner.checks import check_api_config, check_config, refuse
+from aem_lightning.runner.checks import (
+    EvalOptions,
+    check_api_config,
+    check_config,
+    refuse,
+    wrong_options,
+)
 from aem_lightning.runner.folder import check_free
 
 
@@ -35,7 +44,7 @@ def check_training(cfg: DictConfig) -> None:
     find_checkpoint(cfg, cfg.name)
     if "hydra" in cfg:  # composed before the run: Hydra has not written into its folder yet
         check_free(Path(cfg.hydra.run.dir))
-    splits = cfg.datamodule.get("evaluation_splits") or ()
+    splits = _splits(cfg.datamodule.get("evaluation_splits"))
     finds: list[Callable[[], object]] = [partial(_find_data, cfg.datamodule, splits)]
     if cfg.stage != "check":  # which has no policy
         finds.append(partial(_find_model, cfg.policy.model))
@@ -59,9 +68,11 @@ def check_evaluation(cfg: DictConfig) -> None:
         ValueError: A policy that an evaluation cannot have, or no checkpoint.
     """
     policy = cfg.get("policy")
+    if policy is None:
+        refuse(wrong_options(cfg, EvalOptions))
     if policy == "api":
         check_api_config(cfg)
-        splits = cfg.splits or cfg.datamodule.get("evaluation_splits") or ()
+        splits = _splits(cfg.splits or cfg.datamodule.get("evaluation_splits"))
         _find_data(cfg.datamodule, splits)
     elif policy is not None:
         raise ValueError(
@@ -70,6 +81,11 @@ def check_evaluation(cfg: DictConfig) -> None:
         )
     else:
         needed_checkpoint(cfg, cfg.run)
+
+
+def _splits(given: Any) -> Sequence[str]:
+    """The names in a list; where there is none, `parts` says what is wrong with it."""
+    return [str(split) for split in given] if isinstance(given, ListConfig) else []
 
 
 def read_template(template: str | None) -> str | None:
@@ -81,7 +97,7 @@ def read_template(template: str | None) -> str | None:
     if template is None or "{%" in template:
         return template
     path = Path(template).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # no error where the name is longer than names can be
         raise FileNotFoundError(
             f"policy.chat_template={template}: there is no such file. Give one with a Jinja "
             "template in it, or the template itself."
@@ -94,13 +110,21 @@ def _find_model(model: str | None) -> None:
         return
     # A name on the hub is `name` or `owner/name`; what looks otherwise can only be a folder.
     is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model
-    if is_path and not Path(model).expanduser().is_dir():
+    if is_path and not os.path.isdir(Path(model).expanduser()):
         raise FileNotFoundError(
             f"policy.model={model}: there is no such folder. Give the folder of a model, or its "
             "name on the Hugging Face hub, or type policy=tiny"
         )
 
 
+@contextlib.contextmanager
+def _whatever_type() -> Iterator[None]:
+    """Let a value of another type than it should be pass: `parts` says which."""
+    with contextlib.suppress(TypeError, AttributeError):
+        yield
+
+
+@_whatever_type()
 def _find_data(datamodule: DictConfig, evaluation_splits: Sequence[str]) -> None:
     """Raise where official data is not where ``datamodule`` looks for it."""
     from aem_lightning.envs.data import (

@@ -22,9 +22,11 @@ from aem_lightning.runner.build import (
     build_datamodule,
     build_policy,
     build_trainer,
+    check_parts,
     plain,
 )
 from aem_lightning.runner.checkpoints import needed_checkpoint, read_checkpoint
+from aem_lightning.runner.checks import TrainOptions, refuse, wrong_options
 from aem_lightning.runner.early import check_evaluation
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.report import (
@@ -34,6 +36,7 @@ from aem_lightning.runner.report import (
     write_transcripts,
 )
 from aem_lightning.runner.summary import percent
+from aem_lightning.runner.trust import check_trusted, literal
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +63,12 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: The file is no checkpoint, ``ckpt_path`` is null, or an override names an
-            unknown key.
+        ValueError: The file is no checkpoint, ``ckpt_path`` is null, its config asks for classes
+            that nobody has typed, or an override names an unknown key or a value that cannot be.
     """
     path = needed_checkpoint(cfg, cfg.run)
     checkpoint = read_checkpoint(path)
-    trained = _training_config(cfg, checkpoint["aem_lightning"]["config"])
+    trained = checked_config(cfg, checkpoint["aem_lightning"]["config"])
     datamodule = build_datamodule(trained)
     try:
         policy, _ = build_policy(trained, datamodule)
@@ -135,9 +138,24 @@ def from_all_ranks(mine: list[T]) -> list[T]:
     return [entry for part in gathered for entry in part]
 
 
+def checked_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
+    """The config of a checkpoint with what ``cfg`` changes in it; nothing of it is made yet.
+
+    Raises:
+        ConfigError: It asks for classes that nobody has typed, or has values that cannot be.
+        ValueError: An override names an unknown key.
+    """
+    trained = _training_config(cfg, stored)
+    check_trusted(trained, cfg.overrides)
+    refuse(wrong_options(trained, TrainOptions, whole=False))
+    check_parts(trained)
+    return trained
+
+
 def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
     """The training run's config with this evaluation's wishes and folder; it shows progress."""
-    base = OmegaConf.create({"packing": "auto", "action": "free", **stored})  # older runs lack them
+    older: dict[str, Any] = {"packing": "auto", "action": "free"}  # runs that lack them
+    base = OmegaConf.create({**older, **literal(stored)})
     wishes: dict[str, Any] = {"seed": cfg.seed, "paths": plain(cfg.paths)}
     if cfg.temperature is not None:
         wishes["eval_temperature"] = cfg.temperature
@@ -154,7 +172,8 @@ def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
         ) from error
     OmegaConf.set_struct(merged, False)
     merged.callbacks, merged.logger, merged.profile = PROGRESS, None, False
-    merged.trainer.enable_progress_bar = False
-    merged.trainer.default_root_dir = cfg.paths.output_dir
+    if isinstance(merged.trainer, DictConfig):  # else an override made something else of it
+        merged.trainer.enable_progress_bar = False
+        merged.trainer.default_root_dir = cfg.paths.output_dir
     assert isinstance(merged, DictConfig)
     return merged

@@ -18,6 +18,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from aem_lightning.runner.trust import typed_again
+
 CHECKOUT = Path(__file__).parents[3]
 # What belongs to one run alone, and not to the one that goes on from it.
 OF_ONE_RUN = ("ckpt_path", "paths.output_dir", "stage")
@@ -54,7 +56,12 @@ def after_training(cfg: DictConfig, checkpoint: Path) -> list[str]:
     if cfg.seed != 0:  # an evaluation's own: with it, the summary's figure comes out again
         words.append(override("seed", cfg.seed))
     return [
-        command(_script("eval.py"), *words, override("ckpt_path", str(checkpoint))),
+        command(
+            _script("eval.py"),
+            *words,
+            *typed_again(cfg),
+            override("ckpt_path", str(checkpoint)),
+        ),
         command("-m", "tensorboard.main", "--logdir", str(Path(cfg.paths.log_dir))),
     ]
 

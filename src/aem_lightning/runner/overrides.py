@@ -66,7 +66,8 @@ def explained(error: Exception, name: str, given: Sequence[str], typed: str) -> 
     if not isinstance(error, ConfigCompositionException | MissingConfigException):
         for argument in given:  # Hydra does not say which of them it takes for no option
             group = argument.partition("=")[0].lstrip("+")
-            if group in _groups() and "{" not in argument and "must be a string" in str(error):
+            words = argument.partition("=")[2].strip("[]").split(",")
+            if group in _groups() and not set(words) <= set(options_of(group)):
                 file = argument.lstrip("+").replace("=", "/", 1)
                 return _wrong_option(file, options_of(group), given)
     words = [str(error), *([] if cause is None else [str(cause)]), f"Given: {' '.join(given)}"]
@@ -109,7 +110,8 @@ def _renamed(argument: str) -> str | None:
     """What stands beside an option of an earlier version in the table of names."""
     table = Path(__file__).parents[3] / "docs" / "names.md"
     lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
-    rows = (line.strip("|").split("|") for line in lines if f"`{argument}`" in line)
+    named = [line for line in lines if line.startswith("|") and f"`{argument}`" in line]
+    rows = (line.strip("|").split("|") for line in named)
     return next((cells[1].strip().replace("`", "") for cells in rows), None)
 
 

@@ -34,6 +34,7 @@ from aem_lightning.runner.preflight import preflight
 from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
 from aem_lightning.runner.stopping import requeued_checkpoint
 from aem_lightning.runner.summary import StageClock, learning_verdict, write_summary
+from aem_lightning.runner.trust import remember
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ log = logging.getLogger(__name__)
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run ``cfg``; returns what ``summary.json`` holds."""
     check_training(cfg)
-    if cfg.stage == "train":
-        check_parts(cfg)
+    check_parts(cfg)
+    remember(cfg)
     with held(Path(cfg.paths.output_dir)):
         checkpoint = find_checkpoint(cfg, cfg.name) or requeued_checkpoint(cfg)
         # Now: a broken file must show before anything is made.

@@ -25,6 +25,7 @@ from aem_lightning.modules import (
     DemonstrationSampler,
     Policy,
     WarmStartModule,
+    WarmStartSettings,
     build_tiny_model,
     build_tokenizer,
     collate_demonstrations,
@@ -45,38 +46,6 @@ log = logging.getLogger(__name__)
 # Raise it when the stage changes what it makes: older folders are then not taken for new ones.
 FORMAT = 4
 RESULT = "warm_start.json"
-
-
-@dataclass(frozen=True)
-class WarmStartSettings:
-    """How a policy learns from expert play.
-
-    Attributes:
-        required: The policy is made by this stage; it has no other weights.
-        demonstrations: Expert episodes to play.
-        max_turns: Turns of a demonstration; ``None`` allows as many as the run does.
-        slip: Share of random actions in them, from which the expert has to recover.
-        imitate_slips: Learn the random actions too, as from a careless player; reinforcement can
-            then unlearn them.
-        epochs: Passes over them.
-        lr: Peak learning rate.
-        prompt_weight: Weight of a prompt token in the loss; a response token has 1.
-        batch_tokens: Padded tokens of one batch.
-        max_grad_norm: Gradient norm to clip at.
-        seed: Key of the demonstrations and of the initial weights.
-    """
-
-    required: bool = False
-    demonstrations: int = 1000
-    max_turns: int | None = None
-    slip: float = 0.0
-    imitate_slips: bool = False
-    epochs: int = 3
-    lr: float = 1e-3
-    prompt_weight: float = 0.0
-    batch_tokens: int = 8192
-    max_grad_norm: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)

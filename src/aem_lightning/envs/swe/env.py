@@ -27,6 +27,7 @@ from aem_lightning.envs.swe.sandbox import (
 from aem_lightning.envs.swe.tools import Call, CallError, describe, parse_call, run_call
 from aem_lightning.envs.swe.words import WordsDialect, spoken
 from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
+from aem_lightning.types import Count, Positive
 
 Dialect = Literal["functions", "words"]
 DIALECTS = ("functions", "words")
@@ -73,13 +74,13 @@ class SweSettings:
         cached: Answer from memory what was asked before; only where answers do not depend on time.
     """
 
-    sandbox: str = "auto"
+    sandbox: Literal["auto", "bubblewrap", "docker", "local"] = "auto"
     allow_unsafe: bool = False
     repositories: str | None = None
     dialect: Dialect = "functions"
-    max_turns: int | None = None
-    episode_s: float = 5400.0
-    grade_s: float = 300.0
+    max_turns: Count | None = None
+    episode_s: Positive = 5400.0
+    grade_s: Positive = 300.0
     image: str | None = None
     limits: Limits = field(default_factory=Limits)
     variables: Mapping[str, str] = field(default_factory=dict)

@@ -20,7 +20,9 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from aem_lightning.types import Count
 
 VERSION = 1
 MANIFEST = "generated.json"
@@ -101,10 +103,10 @@ class GeneratedCatalogue:
         goals_per_product: Goals of a product at most.
     """
 
-    products: int = 1000
-    difficulty: str = "easy"
+    products: Count = 1000
+    difficulty: Literal["easy", "medium", "hard"] = "easy"
     seed: int = 0
-    goals_per_product: int = 12
+    goals_per_product: Count = 12
 
     def __post_init__(self) -> None:
         if self.difficulty not in DIFFICULTIES:

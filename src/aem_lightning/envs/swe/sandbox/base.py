@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
+
+from annotated_types import Ge
+
+from aem_lightning.types import Positive
 
 if TYPE_CHECKING:
     from aem_lightning.envs.swe.sandbox.session import Session
 
 WORKDIR = "/testbed"
 KILLED = 137  # the exit code of a process that was killed
+
+
+Size = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True)
@@ -28,13 +35,13 @@ class Limits:
         output_bytes: Output that is kept: its beginning and its end, half each.
     """
 
-    wall_s: float = 90.0
-    cpu_s: int = 60
-    memory_bytes: int = 1 << 30
-    processes: int = 64
-    file_bytes: int = 64 << 20
-    disk_bytes: int = 256 << 20
-    output_bytes: int = 64_000
+    wall_s: Positive = 90.0
+    cpu_s: Size = 60
+    memory_bytes: Size = 1 << 30
+    processes: Size = 64
+    file_bytes: Size = 64 << 20
+    disk_bytes: Size = 256 << 20
+    output_bytes: Size = 64_000
 
     def ended_by_the_clock(self, wall_s: float) -> Limits:
         """These with ``wall_s``, and a processor limit that an endless loop does not reach first.

@@ -1,0 +1,67 @@
+"""Keys and passwords that were typed into a config, which a run writes to many files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+_NAME = re.compile(
+    r"(.*[_-])?(api[_-]?key|authorization|passw(or)?d|secret|(access|auth|hf)[_-]token)|key|token",
+    re.IGNORECASE,
+)
+_WORDS = r"(api[_-]?key|key|token|secret|password|sig|signature)"
+_URL = re.compile(rf"[a-z][a-z0-9+.-]*://([^/?#\s]*@|\S*[?&;]\w*{_WORDS}=)", re.I)
+
+
+def secrets_in(cfg: DictConfig) -> dict[str, str]:
+    """The keys and passwords that ``cfg`` holds, by where they stand.
+
+    One that an environment variable holds (``${oc.env:NAME}``) is written nowhere, and is let be.
+    """
+    return dict(_found(OmegaConf.to_container(cfg, resolve=False)))
+
+
+def typed_secrets(overrides: Sequence[str]) -> dict[str, str]:
+    """The same of overrides, before Hydra reads them; of those that cannot be read, nothing."""
+    try:
+        return secrets_in(OmegaConf.from_dotlist([word.lstrip("+~") for word in overrides]))
+    except Exception:  # whatever YAML's parser says: Hydra's says it better
+        return {}
+
+
+def without_secrets(found: dict[str, str]) -> list[str]:
+    """What to type instead; the secrets themselves are not repeated."""
+    return [
+        f"{key}: a key or password does not belong in a config, which a run writes to its files. "
+        + (
+            "Type the address without it, and api_key_env=<the environment variable that holds it>"
+            if "://" in value
+            else f"Put it into an environment variable and type '{key}=${{oc.env:NAME}}'"
+        )
+        for key, value in found.items()
+    ]
+
+
+def scrub(folder: Path, found: dict[str, str]) -> None:
+    """Take the secrets out of the YAML files that Hydra has written to ``folder`` already."""
+    for file in folder.rglob("*.yaml"):
+        text = file.read_text(encoding="utf-8")
+        for value in found.values():
+            text = text.replace(value, "***")
+        file.write_text(text, encoding="utf-8")
+
+
+def _found(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for name, value in items:
+        where = f"{key}.{name}" if key else str(name)
+        if isinstance(value, dict | list):
+            yield from _found(value, where)
+        elif not isinstance(value, str) or "${" in value or not value:
+            continue
+        elif _URL.match(value) or _NAME.fullmatch(str(name)):
+            yield where, value
