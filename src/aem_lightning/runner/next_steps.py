@@ -8,10 +8,12 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -93,7 +95,9 @@ def overrides_of(cfg: DictConfig) -> list[str]:
     configs = CHECKOUT / "configs"
     if not configs.is_dir():
         return []
-    with initialize_config_dir(str(configs), version_base="1.3"):
+    # An analysis trains inside a command of its own, which knows the same configs.
+    known = GlobalHydra.instance().is_initialized()
+    with nullcontext() if known else initialize_config_dir(str(configs), version_base="1.3"):
         base = compose("train")
     plain: list[Any] = [OmegaConf.to_container(each, resolve=False) for each in (base, cfg)]
     return list(_changes(*plain))
