@@ -67,6 +67,7 @@ def test_an_unknown_option_is_answered_with_those_that_there_are():
     [
         (("group_size=[1",), "Given: group_size=[1"),
         (("modulation=0.5",), "modulation=0.5: there is no such option. Allowed: aem, "),
+        (("datamodule=elsewhere", "loss=null"), "loss=null: there is no such option. Allowed: "),
         (("policy=/a/b",), "policy=/a/b: there is no such option. Allowed: "),
         (("experiment", "=", "quickstart"), "Type experiment=quickstart"),
         (("experiment=", "quickstart"), "Type experiment=quickstart"),

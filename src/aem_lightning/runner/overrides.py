@@ -11,7 +11,8 @@ from typing import Any
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -64,7 +65,8 @@ def explained(error: Exception, name: str, given: Sequence[str], typed: str) -> 
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return f"{_unknown_key(cause, name, given)}All keys: {typed} --cfg job"
     if not isinstance(error, ConfigCompositionException | MissingConfigException):
-        for argument in given:  # Hydra does not say which of them it takes for no option
+        # Hydra does not say which of them it takes for no option: first what is no word at all.
+        for argument in sorted(given, key=_is_word):
             group = argument.partition("=")[0].lstrip("+")
             words = argument.partition("=")[2].strip("[]").split(",")
             if group in _groups() and not set(words) <= set(options_of(group)):
@@ -72,6 +74,14 @@ def explained(error: Exception, name: str, given: Sequence[str], typed: str) -> 
                 return _wrong_option(file, options_of(group), given)
     words = [str(error), *([] if cause is None else [str(cause)]), f"Given: {' '.join(given)}"]
     return "\n".join(words)
+
+
+def _is_word(argument: str) -> bool:
+    try:
+        value = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        return True
+    return isinstance(value, str | list)
 
 
 def stray_key(composed: DictConfig, configs: Path, given: Sequence[str]) -> str | None:
