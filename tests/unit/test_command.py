@@ -68,6 +68,12 @@ def test_an_unknown_option_is_answered_with_those_that_there_are():
         (("group_size=[1",), "Given: group_size=[1"),
         (("modulation=0.5",), "modulation=0.5: there is no such option. Allowed: aem, "),
         (("datamodule=elsewhere", "loss=null"), "loss=null: there is no such option. Allowed: "),
+        (
+            ("loss=adaptive_entropy", "loss.adaptive_entropy=[]"),
+            "loss.adaptive_entropy.target, loss",
+        ),
+        (("name=''",), "name='': runs lie in"),
+        (("name=a/../../b",), "name='a/../../b': runs lie in"),
         (("policy=/a/b",), "policy=/a/b: there is no such option. Allowed: "),
         (("experiment", "=", "quickstart"), "Type experiment=quickstart"),
         (("experiment=", "quickstart"), "Type experiment=quickstart"),

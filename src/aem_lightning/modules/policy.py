@@ -49,7 +49,11 @@ class Policy(nn.Module):
         self.causal_lm: PreTrainedModel = model
         self.peft: PeftModel | None = None
         if lora is not None:
-            self.peft = get_peft_model(model, _peft_config(lora))
+            try:
+                self.peft = get_peft_model(model, _peft_config(lora))
+            except ValueError as error:  # layers that the model has not, or that take no adapter
+                targets = lora.target_modules
+                raise ValueError(f"policy.lora.target_modules={targets}: {error}") from error
             base = self.peft.get_base_model()
             assert isinstance(base, PreTrainedModel)
             self.causal_lm = base

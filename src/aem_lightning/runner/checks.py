@@ -159,6 +159,10 @@ def check_config(cfg: DictConfig) -> None:
     """Raise `ConfigError` with every problem of ``cfg`` that shows without building anything."""
     refuse(wrong_options(cfg, TrainOptions) + _trainer_problems(cfg.get("trainer")))
     problems = _combination_problems(cfg)
+    if ".." in (parts := str(cfg.name).split("/")) or not all(part.strip() for part in parts):
+        problems.append(
+            f"name={cfg.name!r}: runs lie in {cfg.paths.log_dir}/<name>: type name=train"
+        )
     if cfg.max_context <= cfg.max_new_tokens:
         problems.append(
             f"max_context={cfg.max_context} leaves no room for a prompt beside "

@@ -130,6 +130,9 @@ def _unknown_key(cause: OmegaConfBaseException, name: str, given: Sequence[str])
     key, parent = str(cause.full_key), cause.parent_node
     argument = next((a for a in given if a.lstrip("+~").partition("=")[0].startswith(key)), key)
     typed_key = argument.lstrip("+~").partition("=")[0]
+    if cause.key is None and isinstance(parent, DictConfig):  # no mapping in a mapping's place
+        inner = ", ".join(f"{key}.{name!s}" for name in parent)
+        return f"{argument}: a mapping of keys to values. Its keys: {inner}. "
     prefix = key.removesuffix(str(cause.key))  # "loss." of loss.clip_hihg
     plain = OmegaConf.to_container(parent) if isinstance(parent, DictConfig) else {}
     known = [f"{prefix}{k}" for k in _dotted(plain) if not f"{prefix}{k}".startswith("hydra")]
