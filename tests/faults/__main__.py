@@ -119,7 +119,7 @@ def main() -> int:
     rows.sort(key=lambda row: (row["area"], row["kind"], row["number"]))
     given.out.write_text(table(rows, long_run), encoding="utf-8")
     written = {"tries": rows, "soak": long_run}
-    given.out.with_suffix(".json").write_text(json.dumps(written, indent=1), encoding="utf-8")
+    (given.folder / "faults.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
     return int(not all(row["as_it_must"] for row in rows))
 
 
