@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from aem_lightning.callbacks.files import write_atomically
+from aem_lightning.files import write_atomically
 from aem_lightning.runner.checkpoint_io import SealedCheckpointIO, is_whole
 from aem_lightning.runner.checkpoints import read_checkpoint
 

@@ -17,17 +17,19 @@ PACKAGE = ROOT / "src" / "aem_lightning"
 # room: the rooms that it may import, itself always included
 ARROWS = {
     "types": set(),
+    "files": set(),
     "lazy": set(),
     "functional": {"types"},
     "envs": {"types"},
     "rollout": {"types", "functional"},
     "algorithms": {"types", "functional"},
-    "modules": {"types", "lazy", "functional", "rollout", "algorithms", "metrics"},
+    "modules": {"types", "files", "lazy", "functional", "rollout", "algorithms", "metrics"},
     "datamodules": {"types", "lazy", "envs"},
-    "callbacks": {"types"},
+    "callbacks": {"types", "files"},
     "metrics": {"types"},
     "runner": {
         "types",
+        "files",
         "lazy",
         "functional",
         "envs",

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.analysis.curves import Curve, read_curves
@@ -25,6 +24,7 @@ from aem_lightning.analysis.tables import (
     ordered,
 )
 from aem_lightning.analysis.training import finished_run
+from aem_lightning.runner.checkpoints import read_checkpoint
 from aem_lightning.runner.evaluation import evaluate
 from aem_lightning.runner.summary import SUMMARY
 
@@ -213,7 +213,7 @@ def _games(cfg: DictConfig, arm: str, seed: int, run: Path) -> dict[str, Any]:
             return found
     target.mkdir(parents=True, exist_ok=True)
     log.info("%s: playing every evaluation game", run)
-    stored = torch.load(last, map_location="cpu", weights_only=True)["aem_lightning"]["config"]
+    stored = read_checkpoint(last)["aem_lightning"]["config"]
     # The run's own places, where its games and its warm-started model are.
     places = {**stored["paths"], "output_dir": str(target)}
     typed = [word for word in cfg.overrides if "._target_=" in word]

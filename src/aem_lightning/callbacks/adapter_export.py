@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from aem_lightning.callbacks.files import sync_tree
+from aem_lightning.files import sync_tree
 
 
 class SavesAdapter(Protocol):

@@ -12,9 +12,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from aem_lightning.callbacks.files import write_atomically
 from aem_lightning.callbacks.loggers import log_scalars, log_text
 from aem_lightning.callbacks.outputs import iteration_of
+from aem_lightning.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,6 @@ of a loaded checkpoint before Lightning reads it.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +19,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from aem_lightning.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -169,10 +169,7 @@ def bring_best(
     kept = found if limit < 0 else found[:limit]
     for path in kept if copies else ():
         if path.parent != folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f"{path.name}.part"
-            shutil.copyfile(path, part)
-            os.replace(part, folder / path.name)
+            write_atomically(folder / path.name, path.read_bytes())
     scores = {str(folder / path.name): known[path] for path in kept}
     best, kth = (next(iter(names), "") for names in (scores, reversed(scores)))
     return {

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 # What saved states may take: of the time of a rollout, of the disk that is free, and bytes at most.
 TIME_SHARE, DISK_SHARE, MOST_BYTES = 0.005, 0.1, 4 << 30
+# What torch raises for half a file, for another kind of file, and what ours lack of a stranger's.
 UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, TypeError)
 
 

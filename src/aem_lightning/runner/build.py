@@ -254,6 +254,13 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
     trainer = _make_trainer(cfg)
     for logger in trainer.loggers if start else ():
         _go_on(logger, start)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no choice of the user's
+        trainer.strategy.checkpoint_io = SealedCheckpointIO()
+    # Lightning's own watch ends this process too, without a word.
+    watch = partial(
+        ranks.watch_others, Path(cfg.paths.output_dir), partial(_flush, trainer.loggers)
+    )
+    subprocess_script._launch_process_observer = watch  # type: ignore[attr-defined]
     if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
         log.warning("No GPU was found: this run computes on the CPU")
     return trainer
@@ -278,11 +285,6 @@ def _make_trainer(cfg: DictConfig) -> L.Trainer:
         "reload_dataloaders_every_n_epochs": 1,
     }
     trainer: L.Trainer = made("trainer", cfg.trainer, **options)
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no choice of the user's
-        trainer.strategy.checkpoint_io = SealedCheckpointIO()
-    # Lightning's own watch ends this process too, without a word.
-    watch = partial(ranks.watch_others, Path(cfg.paths.output_dir), partial(_flush, loggers))
-    subprocess_script._launch_process_observer = watch  # type: ignore[attr-defined]
     return trainer
 
 

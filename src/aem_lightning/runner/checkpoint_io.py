@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from aem_lightning.callbacks.files import write_atomically
+from aem_lightning.files import write_atomically
+from aem_lightning.rollout.journal import UNREADABLE
 
 MARK = b"sha256:"
 DIGITS = 2 * hashlib.sha256().digest_size
 LENGTH = (len(MARK) + DIGITS).to_bytes(2, "little")  # an archive's last field, before its comment
-# What torch raises for half a file, for another kind of file, and what ours lack of a stranger's.
-UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, TypeError)
 
 
 class SealedCheckpointIO(TorchCheckpointIO):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -20,7 +19,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from aem_lightning.runner.trust import typed_again
+from aem_lightning.runner.trust import literal, typed_again
 
 CHECKOUT = Path(__file__).parents[3]
 # What belongs to one run alone, and not to the one that goes on from it.
@@ -43,9 +42,7 @@ def command(*words: str) -> str:
 
 def override(key: str, value: Any) -> str:
     """``key=value`` as Hydra's grammar takes it, whatever characters the value holds."""
-    if isinstance(value, str):  # what looks like an interpolation is none
-        value = re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", value)
-    return f"{key}={_written(value)}"
+    return f"{key}={_written(literal(value) if isinstance(value, str) else value)}"
 
 
 def after_training(cfg: DictConfig, checkpoint: Path) -> list[str]:

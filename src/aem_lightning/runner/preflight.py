@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 
 from aem_lightning.callbacks.transcripts import episode_markdown, episode_record
 from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.files import write_atomically
 from aem_lightning.modules import AgentModule, Policy
 from aem_lightning.modules.memory import is_out_of_memory
 from aem_lightning.rollout import make_groups, stable_seed
@@ -74,7 +75,7 @@ def preflight(
         "transcripts": shown,
     }
     target = Path(cfg.paths.output_dir) / REPORT
-    target.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_atomically(target, json.dumps(report, indent=2))
     _tell(report, target)
     return report
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aem_lightning.callbacks.files import write_atomically
 from aem_lightning.callbacks.transcripts import append_json_line, episode_record
 from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.files import write_atomically
 from aem_lightning.metrics import success_summary
 from aem_lightning.runner.next_steps import command
 from aem_lightning.runner.summary import print_results

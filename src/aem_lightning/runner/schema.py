@@ -211,6 +211,17 @@ def _bounds_in_words(base: type, bounds: Sequence[Any]) -> str:
     return f"in {'[' if 'ge' in limits else '('}{low}, {high}{']' if 'le' in limits else ')'}"
 
 
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a plain config; the number of an item stands for its key."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for name, value in items:
+        where = f"{key}.{name}" if key else str(name)
+        if isinstance(value, dict | list) and value:
+            yield from leaves(value, where)
+        else:
+            yield where, value
+
+
 def shown(value: Any) -> str:
     """A value as an error shows it."""
     text = "null" if value is None else repr(value)

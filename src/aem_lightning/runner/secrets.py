@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from aem_lightning.runner.schema import leaves
 
 _NAME = re.compile(
     r"(.*[_-])?(api[_-]?key|authorization|passw(or)?d|secret|(access|auth|hf)[_-]token)|key|token",
@@ -22,7 +23,12 @@ def secrets_in(cfg: DictConfig) -> dict[str, str]:
 
     One that an environment variable holds (``${oc.env:NAME}``) is written nowhere, and is let be.
     """
-    return dict(_found(OmegaConf.to_container(cfg, resolve=False)))
+    return {
+        key: value
+        for key, value in leaves(OmegaConf.to_container(cfg, resolve=False))
+        if isinstance(value, str) and value and "${" not in value
+        if _URL.match(value) or _NAME.fullmatch(key.rpartition(".")[2])
+    }
 
 
 def typed_secrets(overrides: Sequence[str]) -> dict[str, str]:
@@ -53,15 +59,3 @@ def scrub(folder: Path, found: dict[str, str]) -> None:
         for value in found.values():
             text = text.replace(value, "***")
         file.write_text(text, encoding="utf-8")
-
-
-def _found(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for name, value in items:
-        where = f"{key}.{name}" if key else str(name)
-        if isinstance(value, dict | list):
-            yield from _found(value, where)
-        elif not isinstance(value, str) or "${" in value or not value:
-            continue
-        elif _URL.match(value) or _NAME.fullmatch(str(name)):
-            yield where, value

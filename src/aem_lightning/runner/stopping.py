@@ -12,7 +12,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 
-from aem_lightning.callbacks.files import write_atomically
+from aem_lightning.files import write_atomically
 from aem_lightning.runner.next_steps import to_continue
 from aem_lightning.runner.signals import Stopped, StopSignals
 

@@ -10,10 +10,10 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
-from aem_lightning.callbacks.files import write_atomically
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.datamodules.agent import TaskSampler
 from aem_lightning.envs import check_env
+from aem_lightning.files import write_atomically
 from aem_lightning.metrics import NothingToJudgeError
 from aem_lightning.modules import AgentModule
 from aem_lightning.runner.build import (

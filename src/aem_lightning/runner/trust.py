@@ -16,6 +16,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.runner.checks import ConfigError
+from aem_lightning.runner.schema import leaves
 
 OURS = (
     "aem_lightning.algorithms.",
@@ -82,7 +83,7 @@ def _foreign(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     """Keys and values that are more than data, where they are not this project's own."""
     plain = OmegaConf.to_container(cfg)
     assert isinstance(plain, dict)
-    for key, value in _leaves({str(k): v for k, v in plain.items() if k not in LEFT_OUT}):
+    for key, value in leaves({str(k): v for k, v in plain.items() if k not in LEFT_OUT}):
         name = key.rpartition(".")[2]
         if (
             (name == "_target_" and not _is_ours(key, value))
@@ -90,16 +91,6 @@ def _foreign(cfg: DictConfig) -> Iterator[tuple[str, str]]:
             or "_args_" in key.split(".")  # past the checks of names
         ):
             yield key, str(value)
-
-
-def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for name, value in items:
-        where = f"{key}.{name}" if key else str(name)
-        if isinstance(value, dict | list) and value:
-            yield from _leaves(value, where)
-        else:
-            yield where, value
 
 
 def _is_ours(key: str, target: Any) -> bool:

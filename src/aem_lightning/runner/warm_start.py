@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
 from aem_lightning.callbacks import Meter
-from aem_lightning.callbacks.files import sync_tree
 from aem_lightning.datamodules import AgentDataModule
+from aem_lightning.files import sync_tree
 from aem_lightning.modules import (
     Architecture,
     DemonstrationSampler,
