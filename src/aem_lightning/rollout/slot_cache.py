@@ -64,6 +64,10 @@ class SlotCache:
         """Always 0: positions are handed to the model, never derived from the cache."""
         return 0
 
+    def crops(self, row: int, tokens: int) -> bool:
+        """Whether a row can go back to its first ``tokens``: always."""
+        return True
+
     def copy(self, source: Sequence[int], target: Sequence[int], tokens: int) -> None:
         """Copy the first ``tokens`` of the source rows to the target rows, all at once."""
         for block in (*self._keys.values(), *self._values.values()):

@@ -1,11 +1,15 @@
-"""The ``hf`` engine: a HF causal LM over a key-value cache that is kept across turns.
+"""The engine in this process: a HF causal LM over keys and values that are kept across turns.
 
-Every episode owns a slot, a row of a preallocated key-value cache. A request's prompt is compared
-with what the slot holds and only the rest is computed, so an append-only transcript costs its new
-tokens and a window prompt its changed tail. Equal prompts (the copies of a group at their first
-turn) are computed once and copied; an episode that is new to its slot copies the longest beginning
-that any other slot holds. The last token of a response is never fed alone: it comes in
-with the next prompt. Rows that finish leave the batch.
+Every episode owns a slot, a row of a cache. A request's prompt is compared with what the slot holds
+and only the rest is computed, so an append-only transcript costs its new tokens and a window prompt
+its changed tail. Equal prompts (the copies of a group at their first turn) are computed once and
+copied; an episode that is new to its slot copies the longest beginning that any other slot holds.
+The last token of a response is never fed alone: it comes in with the next prompt. Rows that finish
+leave the batch.
+
+The cache is a block of our own with an attention of our own (``engine=hf``), or, for models that
+those do not compute, transformers' (``engine=plain``); ``engine=auto`` takes the first where it
+gives what the model gives. Requests, seeds and results are the same.
 
 Weights are used as they are, adapters unmerged: merging LoRA in half precision rounds most of an
 early update away.
@@ -17,17 +21,19 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from aem_lightning.rollout.auto_model import CacheKind, pick_model
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
 from aem_lightning.rollout.finite import NotFiniteError
+from aem_lightning.rollout.plain_model import PlainModel
 from aem_lightning.rollout.sampling import allowed_tokens, draw, request_uniforms
 from aem_lightning.rollout.slot_model import SlotModel, waves
-from aem_lightning.rollout.slots import Job, Slot, common_prefix
+from aem_lightning.rollout.slots import Job, Slot, check_request, common_prefix
 from aem_lightning.types import Count, FinishReason, Places
 
 logger = logging.getLogger(__name__)
@@ -46,7 +52,9 @@ class SlotEngine:
             and values.
         bucket: Attention reads are rounded up to a multiple of it.
         cuda_graphs: ``auto`` captures decode steps as CUDA graphs on a GPU (`cuda_graphs`); ``off``
-            never does.
+            never does. Of no use to transformers' caches.
+        cache: Where keys and values are: ``slots``, a block of our own; ``plain``, transformers'
+            caches, whose memory grows with what the open episodes hold; ``auto``, see `pick_model`.
 
     Raises:
         ValueError: A number under 1, or an unknown choice.
@@ -58,12 +66,16 @@ class SlotEngine:
         max_length: Count = 2048,
         bucket: Count = 128,
         cuda_graphs: Literal["auto", "off"] = "auto",
+        cache: CacheKind = "slots",
     ) -> None:
         if cuda_graphs not in ("auto", "off"):
             raise ValueError(
                 f"engine.cuda_graphs={cuda_graphs!r} is unknown; allowed: engine.cuda_graphs=auto, "
                 "engine.cuda_graphs='off' (YAML reads a bare off as false)"
             )
+        if cache not in get_args(CacheKind):
+            allowed = ", ".join(f"engine.cache={kind}" for kind in get_args(CacheKind))
+            raise ValueError(f"engine.cache={cache!r} is unknown; allowed: {allowed}")
         for name, value in (("slots", slots), ("max_length", max_length), ("bucket", bucket)):
             if value < 1:
                 raise ValueError(f"engine.{name}={value} is not allowed: give a whole number >= 1")
@@ -71,11 +83,12 @@ class SlotEngine:
         self.max_length = max_length
         self.bucket = bucket
         self.cuda_graphs = cuda_graphs
+        self.cache = cache
         self.version = -1
         self.stats = dict.fromkeys(
             ("prefilled", "reused", "forked", "tokens", "decode_steps", "evicted"), 0
         )
-        self._model: SlotModel | None = None
+        self._model: SlotModel | PlainModel | None = None
         self._clock = itertools.count(1)
         self._forget()
 
@@ -92,7 +105,7 @@ class SlotEngine:
 
         Raises:
             RuntimeError: Requests are unfinished; they would be drawn from two policies.
-            ValueError: The model's attention or head is one that this engine would compute wrongly.
+            ValueError: ``cache="slots"``, and the model is of a kind that it would compute wrongly.
         """
         unfinished = len(self._waiting) + len(self._running)
         if unfinished:
@@ -100,13 +113,11 @@ class SlotEngine:
                 f"sync to version {version} with {unfinished} unfinished requests: "
                 "call poll(wait_all=True) or close() them first"
             )
-        model = SlotModel(policy.causal_lm, self.slots, self.max_length, self.bucket)
-        if self._model is not None:
-            # Nothing in the cache is read again: no slot has ids.
-            model.inherit(self._model)
-        if model.graphs is None and self.cuda_graphs != "off" and model.device.type == "cuda":
+        shape = self.slots, self.max_length, self.bucket
+        model = self._model = pick_model(self.cache, policy.causal_lm, self._model, shape)
+        wanted = self.cuda_graphs != "off" and model.device.type == "cuda"
+        if wanted and isinstance(model, SlotModel) and model.graphs is None:
             model.graphs = DecodeGraphs(self.slots, self.max_length - 1)
-        self._model = model
         self.version = version
         self._forget()
 
@@ -122,7 +133,7 @@ class SlotEngine:
         requests = list(requests)
         busy = {*self._waiting, *(self._slots[row].key for row in self._running)}
         for request in requests:
-            self._check_request(request, busy)
+            check_request(request, busy, self.max_length)
             busy.add(request.key)
         for request in requests:
             uniforms = request_uniforms(request.seed, request.sampling.max_new_tokens)
@@ -182,19 +193,6 @@ class SlotEngine:
         self._slots = [Slot(key, ids=list(ids), used=used) for key, ids, used in state["slots"]]
         self._owner = {slot.key: row for row, slot in enumerate(self._slots) if slot.key}
         self._policy().cache.fill(state["tensors"], self._policy().device)
-
-    def _check_request(self, request: Request, busy: set[str | None]) -> None:
-        prompt, new = len(request.prompt), request.sampling.max_new_tokens
-        if request.key in busy:
-            raise ValueError(f"{request.key}: submitted again before its last request has finished")
-        if prompt == 0:
-            raise ValueError(f"{request.key}: the prompt is empty; it needs at least 1 token")
-        if prompt + new > self.max_length:
-            raise ValueError(
-                f"{request.key}: a prompt of {prompt} tokens and max_new_tokens={new} do not fit "
-                f"into max_length={self.max_length}: set engine.max_length={prompt + new} or more, "
-                "or shorten the prompt with memory=window or a smaller max_turns"
-            )
 
     def _place(self) -> list[int]:
         """Give waiting jobs a slot, in order of submission; the rows that have a new one."""
@@ -285,8 +283,7 @@ class SlotEngine:
             slot, job = self._slots[row], self._job(row)
             prompt = list(job.request.prompt)
             borrowed = self._borrow(row, prompt) if slot.is_new else 0
-            # One token is always computed: the next token's logits come out of it.
-            job.reused = min(common_prefix(slot.ids, prompt), len(prompt) - 1)
+            job.reused = self._shared(row, prompt)
             slot.ids = prompt[: job.reused]
             rest[row] = prompt[job.reused :]
             self.stats["reused"] += job.reused - borrowed
@@ -299,10 +296,10 @@ class SlotEngine:
     def _borrow(self, row: int, prompt: list[int]) -> int:
         """Copy the longest beginning of ``prompt`` that another slot holds; tokens gained by it.
 
-        A gain of less than a bucket is not worth the copy. One token is left to be computed.
+        A gain of less than a bucket is not worth the copy.
         """
         self._slots[row].is_new = False
-        held = [common_prefix(slot.ids, prompt[:-1]) for slot in self._slots]
+        held = [self._shared(other, prompt) for other in range(self.slots)]
         best = max(range(self.slots), key=held.__getitem__)
         gain = held[best] - held[row]
         if gain < self.bucket:
@@ -311,6 +308,16 @@ class SlotEngine:
         self._slots[row].ids = prompt[: held[best]]
         self.stats["forked"] += gain
         return gain
+
+    def _shared(self, row: int, prompt: list[int]) -> int:
+        """Tokens of ``prompt`` that the slot holds and can go on from, one less than all at most.
+
+        One token is always computed: the next token's logits come out of it.
+        """
+        ids = self._slots[row].ids
+        shared = common_prefix(ids, prompt[:-1])
+        goes_on = shared == len(ids) or self._policy().cache.crops(row, shared)
+        return shared if goes_on else 0
 
     def _fork(self, source: int, target: int) -> None:
         """Copy a computed prompt to another slot."""
@@ -382,7 +389,7 @@ class SlotEngine:
             self._slots[row].ids.extend(chunk)
         return logits
 
-    def _policy(self) -> SlotModel:
+    def _policy(self) -> SlotModel | PlainModel:
         if self._model is None:
             raise RuntimeError("the engine has no policy yet: call sync(policy, version) first")
         return self._model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
+from aem_lightning.rollout.sampling import evaluated
 from aem_lightning.rollout.slot_cache import SlotCache, compute_dtype
 
 _ATTENTION = "aem_slots"
@@ -74,27 +75,17 @@ class SlotModel:
 
     @contextmanager
     def sampling_mode(self) -> Iterator[None]:
-        """Evaluation mode without gradients; every submodule's own mode comes back afterwards."""
-        training = [module for module in self.causal_lm.modules() if module.training]
+        """Evaluation mode without gradients, and this cache's attention."""
         attention = self._config._attn_implementation
         from transformers import AttentionInterface  # heavy: only where a model is there anyway
 
         AttentionInterface.register(_ATTENTION, _slot_attention)
-        for module in training:
-            module.training = False
         self._config._attn_implementation = _ATTENTION
         try:
-            # A trainer may evaluate in inference mode; the cache outlives it and needs ordinary
-            # tensors.
-            with torch.inference_mode(False), torch.no_grad():
+            with evaluated(self.causal_lm):
                 yield
         finally:
             self._config._attn_implementation = attention
-            for module in training:
-                module.training = True
-            # Weights that autocast cast and cached here carry no gradient. Some releases of torch
-            # would silently use them in a training pass of the same autocast region.
-            torch.clear_autocast_cache()
 
     def forward(
         self, rows: Sequence[int], starts: Sequence[int], chunks: Sequence[list[int]]

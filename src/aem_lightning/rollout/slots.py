@@ -1,7 +1,8 @@
-"""What the ``hf`` engine knows of its slots: whose they are, what they hold, what runs on them."""
+"""What the engine knows of its slots: whose they are, what they hold, what runs on them."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from aem_lightning.rollout.constraint import Cursor
@@ -58,3 +59,18 @@ def common_prefix(left: list[int], right: list[int]) -> int:
     if left[:limit] == right[:limit]:
         return limit
     return next(i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+
+
+def check_request(request: Request, busy: Container[str | None], max_length: int) -> None:
+    """Raise ``ValueError`` for an empty prompt, one that does not fit, or a ``busy`` key."""
+    prompt, new = len(request.prompt), request.sampling.max_new_tokens
+    if request.key in busy:
+        raise ValueError(f"{request.key}: submitted again before its last request has finished")
+    if prompt == 0:
+        raise ValueError(f"{request.key}: the prompt is empty; it needs at least 1 token")
+    if prompt + new > max_length:
+        raise ValueError(
+            f"{request.key}: a prompt of {prompt} tokens and max_new_tokens={new} do not fit "
+            f"into max_length={max_length}: set engine.max_length={prompt + new} or more, "
+            "or shorten the prompt with memory=window or a smaller max_turns"
+        )
