@@ -55,7 +55,7 @@ DELTA = {
 }
 MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_chunk_size": 8}
 
-# name: the config's class of transformers without its ending, and what its config has beside COMMON.
+# name: the config's class of transformers without its ending, and what it has beside COMMON.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
     "Qwen2": ("Qwen2", {}),
@@ -76,8 +76,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 3": ("Gemma3", {**SMALL_HEAD, **SLIDING, "query_pre_attn_scalar": 16}),
     "Gemma 4": (
         "Gemma4",
-        {**SMALL_HEAD, **SLIDING, "global_head_dim": 16, "hidden_size_per_layer_input": 8,
-         "vocab_size_per_layer_input": VOCABULARY, "final_logit_softcapping": 30.0},
+        {
+            **SMALL_HEAD,
+            **SLIDING,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "final_logit_softcapping": 30.0,
+        },
     ),
     "VaultGemma": ("VaultGemma", {**SMALL_HEAD, **SLIDING}),
     "gpt-oss": (
@@ -95,16 +101,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite MoE": ("GraniteMoe", {"logits_scaling": 4.0, "num_local_experts": 2}),
     "Granite 4": (
         "GraniteMoeHybrid",
-        {"layer_types": ["mamba", "attention"], "logits_scaling": 4.0, "mamba_expand": 2,
-         "num_local_experts": 2, "shared_intermediate_size": 16, **MAMBA},
+        {
+            "layer_types": ["mamba", "attention"],
+            "logits_scaling": 4.0,
+            "mamba_expand": 2,
+            "num_local_experts": 2,
+            "shared_intermediate_size": 16,
+            **MAMBA,
+        },
     ),
     "Cohere": ("Cohere", {}),
     "Cohere 2": ("Cohere2", SLIDING),
     "Llama 4": (
         "Llama4",
-        {**SMALL_HEAD, "attention_chunk_size": WINDOW, "intermediate_size_mlp": 64,
-         "num_local_experts": 2, "layer_types": ["chunked_attention", "full_attention"],
-         "no_rope_layers": [1, 0], "moe_layers": [1]},
+        {
+            **SMALL_HEAD,
+            "attention_chunk_size": WINDOW,
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 2,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "moe_layers": [1],
+        },
     ),
     "OLMo": ("Olmo", {}),
     "OLMo 2": ("Olmo2", {}),
@@ -117,13 +135,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM 4": ("Glm4", SMALL_HEAD),
     "GLM 4 MoE": (
         "Glm4Moe",
-        {**SMALL_HEAD, "n_routed_experts": 2, "num_experts_per_tok": 1,
-         "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+        {
+            **SMALL_HEAD,
+            "n_routed_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
     ),
     "DeepSeek V3": (
         "DeepseekV3",
-        {**LATENT, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 1,
-         "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+        {
+            **LATENT,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
     ),
     "MiniCPM3": ("MiniCPM3", {**LATENT, "dim_model_base": 8}),
     "HyperCLOVA X": ("HyperCLOVAX", {"logits_scaling": 0.25}),
@@ -136,15 +166,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "EXAONE 4": ("Exaone4", {**SLIDING, "sliding_window_pattern": None}),
     "ModernBERT decoder": (
         "ModernBertDecoder",
-        {"bos_token_id": 1, "local_attention": 2 * WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+        {
+            "bos_token_id": 1,
+            "local_attention": 2 * WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
     ),
     "Persimmon": ("Persimmon", {"num_key_value_heads": 2}),
     "LFM2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
     "Falcon": ("Falcon", {}),
     "Falcon H1": (
         "FalconH1",
-        {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
-         "mamba_d_state": 8},
+        {
+            "lm_head_multiplier": 0.25,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+        },
     ),
     "Bamba": ("Bamba", {"attn_layer_indices": [1], "mamba_expand": 2, **MAMBA}),
     "Jamba": (
@@ -153,8 +192,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Nemotron-H": (
         "NemotronH",
-        {"layers_block_type": ["mamba", "attention"], **SMALL_HEAD, "mamba_num_heads": 4,
-         "mamba_head_dim": 16, "ssm_state_size": 8, "chunk_size": 8, "n_groups": 1},
+        {
+            "layers_block_type": ["mamba", "attention"],
+            **SMALL_HEAD,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "chunk_size": 8,
+            "n_groups": 1,
+        },
     ),
     "Mamba": ("Mamba", {"state_size": 8}),
     "GPT-2": ("GPT2", {**GPT, "scale_attn_by_inverse_layer_idx": True}),
@@ -169,17 +215,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 TEXT_CONFIG = {"Qwen3_5", "Gemma3", "Gemma4", "Llama4"}  # families whose config has other parts too
 
 
-def build(name: str, seed: int = 1, spread: float = 0.2) -> PreTrainedModel:
+def build(name: str, seed: int = 1, spread: float = 0.2, **changes: Any) -> PreTrainedModel:
     """A model of the family ``name`` with random weights, in evaluation mode.
 
     Args:
         name: A key of `FAMILIES`.
         seed: Of the weights; the global random stream is left as it was.
         spread: Standard deviation of what is added to every weight.
+        **changes: To its config.
     """
     family, more = FAMILIES[name]
     kind = f"{family}TextConfig" if family in TEXT_CONFIG else f"{family}Config"
-    config = getattr(transformers, kind)(**{**COMMON, **more})
+    config = getattr(transformers, kind)(**{**COMMON, **more, **changes})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)

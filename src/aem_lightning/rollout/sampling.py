@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def request_uniforms(seed: int, count: int) -> list[float]:
@@ -86,3 +87,21 @@ def draw(
     sampled = torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     tokens = torch.where(greedy, scores.argmax(dim=-1), sampled)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropies
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every submodule's own mode comes back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        # A trainer may evaluate in inference mode; a cache outlives it and needs ordinary tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        # Weights that autocast cast and cached here carry no gradient. Some releases of torch
+        # would silently use them in a training pass of the same autocast region.
+        torch.clear_autocast_cache()
