@@ -164,9 +164,9 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 def _packed_mask(
     *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **options: Any
 ) -> Tensor | None:
-    """The mask of a kind of layer: over any batch transformers' own, over a packed row its longest's.
+    """A layer's mask: over any batch transformers' own, over a packed row that of its longest.
 
-    That is [1, 1, l, l], and any other sequence's its corner; ``None`` where it is just causal.
+    [1, 1, l, l], of which any other sequence's is a corner; ``None`` where it is just causal.
     """
     segments = _SEGMENTS.get()
     if segments is None:

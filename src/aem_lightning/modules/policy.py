@@ -170,7 +170,10 @@ class Policy(nn.Module):
         """Give the policy a value head, which trains and is saved with the adapters."""
         if self.value_head is None:
             ids = torch.zeros(1, 2, dtype=torch.long, device=self.causal_lm.device)
-            with torch.no_grad(), torch.random.fork_rng():  # dropout draws, if there is some
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices=[]),
+            ):  # dropout draws, if there is some
                 width = self.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool)).shape[1]
             self.value_head = ValueHead(width).to(self.causal_lm.device)
 
