@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models.families import build
 from tiny_play import make_policy
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -101,14 +102,14 @@ def test_no_dense_mask_is_made_for_a_packed_row(piece, monkeypatch):
     seen = []
 
     def spy(module, query, key, value, mask, **options):
-        seen.append((mask.shape, options["segments"].lengths))
+        seen.append((mask, options["segments"].lengths))
         return packed_attention(module, query, key, value, mask, **options)
 
     monkeypatch.setattr(attention, "packed_attention", spy)
     piece.score(make_policy(), 1.0, packed=True)
     monkeypatch.undo()
     attention.AttentionInterface.register(attention.PACKED, packed_attention)
-    assert seen == [((1, 1, 1, 5), LENGTHS)] * 2
+    assert seen == [(None, LENGTHS)] * 2
 
 
 def dense(query, key, value, lengths, scaling):
@@ -183,21 +184,44 @@ def model(**changes):
 
 
 def test_a_model_that_cannot_be_packed_is_padded_and_says_why_when_asked():
-    sliding = model(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    """By its attention, by its layers, or by what a row of two short sequences came out as."""
     eager = model(attn_implementation="eager")
     assert is_packed("auto", model())
     assert is_packed("packed", model())
     assert not is_packed("padded", model())
-    for other, reason in ((sliding, "sliding_attention"), (eager, "'eager'")):
+    others = (eager, "'eager'"), (build("Qwen3.5"), "linear"), (build("Nemotron"), "otherwise")
+    for other, reason in others:
         assert not is_packed("auto", other)
         with pytest.raises(ValueError, match=rf"{reason}.*packing=padded"):
             is_packed("packed", other)
+        assert other.config._attn_implementation != attention.PACKED
     with pytest.raises(ValueError, match="allowed: packing=auto, packing=packed"):
         is_packed("dense", model())
 
 
+@pytest.mark.parametrize(("window", "masks"), [(4, 1), (9, 0)])
+def test_a_window_is_forgotten_in_packed_rows(piece, monkeypatch, window, masks):
+    """Nine tokens under a window of four; one that reaches over all of them needs no mask."""
+    sliding = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    policy = Policy(model(vocab_size=24, **sliding), None)
+    seen = []
+
+    def spy(module, query, key, value, mask, **options):
+        seen.append(mask)
+        return packed_attention(module, query, key, value, mask, **options)
+
+    expected = piece.score(policy, 1.0, packed=False)
+    monkeypatch.setattr(attention, "packed_attention", spy)
+    found = piece.score(policy, 1.0, packed=True)
+    monkeypatch.undo()
+    attention.AttentionInterface.register(attention.PACKED, packed_attention)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert [mask.shape for mask in seen if mask is not None] == [(1, 1, 9, 9)] * masks
+
+
 def test_a_gpu_without_the_kernel_gets_one_call_for_each_row(monkeypatch):
     on_gpu = SimpleNamespace(**{"config": model().config, "_supports_attention_backend": True})
+    monkeypatch.setattr(attention, "_trial", lambda model: None)  # nothing is on a GPU here
     on_gpu.device, on_gpu.dtype = torch.device("cuda"), torch.bfloat16
     capability = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
@@ -213,6 +237,8 @@ def test_a_gpu_without_the_kernel_gets_one_call_for_each_row(monkeypatch):
     capability[0] = (8, 0)
     on_gpu.dtype = torch.float32
     assert not is_packed("auto", on_gpu)
+    on_gpu.dtype, on_gpu.config.sliding_window = torch.bfloat16, 64
+    assert not is_packed("auto", on_gpu)  # its window takes a call for each row
 
 
 def test_packed_micro_batches_count_padding():

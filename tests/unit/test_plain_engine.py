@@ -26,10 +26,12 @@ MORE = {
 OVER_SLOTS = {"Llama", "Qwen3 MoE"}
 OVER_CACHES = {
     *("Qwen3-Next", "Qwen3.5", "Granite 4", "Bamba", "Falcon H1", "Jamba", "Mamba", "LFM2"),
-    *("gpt-oss", "Gemma 2", "Gemma 4", "Llama 4", "Bloom", "MPT", "GPT-2", "OPT"),
-    *MORE,
+    *("gpt-oss", "Gemma 2", *MORE),
 }
-EITHER = {"Mistral", "Mixtral", "Phi-3", "Gemma 3", "Cohere 2", "OLMo 3", "DeepSeek V3", "EXAONE 4"}
+EITHER = {
+    *("Mistral", "Mixtral", "Phi-3", "Gemma 3", "Gemma 4", "Cohere 2", "OLMo 3", "EXAONE 4"),
+    *("DeepSeek V3", "Llama 4", "Bloom", "MPT", "GPT-2", "OPT"),
+}
 
 
 @functools.cache

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models.families import build
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from aem_lightning.rollout import slot_model
 from aem_lightning.rollout.engine import Request, RolloutEngine, Sampling
 from aem_lightning.rollout.sampling import draw, request_uniforms
 from aem_lightning.rollout.slot_engine import SlotEngine
@@ -411,16 +413,30 @@ def test_inside_autocast_keys_and_values_are_kept_in_its_type_with_the_same_resu
         assert run(wide, asked) == result
 
 
-def test_a_model_with_a_sliding_window_or_uneven_layers_is_refused():
-    sliding = make_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    uneven = make_model()
-    uneven.config.__dict__["num_key_value_heads"] = [1, 2]
-    for model, told in (
-        (sliding, "sliding_attention"),
-        (uneven, r"as many key-value heads in every layer, got \[1, 2\]"),
+def test_a_model_that_would_be_sampled_wrongly_is_not_refused():
+    """Soft-capped attention, states in place of keys, and a mask that is ignored."""
+    for name, told in (
+        ("Gemma 2", "a soft cap or sinks"),
+        ("Qwen3.5", "'SlotCache' object has no attribute"),
+        ("Mamba", r"come out \d.* nats off the model's own"),
     ):
-        with pytest.raises(ValueError, match=told):
+        model = build(name).train()
+        with pytest.raises(ValueError, match=rf"engine=hf cannot run .*{told}.*engine=auto"):
             make_engine(SimpleNamespace(causal_lm=model))
+        assert model.config._attn_implementation != "aem_slots"
+        assert all(module.training for module in model.modules())
+
+
+def test_a_model_is_tried_again_at_every_sync(monkeypatch):
+    tried = []
+    probe = slot_model.probe_rows
+    monkeypatch.setattr(slot_model, "probe_rows", lambda *a: tried.append(a) or probe(*a))
+    policy = SimpleNamespace(causal_lm=make_model())
+    engine = make_engine(policy)
+    engine.sync(policy, 1)
+    assert len(tried) == 1
+    engine.sync(SimpleNamespace(causal_lm=make_model()), 2)
+    assert len(tried) == 2
 
 
 def test_logits_that_are_not_finite_stop_the_run():

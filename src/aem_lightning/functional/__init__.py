@@ -14,7 +14,7 @@ from aem_lightning.functional.advantages import (
 from aem_lightning.functional.covariance import clip_cov_tokens, kl_cov_tokens, token_covariances
 from aem_lightning.functional.entropy import entropy_drift, response_entropy, token_entropy
 from aem_lightning.functional.importance import importance_weights
-from aem_lightning.functional.logprob import token_logprob_entropy
+from aem_lightning.functional.logprob import logprob_entropy_through, token_logprob_entropy
 from aem_lightning.functional.losses import (
     aggregation_weights,
     clipped_surrogate,
@@ -47,6 +47,7 @@ __all__ = [
     "importance_weights",
     "kl_cov_tokens",
     "kl_k3",
+    "logprob_entropy_through",
     "overlong_penalty",
     "response_entropy",
     "rloo_advantages",

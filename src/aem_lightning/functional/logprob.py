@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 
 def token_logprob_entropy(
@@ -66,6 +68,43 @@ def token_logprob_entropy(
             hidden, weight, targets, 1.0 / temperature, chunk
         )
     return outputs
+
+
+def logprob_entropy_through(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """`token_logprob_entropy` through any ``head``, hidden states [c, d] to logits [c, V].
+
+    Autograd goes through the head, chunk by chunk, and computes each again in the backward pass:
+    the peak is a few [chunk, V] tensors here too. A token whose logit is -inf adds no entropy.
+
+    Example:
+        >>> head = lambda hidden: 2 * hidden
+        >>> logprob_entropy_through(head, torch.zeros(2, 4), torch.tensor([0, 3]))
+        (tensor([-1.3863, -1.3863]), tensor([1.3863, 1.3863]))
+    """
+
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logprobs = torch.log_softmax(logits / temperature, dim=-1)
+        finite = logprobs.masked_fill(logprobs == -torch.inf, 0.0)
+        entropies = -(logprobs.exp() * finite).sum(dim=-1)
+        return logprobs.gather(1, targets[:, None])[:, 0], entropies
+
+    if not len(targets):
+        none = hidden.float().sum(dim=-1)
+        return none, none
+    parts = [
+        checkpoint(score, part, wanted, use_reentrant=False)
+        for part, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, get_args
@@ -13,12 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function as _causal
 
 from aem_lightning.modules.settings import Packing
+from aem_lightning.rollout.head import decoder_of, probe_rows
 from aem_lightning.rollout.slot_cache import compute_dtype
 
 PACKED = "aem_packed"
 _HALF = (torch.float16, torch.bfloat16)
+CAUSAL: object = _causal
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _KERNEL_SIZES = range(8, 257, 8)  # of a head, for FlashAttention
 
 
@@ -44,17 +49,34 @@ class Segments:
         positions = torch.arange(int(offsets[-1])) - starts
         return cls(tuple(lengths), offsets.to(device), positions[None].to(device))
 
-    def decoder_arguments(self) -> dict[str, Any]:
-        """What a decoder is called with beside ``input_ids``.
+    def causal_mask(self) -> Tensor:
+        """What no mask stands for: each token sees itself and what is to its left, [l, l] bool."""
+        longest = max(self.lengths)
+        return torch.ones(longest, longest, dtype=torch.bool, device=self.offsets.device).tril()
 
-        A mask of four dimensions is handed on as it is; any other kind, none included, would make
-        transformers build a dense [T, T] one from the positions.
-        """
-        return {
-            "attention_mask": self.offsets.view(1, 1, 1, -1),
-            "position_ids": self.positions,
-            "segments": self,
-        }
+
+# The packed row under way, while its masks are made.
+_SEGMENTS: ContextVar[Segments | None] = ContextVar("segments", default=None)
+
+
+def packed_hidden(model: PreTrainedModel, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Last hidden states [1, T, d] of a packed row [1, T] of sequences of these ``lengths``."""
+    use_packed_attention(model)
+    segments = Segments.of(lengths, input_ids.device)
+    before = _SEGMENTS.set(segments)
+    try:
+        # Without a mask, transformers would find the sequences by their positions and make a dense
+        # [T, T] one.
+        hidden: Tensor = decoder_of(model)(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            position_ids=segments.positions,
+            use_cache=False,
+            segments=segments,
+        ).last_hidden_state
+    finally:
+        _SEGMENTS.reset(before)
+    return hidden
 
 
 def is_packed(packing: Packing, model: PreTrainedModel) -> bool:
@@ -73,6 +95,8 @@ def is_packed(packing: Packing, model: PreTrainedModel) -> bool:
     if packing == "packed" and obstacle is not None:
         raise ValueError(f"This model cannot be packed: {obstacle}. Type packing=padded.")
     if packing == "auto" and obstacle is None and model.device.type != "cpu":
+        if _has_windows(model.config):  # those layers would take a call for each row
+            return False
         size = getattr(model.config, "head_dim", None)
         size = size or model.config.hidden_size // model.config.num_attention_heads
         kind = compute_dtype(model.device, model.dtype)
@@ -80,20 +104,49 @@ def is_packed(packing: Packing, model: PreTrainedModel) -> bool:
     return packing != "padded" and obstacle is None
 
 
+def _has_windows(config: Any) -> bool:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return kinds != {"full_attention"} or bool(getattr(config, "sliding_window", None))
+
+
 def packing_obstacle(model: PreTrainedModel) -> str | None:
-    """Why ``model`` cannot attend over a packed row; ``None`` when it can."""
+    """Why ``model`` cannot attend over a packed row; ``None`` when it can, which is tried."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"its layers are {sorted(kinds)}, and packing needs full attention"
+    if not kinds <= _KINDS:
+        return f"its layers are {sorted(kinds)}, and packing needs attention"
     if config._attn_implementation not in ("sdpa", PACKED):
         return f"its attention is {config._attn_implementation!r}, and packing needs 'sdpa'"
-    for name in ("sliding_window", "attn_logit_softcapping"):
-        if getattr(config, name, None):
-            return f"it has {name}, and packing computes plain attention"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} has an attention of its own"
-    return None
+    return _trial(model)
+
+
+@torch.no_grad()
+def _trial(model: PreTrainedModel) -> str | None:
+    """What is wrong with a packed row of two short sequences, against the model on each alone."""
+    before = model.config._attn_implementation
+    rows = [torch.tensor([ids], device=model.device) for ids in probe_rows(model, 2, 72)]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        own = torch.cat(
+            [decoder_of(model)(input_ids=row, use_cache=False).last_hidden_state for row in rows], 1
+        ).float()
+        packed = packed_hidden(model, torch.cat(rows, 1), [row.shape[1] for row in rows]).float()
+    except (RuntimeError, TypeError, ValueError) as error:  # whatever a family makes of its mask
+        return f"{type(model).__name__} does not take it ({error})".partition("\n")[0]
+    finally:
+        model.config._attn_implementation = before
+        for module in training:
+            module.training = True
+    off = float((packed - own).abs().mean() / own.abs().mean())
+    # Rounding is a ten-thousandth of this, in half precision a hundredth; a neighbour that is seen,
+    # or a window that is not kept, is a tenth and more.
+    if off <= (0.05 if compute_dtype(model.device, model.dtype) in _HALF else 1e-3):
+        return None
+    return f"{type(model).__name__} comes out otherwise there: its states are off by {off:.0%}"
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -104,8 +157,29 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     """
     if model.config._attn_implementation != PACKED:
         AttentionInterface.register(PACKED, packed_attention)
-        AttentionMaskInterface.register(PACKED, AttentionMaskInterface()["sdpa"])
+        AttentionMaskInterface.register(PACKED, _packed_mask)
         model.config._attn_implementation = PACKED
+
+
+def _packed_mask(
+    *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **options: Any
+) -> Tensor | None:
+    """A layer's mask: over any batch transformers' own, over a packed row that of its longest.
+
+    [1, 1, l, l], of which any other sequence's is a corner; ``None`` where it is just causal.
+    """
+    segments = _SEGMENTS.get()
+    if segments is None:
+        dense: Callable[..., Tensor | None] = AttentionMaskInterface()["sdpa"]
+        return dense(mask_function=mask_function, use_vmap=use_vmap, **options)
+    if use_vmap:
+        raise ValueError("its mask is no function of positions")
+    if mask_function is CAUSAL:
+        return None
+    index = torch.arange(max(segments.lengths), device=segments.offsets.device)
+    zero = index.new_zeros(1)
+    sees = mask_function(zero, zero, index[:, None], index)
+    return None if torch.equal(sees, segments.causal_mask()) else sees[None, None]
 
 
 def packed_attention(
@@ -126,7 +200,7 @@ def packed_attention(
         query: [1, heads, T, size].
         key: [1, key-value heads, T, size]; query heads share them in equal parts.
         value: Like ``key``.
-        attention_mask: Read only without ``segments``.
+        attention_mask: As `_packed_mask` made it.
         segments: The sequences of the packed row.
         scaling: Of the scores; ``1 / sqrt(size)`` when ``None``.
         **kwargs: The rest of what transformers hands to an attention function.
@@ -137,20 +211,30 @@ def packed_attention(
     if segments is None:
         plain: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()["sdpa"]
         return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("its attention has a soft cap or sinks")
     kind = compute_dtype(query.device, value.dtype)
     if kind in _HALF:
         # Under autocast, rotary embeddings leave float32 queries and keys beside half values.
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
     varlen = _kernel(query.device, kind, query.shape[-1])
-    if varlen is not None:
+    if varlen is not None and attention_mask is None:
         return attend_in_one_kernel(varlen, query, key, value, segments, scaling), None
-    return attend_by_segment(query, key, value, segments, scaling), None
+    return attend_by_segment(query, key, value, segments, scaling, attention_mask), None
 
 
 def attend_by_segment(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """One attention call for each run of sequences of equal length, [1, T, heads, size]."""
+    """One attention call for each run of sequences of equal length, [1, T, heads, size].
+
+    The ``mask`` [1, 1, l, l] is that of the longest sequence; ``None`` is causal.
+    """
     pieces, start = [], 0
     shared = query.shape[1] != key.shape[1]
     for length, run in groupby(segments.lengths):
@@ -162,7 +246,13 @@ def attend_by_segment(
             for x in (query, key, value)
         )
         attended = scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=shared
+            q,
+            k,
+            v,
+            attn_mask=None if mask is None else mask[..., :length, :length],
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=shared,
         )
         pieces.append(attended.transpose(1, 2).flatten(0, 1))
         start = end

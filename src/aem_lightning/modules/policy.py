@@ -23,12 +23,14 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from aem_lightning.functional import token_logprob_entropy
-from aem_lightning.modules.attention import Segments, use_packed_attention
+from aem_lightning.functional import logprob_entropy_through, token_logprob_entropy
+from aem_lightning.modules.attention import packed_hidden
 from aem_lightning.modules.settings import Lora
 from aem_lightning.modules.value import ValueHead
+from aem_lightning.rollout.head import Head
 
 FULL_PRECISION = torch.float32
+_MAMBA = ("falcon_h1", "nemotron_h")  # beside those whose name says so
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -50,7 +52,7 @@ class Policy(nn.Module):
         self.peft: PeftModel | None = None
         if lora is not None:
             try:
-                self.peft = get_peft_model(model, _peft_config(lora))
+                self.peft = get_peft_model(model, _peft_config(lora, model))
             except ValueError as error:  # layers that the model has not, or that take no adapter
                 targets = lora.target_modules
                 raise ValueError(f"policy.lora.target_modules={targets}: {error}") from error
@@ -58,6 +60,7 @@ class Policy(nn.Module):
             assert isinstance(base, PreTrainedModel)
             self.causal_lm = base
         self.causal_lm.config.use_cache = False
+        self.head = Head(self.causal_lm)
         self.value_head: ValueHead | None = None
 
     @classmethod
@@ -70,7 +73,7 @@ class Policy(nn.Module):
         quantization: Literal["nf4"] | None = None,
         chat_template: str | None = None,
         gradient_checkpointing: bool = False,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
     ) -> Self:
         """A policy from the hub or from a local folder.
 
@@ -82,7 +85,8 @@ class Policy(nn.Module):
                 ``quant``).
             chat_template: A Jinja template in place of the tokenizer's own.
             gradient_checkpointing: Trade time for memory in the update.
-            attn_implementation: Passed to transformers.
+            attn_implementation: Passed to transformers; ``None`` is its choice: ``sdpa``, but for
+                models whose attention has a soft cap or sinks.
 
         Raises:
             FileNotFoundError: The model is not there; says how to fetch it and how to run without
@@ -93,7 +97,9 @@ class Policy(nn.Module):
                 f"policy.quantization={quantization!r} is unknown; allowed: null, nf4."
             )
         stored = check_dtype(dtype)
-        settings: dict[str, Any] = {"dtype": stored, "attn_implementation": attn_implementation}
+        settings: dict[str, Any] = {"dtype": stored}
+        if attn_implementation is not None:
+            settings["attn_implementation"] = attn_implementation
         if quantization:
             settings["quantization_config"] = _four_bit(stored)
         try:
@@ -143,26 +149,33 @@ class Policy(nn.Module):
         self, input_ids: Tensor, mask: Tensor, lengths: Sequence[int] | None = None
     ) -> Tensor:
         """Last hidden states that predict the masked tokens, [T, d]; arguments as for `score`."""
-        packed: dict[str, Any] = {}
-        if lengths is not None:
-            use_packed_attention(self.causal_lm)
-            packed = Segments.of(lengths, input_ids.device).decoder_arguments()
-        decoder = self.causal_lm.get_decoder()
-        hidden: Tensor = decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state
+        if lengths is None:
+            hidden: Tensor = self.head.decoder(
+                input_ids=input_ids, use_cache=False
+            ).last_hidden_state
+        else:
+            hidden = packed_hidden(self.causal_lm, input_ids, lengths)
         return hidden[:, :-1][mask[:, 1:]]  # the hidden state left of a token predicts it
 
     def score_hidden(
         self, hidden: Tensor, targets: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies, [T] each, of ``targets`` [T] after `hidden_states`."""
-        weight = self.causal_lm.get_output_embeddings().weight  # [V, d]
+        weight = self.head.weight  # [V, d]
+        if weight is None:
+            return logprob_entropy_through(self.head.logits, hidden, targets, temperature or 1.0)
         return token_logprob_entropy(hidden, weight, targets, temperature or 1.0)
 
     def add_value_head(self) -> None:
         """Give the policy a value head, which trains and is saved with the adapters."""
         if self.value_head is None:
-            width = self.causal_lm.get_output_embeddings().weight.shape[1]
-            self.value_head = ValueHead(int(width)).to(self.causal_lm.device)
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self.causal_lm.device)
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices=[]),
+            ):  # dropout draws, if there is some
+                width = self.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool)).shape[1]
+            self.value_head = ValueHead(width).to(self.causal_lm.device)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -182,7 +195,8 @@ class Policy(nn.Module):
         """Write adapter and tokenizer: a folder for ``PeftModel.from_pretrained(base, folder)``."""
         if self.peft is None:
             raise RuntimeError("A policy without LoRA has no adapter; use save_model.")
-        self.peft.save_pretrained(str(folder))
+        # An adapter on the head has the head's own weights beside it, which no one has changed.
+        self.peft.save_pretrained(str(folder), save_embedding_layers=False)
         self.tokenizer.save_pretrained(str(folder))
         _share(Path(folder))
 
@@ -208,15 +222,36 @@ def _share(folder: Path) -> None:
         file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
 
 
-def _peft_config(lora: Lora) -> LoraConfig:
+def _peft_config(lora: Lora, model: PreTrainedModel) -> LoraConfig:
     targets = lora.target_modules
+    every = targets == "all-linear"
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=(_without_adapters(model) or None) if every else None,
         task_type="CAUSAL_LM",
     )
+
+
+def _without_adapters(model: PreTrainedModel) -> list[str]:
+    """Linear layers that take no adapter: all-linear would break at them.
+
+    The routers of some families are a Linear that gives more than a product, and kernels of Mamba
+    read the weight of its last layer themselves.
+    """
+    of_family = type(model).__module__
+    reads_weights = "mamba" in model.config.model_type or model.config.model_type in _MAMBA
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (
+            type(module).__module__ == of_family
+            or (reads_weights and name.endswith(("out_proj", "conv1d")))
+        )
+    ]
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:
@@ -259,7 +294,7 @@ def _merged_copy(causal_lm: PreTrainedModel) -> PreTrainedModel:
     }
     state = {
         name: parameter.detach().to(FULL_PRECISION)
-        for name, parameter in causal_lm.named_parameters()
+        for name, parameter in causal_lm.named_parameters(remove_duplicate=False)
         if not any(name.startswith(f"{layer}.") for layer in adapted)
     }
     for name, layer in adapted.items():
@@ -272,6 +307,9 @@ def _merged_copy(causal_lm: PreTrainedModel) -> PreTrainedModel:
         if getattr(base, "bias", None) is not None:
             state[f"{name}.bias"] = base.bias.detach().to(FULL_PRECISION)
     config = copy.deepcopy(causal_lm.config)
+    ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    if any(isinstance(end, LoraLayer) for end in ends):
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     config.dtype = FULL_PRECISION
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -65,12 +65,13 @@ class PlainModel:
         self._takes = inspect.signature(self._base.forward).parameters
         self.device: torch.device = self._base.get_input_embeddings().weight.device
         self._ways = Ways(None, appends=False, joins=False)
+        blank: Any = None
         if earlier is not None and earlier.causal_lm is causal_lm:
             self._ways, blank = earlier._ways, earlier.cache.blank
         else:
             with self.sampling_mode():
                 self._ways, blank = self._measure()
-        self.cache = PlainCache(blank)
+        self.cache: PlainCache = PlainCache(blank)
 
     @contextmanager
     def sampling_mode(self) -> Iterator[None]:

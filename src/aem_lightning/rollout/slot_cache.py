@@ -68,6 +68,14 @@ class SlotCache:
         """Whether a row can go back to its first ``tokens``: always."""
         return True
 
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Always 0, likewise; asked where a mask is made."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys that are read, and the position of the first."""
+        return self._read, 0
+
     def copy(self, source: Sequence[int], target: Sequence[int], tokens: int) -> None:
         """Copy the first ``tokens`` of the source rows to the target rows, all at once."""
         for block in (*self._keys.values(), *self._values.values()):

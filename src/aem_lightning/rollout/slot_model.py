@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
+from aem_lightning.rollout.head import Head, probe_rows
 from aem_lightning.rollout.sampling import evaluated
 from aem_lightning.rollout.slot_cache import SlotCache, compute_dtype
 
@@ -19,6 +23,8 @@ _ATTENTION = "aem_slots"
 # many tokens: below that a second forward pass costs more than the padding.
 _FREE_PADDING = 256
 _WAVE_TOKENS = 8192
+# Models of which it is known that their logits come out right.
+_TRIED: WeakSet[nn.Module] = WeakSet()
 
 
 class SlotModel:
@@ -28,18 +34,20 @@ class SlotModel:
     by PEFT or neither. The numbers are `SlotEngine`'s.
 
     Raises:
-        ValueError: The model's layers or head are of a kind that would be computed wrongly.
+        ValueError: The model's attention, cache or head is of a kind that is not done here, by the
+            logits of two short rows.
     """
 
-    def __init__(self, causal_lm: nn.Module, slots: int, max_length: int, bucket: int) -> None:
+    def __init__(
+        self, causal_lm: nn.Module, slots: int, max_length: int, bucket: int, *, trial: bool = False
+    ) -> None:
         # A PEFT wrapper hands out the model inside, whose layers still carry the adapters.
         base: Any = getattr(causal_lm, "get_base_model", lambda: causal_lm)()
-        _check_config(base.config)
         self.causal_lm = causal_lm
         self.cache = SlotCache(slots, max_length)
-        self._config = base.config
-        self._body = base.get_decoder()
-        self._head = base.get_output_embeddings()
+        self._base = base
+        self._head = Head(base)
+        self._config = self._head.decoder.config  # what its layers read
         self._max_length = max_length
         self._bucket = bucket
         weight = base.get_input_embeddings().weight
@@ -50,7 +58,7 @@ class SlotModel:
         band = torch.zeros(2 * max_length, dtype=self._kind, device=self.device)
         band[max_length:] = -torch.inf
         self._band = band
-        self._shared = _query_heads_per_key(base.config)
+        self._shared = _query_heads_per_key(base)
         parameters = list(causal_lm.parameters())
         self._addresses = [parameter.data_ptr() for parameter in parameters]
         # Kept, the smallest weight's memory is not given out again: a model that went to the CPU
@@ -58,6 +66,9 @@ class SlotModel:
         # into place. Its buffers and 4-bit scales, which graphs read too, need not have.
         self._held = min(parameters, key=torch.Tensor.numel).data
         self.graphs: DecodeGraphs | None = None
+        if not trial and causal_lm not in _TRIED:
+            self._try()
+            _TRIED.add(causal_lm)
 
     def inherit(self, earlier: SlotModel) -> None:
         """Take over the cache of an earlier model, and its graphs, as far as they fit this one.
@@ -67,25 +78,58 @@ class SlotModel:
         """
         if self.causal_lm is not earlier.causal_lm or self.device != earlier.device:
             return
+        self._head = earlier._head
         if self._kind == earlier._kind:
             self.cache = earlier.cache
             if self._addresses == earlier._addresses and earlier.graphs is not None:
                 self.graphs = earlier.graphs
                 self._band = earlier._band
 
-    @contextmanager
-    def sampling_mode(self) -> Iterator[None]:
-        """Evaluation mode without gradients, and this cache's attention."""
-        attention = self._config._attn_implementation
-        from transformers import AttentionInterface  # heavy: only where a model is there anyway
-
-        AttentionInterface.register(_ATTENTION, _slot_attention)
-        self._config._attn_implementation = _ATTENTION
+    def _try(self) -> None:
+        """Raise unless two short rows, each fed in two pieces, get the model's own logits."""
+        rows = probe_rows(self._base, 2, self._max_length - 1)
+        cuts = [len(rows[0]) // 2, 1]
+        heads = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+        rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
+        size = len(rows[0]) + 1
         try:
             with evaluated(self.causal_lm):
+                own = [
+                    self._base(input_ids=torch.tensor([row], device=self.device), use_cache=False)
+                    for row in rows
+                ]
+            trial = SlotModel(self.causal_lm, len(rows), size, self._bucket, trial=True)
+            with trial.sampling_mode():
+                trial.forward([0, 1], [0, 0], heads)
+                found = trial.forward([0, 1], cuts, rests)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a family does that none before it did
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ValueError(_refusal(self._base, reason)) from error
+        wanted = torch.stack([output.logits[0, -1].float() for output in own])
+        gap = (found.log_softmax(-1) - wanted.log_softmax(-1)).abs()
+        half = self._kind in (torch.float16, torch.bfloat16)
+        # Half precision rounds logits by hundredths; another mask or scale is off by far more.
+        if (figure := float(gap.mean() if half else gap.max())) > (0.25 if half else 1e-3):
+            reason = f"its log-probabilities come out {figure:.2g} nats off the model's own"
+            raise ValueError(_refusal(self._base, reason))
+
+    @contextmanager
+    def sampling_mode(self) -> Iterator[None]:
+        """Evaluation mode, in which attention is that of the slots."""
+        # heavy: only where a model is there anyway
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        attention = self._config._attn_implementation
+        AttentionInterface.register(_ATTENTION, _slot_attention)
+        AttentionMaskInterface.register(_ATTENTION, _slot_mask)
+        with evaluated(self.causal_lm):
+            self._config._attn_implementation = _ATTENTION
+            try:
                 yield
-        finally:
-            self._config._attn_implementation = attention
+            finally:
+                self._config._attn_implementation = attention
 
     def forward(
         self, rows: Sequence[int], starts: Sequence[int], chunks: Sequence[list[int]]
@@ -121,20 +165,64 @@ class SlotModel:
 
     def _run(self, ids: Tensor, positions: Tensor, last: Tensor, read: int) -> Tensor:
         """Logits after position ``last`` [b] of every row of ``ids`` [b, q]."""
-        # As it is added to the scores, with a row for every folded query (`_slot_attention`). Made
-        # of True and False, or without the fold, it would be made anew in every layer.
-        queries = positions.clamp(max=self._max_length - 1).repeat(1, self._shared)
-        mask = self._band.unfold(0, read, 1)[self._max_length - 1 - queries]
-        hidden = self._body(
-            input_ids=ids,
-            attention_mask=mask[:, None],
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+        where = _MASK.set(_Mask(positions.clamp(max=self._max_length - 1), read, self))
+        try:
+            hidden = self._head.decoder(
+                input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True
+            ).last_hidden_state
+        finally:
+            _MASK.reset(where)
         rows = torch.arange(len(ids), device=self.device)
-        logits: Tensor = self._head(hidden[rows, last])
-        return logits.float()
+        return self._head.logits(hidden[rows, last]).float()
+
+    def mask(self, positions: Tensor, read: int, sees: Callable[..., Tensor] | None) -> Tensor:
+        """What queries at ``positions`` [b, q] see of the first ``read`` keys, [b, 1, q', read].
+
+        As it is added to the scores, with a row for every folded query (`_slot_attention`). Made
+        of True and False, or without the fold, it would be made anew in every layer.
+
+        Args:
+            positions: Of the queries, in their episodes.
+            read: A number of keys.
+            sees: transformers' function of the layer, from row, head, query and key; ``None`` for
+                plain causal attention.
+        """
+        if sees is None:
+            queries = positions.repeat(1, self._shared)
+            return self._band.unfold(0, read, 1)[self._max_length - 1 - queries][:, None]
+        rows = torch.arange(len(positions), device=self.device)[:, None, None, None]
+        keys = torch.arange(read, device=self.device)
+        allowed = sees(rows, rows.new_zeros(1), positions[:, None, :, None], keys)
+        shape = (len(positions), 1, positions.shape[1], read)
+        hidden = torch.zeros(shape, dtype=self._kind, device=self.device)
+        return hidden.masked_fill_(~allowed, -torch.inf).repeat(1, 1, self._shared, 1)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What the masks of the forward pass under way are made for."""
+
+    positions: Tensor
+    read: int
+    model: SlotModel
+
+
+_MASK: ContextVar[_Mask] = ContextVar("mask")
+
+
+def _slot_mask(*, mask_function: Callable[..., Tensor], use_vmap: bool, **kwargs: object) -> Tensor:
+    """The mask of a kind of layer, by its own rule: full, sliding or chunked attention.
+
+    transformers asks for it; the rule speaks of positions, which lie in the slots from 0 on.
+    """
+    from transformers import masking_utils
+
+    causal: object = masking_utils.causal_mask_function
+    if use_vmap:  # a rule that is no function of indices
+        raise ValueError("its attention has a mask of its own kind")
+    wanted = _MASK.get()
+    rule = None if mask_function is causal else mask_function
+    return wanted.model.mask(wanted.positions, wanted.read, rule)
 
 
 def waves(lengths: dict[int, int]) -> list[list[int]]:
@@ -158,24 +246,19 @@ def waves(lengths: dict[int, int]) -> list[list[int]]:
     return [sorted(wave) for wave in batches]
 
 
-def _check_config(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"engine=hf reads full attention only, the model has {sorted(kinds)}")
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        value = getattr(config, name, None)
-        if value not in (None, 1):
-            raise ValueError(
-                f"engine=hf takes lm_head's logits as they are, the model has {name}={value}"
-            )
+def _refusal(base: Any, reason: str) -> str:
+    return (
+        f"engine=hf cannot run {type(base).__name__}: {reason}. Type engine=auto, which runs it on "
+        "its own cache, or engine=vllm"
+    )
 
 
-def _query_heads_per_key(config: Any) -> int:
-    """How many query heads share a key-value head, the same in every layer."""
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if not isinstance(keys, int):
-        raise ValueError(f"engine=hf wants as many key-value heads in every layer, got {keys}")
-    return int(config.num_attention_heads) // keys
+def _query_heads_per_key(base: Any) -> int:
+    """How many query heads share a key-value head in most layers; masks are made for it."""
+    heads = getattr(base.config, "num_attention_heads", None)
+    keys = getattr(base.config, "num_key_value_heads", None)
+    known = isinstance(heads, int) and isinstance(keys, int) and base._supports_attention_backend
+    return heads // keys if known and keys else 1
 
 
 def _slot_attention(
@@ -196,11 +279,13 @@ def _slot_attention(
     every layer and step.
     """
     if softcap is not None or s_aux is not None:
-        raise ValueError("engine=hf computes plain attention, this model has soft-capping or sinks")
+        raise ValueError("its attention has a soft cap or sinks")
     batch, heads, width, size = query.shape
     shared = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], shared * width, size)
+    if attention_mask.shape[2] != shared * width:  # of other layers than this
+        attention_mask = attention_mask[:, :, :width].repeat(1, 1, shared, 1)
     attended = scaled_dot_product_attention(
         folded, key, value, attn_mask=attention_mask.to(query.dtype), scale=scaling
     )
-    return attended.reshape(batch, heads, width, size).transpose(1, 2), None
+    return attended.reshape(batch, heads, width, -1).transpose(1, 2), None

@@ -8,14 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import lightning as L
 import torch.distributed as dist
+from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.datamodules import AgentDataModule
-from aem_lightning.modules import AgentModule
+from aem_lightning.modules import AgentModule, Policy
+from aem_lightning.modules.self_check import self_check
+from aem_lightning.rollout import VllmEngine
 from aem_lightning.runner.api import evaluate_api
 from aem_lightning.runner.build import (
     build_agent,
@@ -42,6 +46,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_CHECKED: WeakSet[Policy] = WeakSet()
 PROGRESS = {"progress": {"_target_": "aem_lightning.callbacks.Progress"}}
 
 
@@ -119,6 +124,7 @@ def play_all(
 
     ``module.tested`` then holds the episodes of all ranks.
     """
+    check_agent(trainer, module)
     module.tested = []
     trainer.test(module, datamodule=datamodule, verbose=False)
     module.tested = from_all_ranks(module.tested)
@@ -127,6 +133,24 @@ def play_all(
         success = " ".join(percent(results["success"]).split())
         log.info("evaluation after iteration %d: success %s", module.iteration, success)
     return results
+
+
+def check_agent(trainer: L.Trainer, module: AgentModule) -> None:
+    """The self-check of a policy, once, on the device and in the precision that it will run in.
+
+    The sampler of a vLLM server is checked by every iteration's ``policy/sampler_gap``.
+
+    Raises:
+        ValueError: The model is scored or sampled wrongly.
+    """
+    if module.policy in _CHECKED:
+        return
+    module.to(trainer.strategy.root_device)
+    engine = None if isinstance(module.engine, VllmEngine) else module.engine
+    with isolate_rng(), trainer.precision_plugin.forward_context():
+        gaps = self_check(module.policy, engine, module.update_settings.packing)
+    _CHECKED.add(module.policy)
+    log.info("self-check: %s", gaps or "the model's own logits are not finite")
 
 
 def from_all_ranks(mine: list[T]) -> list[T]:

@@ -27,7 +27,7 @@ from aem_lightning.runner.build import (
 )
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
-from aem_lightning.runner.evaluation import from_all_ranks, play_all
+from aem_lightning.runner.evaluation import check_agent, from_all_ranks, play_all
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
 from aem_lightning.runner.preflight import preflight
@@ -73,6 +73,7 @@ def reinforce(
     trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
     # What ranks cannot share is refused now, before a game is played.
     TaskSampler(1, cfg.tasks_per_iteration, 1, cfg.seed, world_size=trainer.world_size)
+    check_agent(trainer, module)
     checkpoint = earlier.checkpoint if earlier else None
     checked = preflight(cfg, trainer, module, datamodule, checkpoint)
     if cfg.preflight == "only":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
@@ -31,6 +32,7 @@ from aem_lightning.modules import (
     collate_demonstrations,
     demonstrations_dataset,
 )
+from aem_lightning.modules.self_check import self_check
 from aem_lightning.rollout import (
     Collector,
     Episode,
@@ -124,6 +126,8 @@ def run_warm_start(
     if result.exists():
         return WarmStart(folder, True, 0.0, json.loads(result.read_text(encoding="utf-8")))
     start = time.perf_counter()
+    on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    self_check(base.to("cuda" if on_gpu else "cpu"), packing="padded")
     played, slips = play_demonstrations(datamodule, encoder, settings, rewards, limits)
     seconds_play = time.perf_counter() - start
     dataset = demonstrations_dataset(played, set() if settings.imitate_slips else slips)

@@ -1,0 +1,215 @@
+"""The self-check: a few real tokens, scored in every way that a run scores them, before it does.
+
+What a policy is trained on are log-probabilities that this project computes by parts of the model,
+in padded rows, in packed rows and over the engine's cache. Here each is compared with the logits of
+the model's own forward pass. A family that one of the parts gets wrong ends the run at its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aem_lightning.modules.attention import is_packed
+from aem_lightning.modules.policy import Policy
+from aem_lightning.modules.settings import Packing
+from aem_lightning.rollout import Request, RolloutEngine, Sampling
+from aem_lightning.rollout.sampling import evaluated
+from aem_lightning.rollout.slot_cache import compute_dtype
+
+TEXTS = (
+    "You are in the middle of a room. Looking quickly around you, you see a bed 1, a desk 2, a desk"
+    " 1, a drawer 3, a drawer 2, a laundryhamper 1, a shelf 1 and a sidetable 1. Your task is to:"
+    " put a clean mug into the coffeemachine. What do you do next, and why?",
+    "The report asks for two changes: read the file once, and keep the old name as an alias."
+    " Say which line you would edit first.",
+)
+# What differs, and what to type then.
+_WAYS = {
+    "padded": ("in padded rows", "another policy.model=..., or policy.dtype=float32"),
+    "packed": ("in packed rows", "packing=padded"),
+    "engine": ("as the engine samples", "engine=auto, or engine=plain"),
+}
+_TOKENS, _DRAWN, _LEAST = 40, 4, 3
+# What may be computed for it: floating-point operations, on a CPU and on a GPU, and logits.
+_OPERATIONS = {"cpu": 2e10, "cuda": 1e13}
+_LOGITS = 2**26
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """How far log-probabilities are from the model's own, in nats a token.
+
+    The largest gap in full precision, where another order of summation is all that may differ: a
+    hundred-thousandth of a nat. In half precision, which rounds logits of 20 by 0.06, the mean.
+
+    Attributes:
+        padded: Of `Policy.score`.
+        packed: Of it in packed rows; ``None`` where the model is not packed.
+        engine: Of what the engine reports of its tokens, or of their entropies; ``None`` without
+            one.
+        allowed: More ends the run.
+        tokens: Of the longer text.
+    """
+
+    padded: float
+    packed: float | None
+    engine: float | None
+    allowed: float
+    tokens: int
+
+    def __str__(self) -> str:
+        found = {name: getattr(self, name) for name in ("padded", "packed", "engine")}
+        told = ", ".join(f"{name} {gap:.1e}" for name, gap in found.items() if gap is not None)
+        return f"{told} nats off the model's own log-probabilities of {self.tokens} tokens"
+
+
+def self_check(
+    policy: Policy, engine: RolloutEngine | None = None, packing: Packing = "auto"
+) -> Gaps | None:
+    """Compare `Policy.score` and ``engine`` with the model itself on two short texts.
+
+    Random streams, modes and the counts of the engine are left as they were; its keys are dropped.
+
+    Args:
+        policy: The policy, where it will be used.
+        engine: An engine of this process; ``None`` leaves it out.
+        packing: As the update will pack.
+
+    Returns:
+        The gaps; ``None`` for a model whose own logits are not finite, which others name better.
+
+    Raises:
+        ValueError: A gap is too large, or the engine refuses the model.
+    """
+    rows = _rows(policy, engine)
+    with torch.random.fork_rng(devices=[]), evaluated(policy):
+        own = [_own(policy, row)[0] for row in rows]
+        if not torch.cat(own).isfinite().all():
+            return None
+        padded = _held(policy, "padded", _gap(policy, _scores(policy, rows, packed=False), own))
+        packed = in_engine = None
+        if is_packed(packing, policy.causal_lm):
+            packed = _held(policy, "packed", _gap(policy, _scores(policy, rows, packed=True), own))
+        if engine is not None:
+            in_engine = _held(policy, "engine", _engine_gap(policy, engine, rows))
+    return Gaps(padded, packed, in_engine, _allowed(policy), len(rows[0]))
+
+
+def _held(policy: Policy, way: str, gap: float) -> float:
+    """``gap``, which is allowed, or an error."""
+    if gap <= _allowed(policy):  # NaN is not
+        return gap
+    where, instead = _WAYS[way]
+    model = policy.causal_lm
+    raise ValueError(
+        f"self-check: {where}, log-probabilities are {gap:.3g} nats off those of "
+        f"{type(model).__name__} ({model.config.name_or_path or 'a new model'}) itself; "
+        f"{_allowed(policy):g} is allowed in {_kind(policy)}. What is learned from would be of "
+        f"another policy. Type {instead}"
+    )
+
+
+def _rows(policy: Policy, engine: RolloutEngine | None) -> list[list[int]]:
+    """Tokens of the texts: past the model's window where that costs little, the second shorter."""
+    model = policy.causal_lm
+    config = policy.head.decoder.config
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    wanted = _TOKENS + max([window for window in windows if isinstance(window, int)], default=0)
+    device = model.device.type
+    vocabulary = len(model.get_input_embeddings().weight)
+    # Two rows, by the model itself, padded, packed and by the engine.
+    cost = 16.0 * sum(parameter.numel() for parameter in model.parameters())
+    if wanted * vocabulary > _LOGITS or wanted * cost > _OPERATIONS.get(device, 1e13):
+        wanted = _TOKENS
+    room = [getattr(config, "max_position_embeddings", None), getattr(engine, "max_length", None)]
+    room = [size for size in room if isinstance(size, int)]
+    if room:  # an engine draws twice
+        wanted = min(wanted, min(room) - 2 * _DRAWN - _LEAST)
+    rows = []
+    for text, length in zip(TEXTS, (wanted, wanted * 2 // 3), strict=True):
+        ids = policy.tokenizer(text, add_special_tokens=False).input_ids
+        ids = [token for token in ids if token < vocabulary] or [0]
+        rows.append([ids[i % len(ids)] for i in range(max(length, _LEAST))])
+    return rows
+
+
+def _own(policy: Policy, row: list[int]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of a row's tokens from 1 on, and entropies, [L - 1] each, by the model."""
+    ids = torch.tensor([row], device=policy.causal_lm.device)
+    logits = policy.causal_lm(input_ids=ids, use_cache=False).logits[0, :-1]
+    logprobs = logits.float().log_softmax(-1)
+    entropies = torch.special.entr(logprobs.exp()).sum(-1)
+    return logprobs.gather(1, ids[0, 1:, None])[:, 0], entropies
+
+
+def _scores(policy: Policy, rows: list[list[int]], *, packed: bool) -> list[Tensor]:
+    """The same by `Policy.score`."""
+    lengths = [len(row) for row in rows]
+    width = max(lengths)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    inside = mask.clone()
+    mask[:, 0] = False
+    if packed:
+        ids, mask = ids[inside][None], mask[inside][None]
+    device = policy.causal_lm.device
+    scored = policy.score(ids.to(device), mask.to(device), lengths=lengths if packed else None)
+    return list(scored[0].split([length - 1 for length in lengths]))
+
+
+def _engine_gap(policy: Policy, engine: RolloutEngine, rows: list[list[int]]) -> float:
+    """Two turns of an episode a row, the second with the keys of the first."""
+    counts = dict(getattr(engine, "stats", {}))
+    engine.sync(policy, 0)
+    sampling = Sampling(temperature=1.0, max_new_tokens=_DRAWN)
+    prompts = {f"self-check {i}": list(row) for i, row in enumerate(rows)}
+    drawn: dict[str, list[tuple[int, float, float | None]]] = {key: [] for key in prompts}
+    for turn in range(2):
+        engine.submit([Request(key, p, sampling, turn) for key, p in prompts.items()])
+        for result in engine.poll(wait_all=True):
+            start = len(prompts[result.key])
+            entropies = result.entropies or [None] * len(result.tokens)
+            drawn[result.key] += zip(
+                range(start, start + len(result.tokens)), result.logprobs, entropies, strict=True
+            )
+            prompts[result.key] = [*prompts[result.key], *result.tokens, *rows[0][:1]]
+    for key in prompts:
+        engine.close(key)
+    if counts:
+        engine.stats.update(counts)  # type: ignore[attr-defined]
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for key, tokens in drawn.items():
+            own = _own(policy, prompts[key])
+            for column, wanted in enumerate(own):
+                kept = [token for token in tokens if token[column + 1] is not None]
+                places = torch.tensor([token[0] - 1 for token in kept], dtype=torch.long)
+                found = torch.tensor([token[column + 1] for token in kept])
+                yield found, wanted.cpu()[places]
+
+    found, wanted = zip(*pairs(), strict=True)
+    return _gap(policy, list(found), list(wanted))
+
+
+def _gap(policy: Policy, found: list[Tensor], own: list[Tensor]) -> float:
+    gap = (torch.cat(found) - torch.cat(own)).abs()
+    return float(gap.max() if _is_full(policy) else gap.mean())
+
+
+def _allowed(policy: Policy) -> float:
+    return 1e-3 if _is_full(policy) else 0.1
+
+
+def _kind(policy: Policy) -> str:
+    kind = compute_dtype(policy.causal_lm.device, policy.causal_lm.dtype)
+    return str(kind).removeprefix("torch.")
+
+
+def _is_full(policy: Policy) -> bool:
+    """Whether products are those of float32; TF32 has the mantissa of float16."""
+    precise = torch.get_float32_matmul_precision() == "highest"
+    return _kind(policy) in ("float32", "float64") and precise
