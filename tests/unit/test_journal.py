@@ -84,8 +84,10 @@ class Play:
         stranger: bool = False,
         concurrency: int = 7,
         make_env: Any = CoinEnv,
+        cache: Any = "auto",
     ) -> None:
-        self.pool, self.engine = Pool(make_env), Engine(slots=8, max_length=256, bucket=32)
+        self.pool = Pool(make_env)
+        self.engine = Engine(slots=8, max_length=256, bucket=32, cache=cache)
         self.engine.sync(policy, 0)
         engine: Any = Stranger(self.engine) if stranger else self.engine
         encoder = PromptEncoder(policy.tokenizer, PLAIN, memory)
@@ -136,6 +138,18 @@ def test_an_interrupted_rollout_takes_another_course(
             assert killed.engine.sampled + again.engine.sampled == alone.engine.sampled
     assert again.pool.steps < alone.pool.steps
     assert not list(tmp_path.glob("*.state"))
+
+
+def test_an_interrupted_rollout_over_plain_caches_takes_another_course(
+    policy: Any, tmp_path: Path
+) -> None:
+    alone = Play(policy, None, cache="plain")
+    whole = alone.all()
+    killed = Play(policy, tmp_path / "a.jsonl", cache="plain")
+    killed.killed_in(6)
+    again = Play(policy, tmp_path / "a.jsonl", cache="plain")
+    assert again.all() == whole
+    assert killed.engine.sampled + again.engine.sampled == alone.engine.sampled
 
 
 def test_a_finished_rollout_is_played_again(policy: Any, tmp_path: Path) -> None:

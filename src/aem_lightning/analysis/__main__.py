@@ -36,10 +36,13 @@ class Analysis:
     Attributes:
         function: Its function, and the module of this package that has it.
         check: Raises where its config cannot run.
+        config: The name of its config, where that is another's; ``about`` says then what it is.
     """
 
     function: str
     check: Callable[[DictConfig], object] = lambda cfg: None
+    config: str | None = None
+    about: str = ""
 
     def __call__(self, cfg: DictConfig) -> None:
         """Run it."""
@@ -54,7 +57,11 @@ ANALYSES = {
     "compare": Analysis("compare", check_compare),
     "ablations": Analysis("compare", check_compare),
     "cost": Analysis("cost", check_cost),
-    "batch": Analysis("batch", check_batch),
+    "batch": Analysis(
+        *("batch", check_batch, "cost"),
+        "The batch that a run could not compute with, stage by stage once more: where a number is "
+        "infinite or none.",
+    ),
 }
 
 
@@ -70,8 +77,10 @@ def main() -> None:
             f"key=value ...; what they are: {TYPED} --help"
         )
     configs, analysis = find_configs(), ANALYSES[name]
-    about = f"``{TYPED} {name} key=value ...``; options: configs/analysis/{name}.yaml."
-    command = Command(configs, f"analysis/{name}", f"{TYPED} {name}", about, analysis.check)
+    config = analysis.config or name
+    about = f"``{TYPED} {name} key=value ...``; options: configs/analysis/{config}.yaml."
+    command = Command(configs, f"analysis/{config}", f"{TYPED} {name}", about, analysis.check)
+    arguments = [f"name={name}", *arguments] if analysis.config else arguments
     command.answer(arguments)
     sys.argv = [sys.argv[0], *arguments]
 
@@ -86,8 +95,9 @@ def main() -> None:
 def show_analyses(configs: Path) -> None:
     """Print every analysis with the first sentence of its config."""
     table = Table.grid(padding=(0, 2))
-    for name in ANALYSES:
-        table.add_row(f"  {name}", first_sentence(configs / "analysis" / f"{name}.yaml"))
+    for name, analysis in ANALYSES.items():
+        own = analysis.about or first_sentence(configs / "analysis" / f"{name}.yaml")
+        table.add_row(f"  {name}", own)
     console = Console(markup=False, highlight=False)
     console.print("The paper's analyses, each into a folder of figure, numbers and TensorBoard:\n")
     console.print(table)

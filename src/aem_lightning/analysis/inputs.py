@@ -159,7 +159,7 @@ def check_batch(cfg: DictConfig) -> None:
         FileNotFoundError: There is none.
         ValueError: None is named.
     """
-    if OmegaConf.is_missing(cfg, "file"):
+    if cfg.file is None:
         raise ValueError("file is not given: type file=<run folder>/not_finite_<iteration>_0.pt")
     if not Path(cfg.file).is_file():
         raise FileNotFoundError(

@@ -50,7 +50,7 @@ def met_states(
     if not bool((batch.entropies != 0).any()):
         raise ValueError(
             f"The engine {type(module.engine).__name__} gives no token entropies, which this "
-            "analysis is about. Use a checkpoint of a run with engine=hf."
+            "analysis is about. Use a checkpoint of a run with engine=auto."
         )
     alpha = aem_coefficients(  # as training has them: compared within a task's group, [R]
         batch.entropy,
