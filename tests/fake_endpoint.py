@@ -82,8 +82,8 @@ class Answering(BaseHTTPRequestHandler):
         data = answer.text.encode()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
             self.send_response(answer.status)
-            headers = {"Content-Type": "application/json", **answer.headers}
-            for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            usual = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+            for name, value in {**usual, **answer.headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
