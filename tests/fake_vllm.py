@@ -59,7 +59,7 @@ def failed(status: int, message: str) -> tuple[int, str]:
 
 
 class _Handler(Answering):
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 (http.server's name)
         fake = self.server
         model = {"id": fake.served, "parent": None, "max_model_len": fake.max_model_len}
         status, said = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import socket
@@ -287,7 +288,7 @@ def test_several_servers_share_the_episodes_and_each_stays_with_its_own(policy, 
             engine.poll(wait_all=True)
         episodes = [sorted(body["prompt"][0] for body in fake.completions()) for fake in servers]
         assert [len(set(found)) for found in episodes] == [2, 2, 2]
-        assert sorted(sum(episodes, [])) == sorted([*range(1, 7)] * 3)
+        assert sorted(itertools.chain(*episodes)) == sorted([*range(1, 7)] * 3)
         engine.sync(policy, 1)
         engine.shutdown()
         assert not any(fake.loaded for fake in servers)

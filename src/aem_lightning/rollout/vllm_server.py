@@ -161,11 +161,9 @@ class VllmServer:
                 f"engine.model={next(iter(bases))}, where that is the same model)"
             ]
         name = needs.model or next(iter(bases))
-        longest = bases[name]
-        if needs.max_context is not None and longest is not None and longest < needs.max_context:
-            return name, [
-                f"its max_model_len={longest} is less than max_context={needs.max_context}"
-            ]
+        longest, wanted = bases[name], needs.max_context
+        if wanted is not None and longest is not None and longest < wanted:
+            return name, [f"its max_model_len={longest} is less than max_context={wanted}"]
         return name, []
 
     async def _lora_problems(self, folder: Path) -> list[str]:
