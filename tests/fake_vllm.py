@@ -25,7 +25,7 @@ class FakeVllm(ThreadingHTTPServer):
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.names: set[str] = set()
         self.loaded: dict[str, Path] = {}
-        self.version: str | None = "0.32.0+cpu"
+        self.version: str | None = "0.32.0"
         self.served, self.max_model_len = BASE, 100
         self.may_load, self.has_lora, self.max_rank = True, True, 64
         self.with_ids, self.with_details, self.raw_logprobs = True, True, False

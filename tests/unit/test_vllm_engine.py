@@ -10,6 +10,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from fake_vllm import BASE, serving, several
 from tiny_play import PLAIN, LocalPool, coin_task, make_policy
@@ -237,13 +238,16 @@ def test_the_command_names_a_rank_that_vllm_takes(rank, served):
         VllmEngine(max_lora_rank=513)
 
 
-def test_a_cpu_build_is_started_so_that_a_seeded_prompt_is_computed_whole(server, tmp_path):
+def test_a_cpu_build_is_started_so_that_a_seeded_prompt_is_computed_whole(
+    server, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     engine = make_engine(server, tmp_path, max_context=100)
     engine.check_server()
-    assert "--no-enable-chunked-prefill --max-num-batched-tokens 8192" in engine.serve_command()
-    server.version = "0.32.0"
-    engine.check_server()
     assert "chunked" not in engine.serve_command()
+    server.version = "0.32.0+cpu"
+    engine.check_server()
+    assert "--no-enable-chunked-prefill --max-num-batched-tokens 8192" in engine.serve_command()
 
 
 def test_a_server_that_hides_its_version_is_not_checked(server, policy, tmp_path, caplog):

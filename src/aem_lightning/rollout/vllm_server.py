@@ -107,7 +107,8 @@ class VllmServer:
 
     def serve_command(self) -> str:
         """What starts a server that fits, in this one's place."""
-        on_cpu = "cpu" in self.version if self.version else not torch.cuda.is_available()
+        # A CPU build does not always say so; where no GPU is here, the server may have none either.
+        on_cpu = "cpu" in self.version or not torch.cuda.is_available()
         return self.needs.serve_command(self.port, on_cpu=on_cpu)
 
     async def load(self, name: str, folder: Path) -> None:
