@@ -20,6 +20,7 @@ class Answer:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
+    cut: bool = False  # the connection ends before the text does
 
 
 def completion(
@@ -82,11 +83,12 @@ class Answering(BaseHTTPRequestHandler):
         data = answer.text.encode()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
             self.send_response(answer.status)
-            usual = {"Content-Type": "application/json", "Content-Length": str(len(data))}
-            for name, value in {**usual, **answer.headers}.items():
+            headers = {"Content-Type": "application/json", **answer.headers}
+            for name, value in {**headers, "Content-Length": str(len(data))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if answer.cut else data)
+            self.close_connection = self.close_connection or answer.cut
 
     def log_message(self, *args: Any) -> None:
         """Silent."""

@@ -76,8 +76,7 @@ class _Handler(Answering):
         if fake.is_dead:
             return Answer(*reversed(failed(500, "EngineCore encountered an issue.")))
         if fake.hangs_up:
-            self.close_connection = True
-            return Answer('{"choices": [', headers={"Content-Length": "999"})
+            return Answer('{"choices": []}', cut=True)
         status, text = {
             "/v1/load_lora_adapter": self.load,
             "/v1/unload_lora_adapter": self.unload,

@@ -30,11 +30,12 @@ logger = logging.getLogger(__name__)
 MALFORMED_ATTEMPTS = 3
 # Failed requests in a row, over all episodes, after which the endpoint counts as broken.
 GIVE_UP_AFTER = 8
-# How OpenAI, vLLM, SGLang, llama.cpp, TGI, Anthropic, Gemini, Mistral and transformers put it.
+# How OpenAI, vLLM, SGLang, Mistral, Anthropic, Gemini, TGI, transformers and Cohere put it. What is
+# said of max_tokens alone is no full context: every request would be refused, in silence.
 _CONTEXT_FULL = re.compile(
     r"context.{0,20}(length|window|size)|(prompt|input).{0,20}too (long|large)"
-    r"|(token|length).{0,40}(exceed|longer than|too large|more than).{0,40}(maximum|model|limit)"
-    r"|inputs?.{0,40}tokens.{0,40}must be|range of input length|reduce the length",
+    r"|(prompt|input).{0,20}tokens?.{0,40}(exceed|must be)|length is longer than.{0,30}maximum"
+    r"|too many tokens|reduce the length|range of input length",
     re.I,
 )
 _TOO_LONG = (400, 413, 422)  # statuses that come with it

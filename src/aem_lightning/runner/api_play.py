@@ -73,7 +73,8 @@ class Player:
         except RequestError as error:
             trajectory = responder.live[episode.key].trajectory
             trajectory.truncated = True
-            if not isinstance(error, ContextFullError):
+            # Nobody could have played from a prompt that never fits.
+            if not (isinstance(error, ContextFullError) and trajectory.turns):
                 trajectory.infra_error = str(error)
         finally:
             seat.release([episode.key])
