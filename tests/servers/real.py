@@ -67,6 +67,12 @@ class Server:
         except OSError:
             return False
 
+    def kill_engine(self) -> None:
+        """End the processes behind it, as the kernel does where memory is short."""
+        assert self.process is not None
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            child.send_signal(signal.SIGKILL)
+
     def kill(self) -> None:
         """End it and its children at once, as a machine that is taken away."""
         if self.process is None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_vllm import BASE, serving, several
+from runs import toy_config
 from tiny_play import PLAIN, LocalPool, coin_task, make_policy
 
 from aem_lightning.rollout import (
@@ -27,6 +28,10 @@ from aem_lightning.rollout import (
     VllmError,
     make_groups,
 )
+from aem_lightning.runner import cli, training
+from aem_lightning.runner.build import check_parts
+from aem_lightning.runner.checks import ConfigError
+from aem_lightning.runner.parts import made
 
 STOP = 7
 
@@ -56,6 +61,13 @@ def policy():
 
 def request(key, seed, new=6, temperature=1.0, prompt=(1, 2, 3)):
     return Request(key, list(prompt), Sampling(temperature, new, (STOP,)), seed)
+
+
+def nobody():
+    """An address where nobody listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
 
 
 def test_it_is_a_rollout_engine(engine):
@@ -147,10 +159,9 @@ def test_episodes_are_played_through_the_collector(engine, policy):
 
 
 def test_a_server_that_is_not_there_is_told_with_the_command_that_starts_one(policy, tmp_path):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    engine = VllmEngine(f"http://127.0.0.1:{port}", "some/model", adapter_dir=str(tmp_path))
+    away = nobody()
+    port = away.rpartition(":")[2]
+    engine = VllmEngine(away, "some/model", adapter_dir=str(tmp_path))
     with pytest.raises(VllmError) as error:
         engine.sync(policy, 0)
     text = str(error.value)
@@ -324,9 +335,7 @@ def test_a_lost_server_is_left_out_and_what_it_owes_is_asked_of_the_others(
 
 
 def test_a_server_that_was_never_there_is_left_out_at_the_start(policy, server, tmp_path, caplog):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        away = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    away = nobody()
     engine = make_engine(server, tmp_path, urls=[away, server.url])
     engine.sync(policy, 0)
     assert f"1 of 2 servers go on: No vLLM server answered at {away}" in caplog.text
@@ -389,3 +398,28 @@ def test_ranks_hear_why_the_first_could_not_load(server, policy, tmp_path, monke
     for ranks.rank in range(2):
         with pytest.raises(VllmError, match="LoRA is not enabled"):
             make_engine(server, tmp_path).sync(policy, 0)
+
+
+def test_a_run_without_its_server_ends_in_a_clear_message_before_games_are_made(
+    tmp_path, monkeypatch
+):
+    def made_too_early(cfg):
+        raise AssertionError("games are made before the server is asked")
+
+    monkeypatch.setattr(training, "build_datamodule", made_too_early)
+    away = nobody()
+    words = ["engine=vllm", f"engine.url={away}", "policy.model=some/model"]
+    cfg = toy_config(tmp_path, None, *words)
+    with pytest.raises(VllmError, match=f"No vLLM server answered at {away}") as error:
+        training.train(cfg)
+    told = cli._mendable(error.value)
+    assert "vllm serve some/model --port" in told
+    assert f"--max-model-len {cfg.max_context} --dtype float32" in told
+
+
+def test_the_option_takes_several_addresses_and_refuses_one_that_is_no_list(tmp_path):
+    both = "engine.urls=[http://a:8000,http://b:8000]"
+    engine = made("engine", toy_config(tmp_path, None, "engine=vllm", both).engine)
+    assert [server.url for server in engine.servers] == ["http://a:8000", "http://b:8000"]
+    with pytest.raises(ConfigError, match=r"engine\.urls"):
+        check_parts(toy_config(tmp_path, None, "engine=vllm", "engine.urls=http://a:8000"))
