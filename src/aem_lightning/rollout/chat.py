@@ -108,7 +108,7 @@ class ChatResponder:
     def _read(self, reply: Reply) -> str:
         """The reply as the prompt's format expects it, reasoning in think tags included."""
         prompt = self.encoder.prompt
-        expects = prompt.require_thinking and prompt.action in ("tagged", "function")
+        expects = prompt.require_thinking and prompt.action not in ("plain", "react")
         if not (expects and reply.reasoning) or "</think>" in reply.text:
             return reply.text
         return f"<think>{reply.reasoning}</think>{reply.text}"
