@@ -189,8 +189,10 @@ def test_submitting_before_sync_and_empty_prompts_are_refused(engine, policy):
 def test_a_policy_without_adapters_and_a_strange_url_are_refused(engine):
     with pytest.raises(TypeError, match=r"save_adapter\(folder\)"):
         engine.sync(SimpleNamespace(causal_lm=None), 0)
-    with pytest.raises(ValueError, match="http://host:port"):
-        VllmEngine("localhost:8000")
+    for url in ("localhost:8000", "https://a:1", "http://a:8000/v1", "http://me:pass@a:1"):
+        with pytest.raises(ValueError, match="allowed is http://host:port") as error:
+            VllmEngine(url)
+        assert "pass" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +345,7 @@ def test_a_server_that_was_never_there_is_left_out_at_the_start(policy, server, 
     engine.shutdown()
 
 
-@pytest.mark.parametrize("urls", [[], ["http://a:1", "http://a:1"], ["http://a:1", "b:2"]])
+@pytest.mark.parametrize("urls", [[], ["http://a:1", "http://a:1/"], ["http://a:1", "b:2"]])
 def test_urls_that_cannot_be_are_refused(urls):
     with pytest.raises(ValueError, match=r"engine\.url"):
         VllmEngine(urls=urls)

@@ -95,7 +95,7 @@ class VllmEngine:
                 f"most: type policy.lora.r={RANKS[-1]}, or engine=hf"
             )
         places = [url] if urls is None else list(urls)
-        if not places or len(set(places)) < len(places):
+        if not places or len({place.rstrip("/") for place in places}) < len(places):
             raise ValueError(
                 f"engine.urls={places}: different servers, e.g. "
                 "engine.urls=[http://a:8000,http://b:8000], or null for the one of engine.url"

@@ -97,8 +97,12 @@ class VllmServer:
 
     def __init__(self, url: str, needs: Needs, timeout_s: float) -> None:
         parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"engine.url={url!r}: allowed is http://host:port of a vLLM server")
+        is_plain = parts.path in ("", "/") and not (parts.query or parts.username)
+        if parts.scheme != "http" or not parts.hostname or not is_plain:
+            shown = re.sub(r"//.*@", "//***@", url)  # a password would stand in the log
+            raise ValueError(
+                f"engine.url={shown!r}: allowed is http://host:port of a vLLM server, without a path"
+            )
         self.url, self.needs, self.timeout_s = url.rstrip("/"), needs, timeout_s
         self.port = parts.port or 80
         self.version = ""
