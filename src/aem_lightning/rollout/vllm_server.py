@@ -101,7 +101,7 @@ class VllmServer:
         if parts.scheme != "http" or not parts.hostname or not is_plain:
             shown = re.sub(r"//.*@", "//***@", url)  # a password would stand in the log
             raise ValueError(
-                f"engine.url={shown!r}: allowed is http://host:port of a vLLM server, without a path"
+                f"engine.url={shown!r}: allowed is http://host:port of a vLLM server, and no path"
             )
         self.url, self.needs, self.timeout_s = url.rstrip("/"), needs, timeout_s
         self.port = parts.port or 80
