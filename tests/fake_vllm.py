@@ -32,7 +32,7 @@ class FakeVllm(ThreadingHTTPServer):
         self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
         self.cannot_read: Path | None = None
         self.is_dead = False  # its engine
-        self.hangs_up = False  # in the middle of an answer
+        self.hang_ups = 0  # answers that end in their middle
 
     @property
     def url(self) -> str:
@@ -75,7 +75,8 @@ class _Handler(Answering):
             fake.seen.append((self.path, body))
         if fake.is_dead:
             return Answer(*reversed(failed(500, "EngineCore encountered an issue.")))
-        if fake.hangs_up:
+        if fake.hang_ups:
+            fake.hang_ups -= 1
             return Answer('{"choices": []}', cut=True)
         status, text = {
             "/v1/load_lora_adapter": self.load,
@@ -136,6 +137,7 @@ class _Handler(Answering):
         if fake.with_ids:
             choice["token_ids"] = ids
         usage: dict[str, Any] = {"prompt_tokens": len(body["prompt"])}
+        usage["prompt_tokens_details"] = None
         if fake.with_details:
             usage["prompt_tokens_details"] = {"cached_tokens": 3}
         return 200, json.dumps({"choices": [choice], "usage": usage})

@@ -209,7 +209,7 @@ class VllmServer:
         problems = []
         if len(gaps) == 2 and abs(gaps[1] - 2 * gaps[0]) > RAW_LOGPROBS * (1 + gaps[0]):
             problems.append("its log-probabilities are not those at the sampling temperature")
-        if "prompt_tokens_details" not in (_field(text, "usage") or {}):
+        if (_field(text, "usage") or {}).get("prompt_tokens_details") is None:
             problems.append("it does not say how much of a prompt it found in its prefix cache")
         return problems
 
