@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,15 +273,20 @@ class VllmServer:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The release that a version is of, for comparisons; a build from source counts as the newest.
+    """The release that a version is of, for comparisons.
+
+    A build from a source without its tags calls itself 0.1.dev: it counts as the newest.
 
     Example:
         >>> numbers("0.32.0rc1+cpu")
         (0, 32, 0)
+        >>> numbers("0.1.dev9+g1a2b3c") > numbers("0.32.0")
+        True
     """
     found = re.match(r"v?(\d+(?:\.\d+)*)", version)
     release = tuple(map(int, found[1].split("."))) if found else ()
-    return release if any(release) and "dev" not in version[:5] else (10**6,)
+    is_nameless = not any(release) or (release < (0, 2) and "dev" in version)
+    return (sys.maxsize,) if is_nameless else release
 
 
 def _field(text: str, name: str) -> Any:
