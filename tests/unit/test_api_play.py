@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_endpoint import FakeEndpoint, error, serving
+from fake_endpoint import Answer, FakeEndpoint, completion, error, serving
 from runs import COIN, composed
 from tiny_play import LocalPool
 
@@ -242,3 +242,57 @@ def test_episodes_come_back_from_the_file_as_they_were(run: Run, tmp_path: Path)
         again = episode_record(recorded_episode(record))
         assert again == {name: record[name] for name in again}
         assert record["turns"][0]["tokens"] == 10
+
+
+def test_what_was_handled_is_lost_between_runs_or_ends_the_evaluation(
+    run: Run, fake: FakeEndpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused: list[str] = []
+
+    def moody(body: dict[str, Any]) -> Any:
+        said = str(body["messages"])
+        if "the red box" in said:
+            return error(429, "slow down")
+        if "the green box" in said:
+            return Answer(completion("half"), cut=True)
+        if "the blue box" in said and not refused:
+            refused.append(said)
+            return Answer(completion(None, finish_reason="content_filter"))
+        return finder(body)
+
+    fake.think = moody
+    report = run("splits=[valid_seen]", "concurrency=1", "max_turns=2")
+    assert report["success"]["infra_errors"] == 2
+    assert report["handled"] == {"rate_limited": 1, "dropped": 1, "refusal": 1}
+    assert "rate limited" in capsys.readouterr().out
+    fake.think = finder
+    again = run("splits=[valid_seen]", "concurrency=1", "max_turns=2")
+    assert again["complete"]
+    assert again["handled"] == {"refusal": 1}, "kept with the episodes"
+
+
+def test_a_game_whose_first_prompt_never_fits_counts_as_a_lost_one(
+    run: Run, fake: FakeEndpoint
+) -> None:
+    full = error(400, "maximum context length is 10 tokens")
+    fake.think = lambda body: full if "the red box" in str(body) else finder(body)
+    report = run("splits=[valid_seen]")
+    assert report["success"]["infra_errors"] == 1
+    assert report["handled"] == {"context_full": 1}
+
+
+def test_reasoning_that_an_endpoint_hands_over_by_itself_makes_replies_malformed(
+    run: Run, fake: FakeEndpoint, tmp_path: Path
+) -> None:
+    def thinks(body: dict[str, Any]) -> Any:
+        action = finder(body).partition("</think>")[2]
+        answer = json.loads(completion(action))
+        answer["choices"][0]["message"]["reasoning_content"] = "the box glints"
+        return Answer(json.dumps(answer))
+
+    fake.think = thinks
+    report = run("splits=[valid_seen]")
+    assert report["success"]["rate"] == 1.0
+    assert not any(episode["malformed"] for episode in report["episodes"])
+    said = records(tmp_path)[0]["turns"][0]["response"]
+    assert said.startswith("<think>the box glints</think><action>")

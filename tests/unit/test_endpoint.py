@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -176,22 +178,127 @@ def test_what_only_a_person_can_mend_ends_the_run_and_says_what_to_type(
 
 
 @pytest.mark.parametrize(
-    ("message", "code"),
+    ("status", "message", "code"),
     [
-        ("too many tokens", "context_length_exceeded"),
-        ("This model's maximum context length is 4096 tokens.", None),
-        ("the request exceeds the available context size", None),
-        ("prompt is too long: 9000 tokens", None),
+        (400, "too many tokens", "context_length_exceeded"),
+        (400, "This model's maximum context length is 4096 tokens.", None),
+        (400, "the request exceeds the available context size", None),
+        (400, "prompt is too long: 9000 tokens > 8000 maximum", None),
+        (
+            400,
+            "You passed 1001 input tokens and requested 24 output tokens. However, the model's "
+            "context length is only 1024 tokens, resulting in a maximum input length of 1000.",
+            None,
+        ),
+        (400, "The input (9000 tokens) is longer than the model's context length (8192)", None),
+        (400, "The input token count (9000) exceeds the maximum number of tokens allowed.", None),
+        (422, "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000 and 512", None),
+        (
+            400,
+            "Token indices sequence length is longer than the specified maximum sequence length "
+            "for this model (9000 > 8192)",
+            None,
+        ),
+        (413, "Please reduce the length of the messages", "request_too_large"),
     ],
 )
 def test_a_full_context_is_no_failure_of_the_endpoint(
-    fake: FakeEndpoint, message: str, code: str | None
+    fake: FakeEndpoint, status: int, message: str, code: str | None
 ) -> None:
-    fake.think = replies(error(400, message, code))
-    client = endpoint(fake)
+    fake.think = replies(error(status, message, code))
+    client, handled = endpoint(fake), Counter[str]()
     for _ in range(GIVE_UP_AFTER + 1):
         with pytest.raises(ContextFullError):
-            say(client)
+            say(client, handled=handled)
+    assert handled == {"context_full": GIVE_UP_AFTER + 1}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Unsupported parameter: 'max_tokens'",
+        "max_tokens is too large: 99999. This model supports at most 16384 completion tokens.",
+        "temperature must be at most 2",
+    ],
+)
+def test_a_setting_that_cannot_be_passes_for_a_full_context(
+    fake: FakeEndpoint, message: str
+) -> None:
+    fake.think = replies(error(400, message))
+    with pytest.raises(RequestError) as caught:
+        say(endpoint(fake))
+    assert not isinstance(caught.value, ContextFullError)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "text"),
+    [
+        (completion("no"), None, "no"),
+        (completion(""), "empty", ""),
+        (completion(None, finish_reason="content_filter"), "refusal", ""),
+        (completion("I c", finish_reason="content_filter"), "refusal", "I c"),
+        (error(400, "The prompt triggered the policy", "content_filter"), "refusal", ""),
+    ],
+)
+def test_a_reply_out_of_the_ordinary_breaks_nothing_and_is_counted(
+    fake: FakeEndpoint, answer: Answer | str, kind: str | None, text: str
+) -> None:
+    fake.think = replies(answer if isinstance(answer, Answer) else Answer(answer))
+    handled = Counter[str]()
+    reply = say(endpoint(fake), handled=handled)
+    assert (reply.text, reply.kind) == (text, kind)
+    assert handled == ({kind: 1} if kind else {})
+
+
+def message(**fields: Any) -> str:
+    """A completion whose message has these fields."""
+    body = json.loads(completion(fields.pop("content", None)))
+    body["choices"][0]["message"].update(fields)
+    return json.dumps(body)
+
+
+def test_refusals_calls_and_reasoning_are_read_from_where_they_are() -> None:
+    refused = read_reply(message(refusal="I cannot help."), HELLO)
+    assert (refused.text, refused.kind) == ("I cannot help.", "refusal")
+    calls = [
+        {"id": "1", "function": {"name": "go", "arguments": '{"where": "north"}'}},
+        {"id": "2", "function": {"name": "look", "arguments": "{half"}},
+    ]
+    called = read_reply(message(tool_calls=calls), HELLO)
+    assert called.kind == "tool_call"
+    assert called.text == (
+        '<tool_call>\n{"name": "go", "arguments": {"where": "north"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "look", "arguments": "{half"}\n</tool_call>'
+    )
+    for field in ("reasoning_content", "reasoning"):
+        thought = read_reply(message(content="yes", **{field: "hm"}), HELLO)
+        assert (thought.text, thought.reasoning, thought.kind) == ("yes", "hm", None)
+        cut = read_reply(message(**{field: "hm"}), HELLO)
+        assert (cut.text, cut.reasoning, cut.kind) == ("", "hm", "reasoning_only")
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "yes"}]
+    assert read_reply(message(content=parts), HELLO).text == "yes"
+
+
+def test_what_goes_wrong_on_the_way_is_counted_and_a_broken_connection_breaks_one_episode(
+    fake: FakeEndpoint,
+) -> None:
+    cut = Answer(completion("half of this"), cut=True)
+    fake.think = replies(cut, error(429, "slow down"), error(503, "busy"), Answer("<html>"), "hi")
+    handled = Counter[str]()
+    assert say(endpoint(fake, max_retries=3), handled=handled).text == "hi"
+    assert handled == {"dropped": 1, "rate_limited": 1, "server_error": 1, "malformed": 1}
+    fake.think = replies(cut)
+    with pytest.raises(RequestError, match="the connection broke, after 1 attempts") as caught:
+        say(endpoint(fake, max_retries=0))
+    assert not isinstance(caught.value, EndpointError)
+
+
+def test_a_wish_for_a_pause_is_granted(fake: FakeEndpoint) -> None:
+    limited = Answer('{"error": {"message": "slow down"}}', 429, {"Retry-After": "1"})
+    fake.think = replies(limited, "hi")
+    start = time.monotonic()
+    assert say(endpoint(fake)).text == "hi"
+    assert time.monotonic() - start >= 0.9
 
 
 def test_many_failures_in_a_row_end_the_run_and_a_success_between_does_not(

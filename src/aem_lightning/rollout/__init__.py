@@ -28,7 +28,8 @@ from aem_lightning.rollout.packing import micro_batches, minibatches, pack
 from aem_lightning.rollout.prompt import Prompt
 from aem_lightning.rollout.rewards import RewardShaping
 from aem_lightning.rollout.slot_engine import SlotEngine
-from aem_lightning.rollout.vllm_engine import VllmEngine, VllmError
+from aem_lightning.rollout.vllm_engine import VllmEngine
+from aem_lightning.rollout.vllm_server import VllmError
 
 __all__ = [
     "ChatResponder",

@@ -6,15 +6,16 @@ That what a message says stays content, and never becomes control, is then the s
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aem_lightning.rollout.collector import Live
 from aem_lightning.rollout.encoder import Memory
-from aem_lightning.rollout.endpoint import Endpoint, Message
+from aem_lightning.rollout.endpoint import Endpoint
 from aem_lightning.rollout.engine import Result
 from aem_lightning.rollout.prompt import Prompt
+from aem_lightning.rollout.reply import Message, Reply
 from aem_lightning.types import EnvStep, Trajectory
 
 
@@ -64,6 +65,7 @@ class ChatResponder:
         live: The episodes in play.
         prompt_tokens: Tokens of all prompts so far.
         completion_tokens: Tokens of all replies so far.
+        handled: What was out of the ordinary so far, by kind.
     """
 
     endpoint: Endpoint
@@ -75,6 +77,7 @@ class ChatResponder:
     live: dict[str, Live] = field(default_factory=dict, init=False)
     prompt_tokens: int = field(default=0, init=False)
     completion_tokens: int = field(default=0, init=False)
+    handled: Counter[str] = field(default_factory=Counter, init=False)
     _asked: deque[str] = field(default_factory=deque, init=False)
     _chats: dict[str, list[Message]] = field(default_factory=dict, init=False)
 
@@ -94,12 +97,21 @@ class ChatResponder:
             self.messages(key),
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
+            handled=self.handled,
         )
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
         unknown = [math.nan] * reply.completion_tokens
-        tokens = self.encoder.encode(reply.text)
+        tokens = self.encoder.encode(self._read(reply))
         return [Result(key, tokens, unknown, None, reply.finish_reason, version=0, reused=0)]
+
+    def _read(self, reply: Reply) -> str:
+        """The reply as the prompt's format expects it, reasoning in think tags included."""
+        prompt = self.encoder.prompt
+        expects = prompt.require_thinking and prompt.action not in ("plain", "react")
+        if not (expects and reply.reasoning) or "</think>" in reply.text:
+            return reply.text
+        return f"<think>{reply.reasoning}</think>{reply.text}"
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop the conversations of finished episodes."""

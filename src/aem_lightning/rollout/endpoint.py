@@ -9,34 +9,37 @@ enough (`StoppedError`).
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from aem_lightning.types import FinishReason
+import httpx2
+
+from aem_lightning.rollout.reply import MalformedReplyError, Message, Reply, read_reply
 
 if TYPE_CHECKING:
     import openai
 
 logger = logging.getLogger(__name__)
 
-Message = Mapping[str, str]
-"""A message of a chat: its ``role`` and its ``content``."""
-
 MALFORMED_ATTEMPTS = 3
 # Failed requests in a row, over all episodes, after which the endpoint counts as broken.
 GIVE_UP_AFTER = 8
-# What an endpoint counts as a token where it does not count: about that many characters.
-CHARACTERS_PER_TOKEN = 4
+# How OpenAI, vLLM, SGLang, Mistral, Anthropic, Gemini, TGI, transformers and Cohere put it. What is
+# said of max_tokens alone is no full context: every request would be refused, in silence.
 _CONTEXT_FULL = re.compile(
-    r"context.{0,20}(length|window|size)|(prompt|input).{0,20}too long", re.I
+    r"context.{0,20}(length|window|size)|(prompt|input).{0,20}too (long|large)"
+    r"|(prompt|input).{0,20}tokens?.{0,40}(exceed|must be)|length is longer than.{0,30}maximum"
+    r"|too many tokens|reduce the length|range of input length",
+    re.I,
 )
+_TOO_LONG = (400, 413, 422)  # statuses that come with it
+_FILTERED = re.compile(r"content.(filter|policy)", re.I)
 
 
 class EndpointError(RuntimeError):
@@ -55,29 +58,40 @@ class StoppedError(RuntimeError):
     """No request is sent any more: the token budget is spent, or the run ends."""
 
 
-class MalformedReplyError(RuntimeError):
-    """An answer that is no chat completion."""
+class RateLimitError(RequestError, EndpointError):
+    """No reply for want of a rate: the episode ends, and with it a run that has no other."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a model said.
+class _FilteredError(RuntimeError):
+    """A conversation that the endpoint's filter keeps from the model."""
+
+
+class Client(httpx2.Client):
+    """Counts what goes wrong on the way, with the attempts that the ``openai`` package repeats.
 
     Attributes:
-        text: The reply; empty where there is none, such as after a refusal.
-        finish_reason: ``length`` where the limit on its tokens cut it.
-        prompt_tokens: Tokens of the conversation, as the endpoint counts them.
-        completion_tokens: Tokens of the reply, unseen reasoning included.
+        counts: Where each thread counts: ``counts.here``.
     """
 
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
+    def __init__(self) -> None:
+        # A request carries its own timeout; as many connections as there are episodes.
+        super().__init__(limits=httpx2.Limits(max_connections=None), follow_redirects=True)
+        self.counts = threading.local()
 
-    @property
-    def tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
+    def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        try:
+            response = super().send(request, **options)
+        except httpx2.TransportError as error:
+            self._count("timeout" if isinstance(error, httpx2.TimeoutException) else "dropped")
+            raise
+        if response.status_code == 429:
+            self._count("rate_limited")
+        elif response.status_code >= 500:
+            self._count("server_error")
+        return response
+
+    def _count(self, kind: str) -> None:
+        getattr(self.counts, "here", Counter())[kind] += 1
 
 
 class Endpoint:
@@ -119,7 +133,8 @@ class Endpoint:
         self.token_budget, self.request = token_budget, dict(request or {})
         self.spent = 0
         self._key = os.environ.get(api_key_env, "")
-        self._client = _client(self._key, base_url, timeout_s, max_retries)
+        self._http = Client()
+        self._client = _client(self._key, base_url, timeout_s, max_retries, self._http)
         self._lock = threading.Lock()
         self._failures = 0
         self._is_stopped = False
@@ -144,9 +159,20 @@ class Endpoint:
         raise unreachable  # outside, as in `_post`
 
     def reply(
-        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float | None
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int,
+        temperature: float | None,
+        handled: Counter[str] | None = None,
     ) -> Reply:
         """The model's answer to a conversation.
+
+        Args:
+            messages: The conversation.
+            max_new_tokens: Longest reply.
+            temperature: Of the sampling; ``None`` leaves it to the endpoint.
+            handled: Where what was out of the ordinary is counted, by kind, on the way as well.
 
         Raises:
             ContextFullError: The conversation is too long for the model.
@@ -156,14 +182,22 @@ class Endpoint:
         """
         fields = {"max_tokens": max_new_tokens, "temperature": temperature, **self.request}
         body = {name: value for name, value in fields.items() if value is not None}
+        handled = self._http.counts.here = Counter() if handled is None else handled
         problem = ""
         for _ in range(MALFORMED_ATTEMPTS):
-            text = self._post(messages, body)
             try:
-                reply = read_reply(text, messages)
+                reply = read_reply(self._post(messages, body), messages)
             except MalformedReplyError as error:
                 problem = str(error)
+                handled["malformed"] += 1
                 continue
+            except _FilteredError:
+                reply = Reply("", "stop", 0, 0, kind="refusal")
+            except ContextFullError:
+                handled["context_full"] += 1
+                raise
+            if reply.kind is not None:
+                handled[reply.kind] += 1
             with self._lock:
                 self._failures = 0
                 self.spent += reply.tokens
@@ -217,6 +251,8 @@ class Endpoint:
             )
         if isinstance(error, openai.APIConnectionError):
             cause = self._without_key(str(error.__cause__ or said))[:500]
+            if not isinstance(error.__cause__, httpx2.ConnectError):
+                return self._failed(f"the connection broke, {attempts}: {cause}")
             return EndpointError(
                 f"Nothing answers at base_url={self.base_url} ({cause}). Is the server up? Type "
                 "base_url=http://host:port/v1, where /chat/completions is below it."
@@ -235,16 +271,20 @@ class Endpoint:
                 f"below it: {said}\nType model=<a name that it serves>, or another base_url=..."
             )
         if isinstance(error, openai.RateLimitError):
-            return EndpointError(
+            return self._failed(
                 f"The endpoint's rate limit holds {attempts}: {said}\nType a smaller "
-                "concurrency=..., a larger max_retries=..., or come back later."
+                "concurrency=..., a larger max_retries=..., or come back later.",
+                RateLimitError,
             )
         about = f"{(error.code or '').replace('_', ' ')} {error.message}"
-        if isinstance(error, openai.BadRequestError) and _CONTEXT_FULL.search(about):
-            return ContextFullError(said)
+        if getattr(error, "status_code", None) in _TOO_LONG:
+            if _FILTERED.search(error.code or ""):
+                return _FilteredError()
+            if _CONTEXT_FULL.search(about):
+                return ContextFullError(said)
         return self._failed(said)
 
-    def _failed(self, reason: str) -> Exception:
+    def _failed(self, reason: str, kind: type[RequestError] = RequestError) -> Exception:
         """One more failure: of the request, or, after many in a row, of the endpoint."""
         with self._lock:
             self._failures += 1
@@ -253,40 +293,10 @@ class Endpoint:
             return EndpointError(
                 f"{self._failures} requests in a row failed at {self.base_url}, the last: {reason}"
             )
-        return RequestError(reason)
+        return kind(reason)
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
-
-
-def read_reply(text: str, messages: Sequence[Message]) -> Reply:
-    """The answer of ``/chat/completions`` as a reply.
-
-    Where the endpoint counts no tokens they are taken to be of four characters each.
-
-    Raises:
-        MalformedReplyError: It is no chat completion.
-    """
-    try:
-        answer = json.loads(text)
-        choice = answer["choices"][0]
-        content = choice["message"].get("content") or ""
-        usage = answer.get("usage") or {}
-        read = content.encode(errors="replace").decode()  # half a surrogate pair fits no request
-        asked = sum(len(message["content"]) for message in messages)
-        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        return Reply(
-            text=read,
-            finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
-            prompt_tokens=_count(prompt, asked),
-            completion_tokens=_count(completion, len(read)),
-        )
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise MalformedReplyError(repr(text[:200])) from None
-
-
-def _count(tokens: int | None, characters: int) -> int:
-    return int(tokens) if tokens is not None else -(-characters // CHARACTERS_PER_TOKEN)
 
 
 def _check(
@@ -330,16 +340,21 @@ def _is_plain_url(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and is_bare
 
 
-def _client(key: str, base_url: str, timeout_s: float, max_retries: int) -> openai.OpenAI:
+def _client(
+    key: str, base_url: str, timeout_s: float, max_retries: int, http: httpx2.Client
+) -> openai.OpenAI:
     try:
         import openai
     except ImportError:
         raise ImportError(
             "policy=api needs the openai package: pip install 'aem-lightning[api]'"
         ) from None
-    for name in ("httpx", "httpx2"):  # a line for every request
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     # Servers without keys take any; the package insists on one.
     return openai.OpenAI(
-        api_key=key or "none", base_url=base_url, timeout=timeout_s, max_retries=max_retries
+        api_key=key or "none",
+        base_url=base_url,
+        timeout=timeout_s,
+        max_retries=max_retries,
+        http_client=http,
     )

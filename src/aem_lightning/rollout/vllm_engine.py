@@ -1,60 +1,75 @@
-"""The ``vllm`` engine: responses from a vLLM server, over HTTP, token ids in and token ids out.
+"""The ``vllm`` engine: responses from vLLM servers, over HTTP, token ids in and token ids out.
 
-The server runs in an environment of its own (vLLM pins its torch exactly) and keeps the base model;
+A server runs in an environment of its own (vLLM pins its torch exactly) and keeps the base model;
 each version of the policy is sent as a LoRA adapter, written to shared memory and loaded under a
 new name. The name matters: vLLM keeps prefixes by adapter name, and would go on with the keys and
 values of the old weights under a name that it knows. Start it with `serve_command`.
 
+Several servers share the episodes: one stays with its server, whose cache knows its prefix. A
+server that is lost is left out, and what it owes is asked of the others with the same seeds. Of
+several ranks the first writes and loads an adapter, and the others use its name.
+
 What is different from ``engine=hf``: entropies are not known (the pass for old log-probabilities
 brings them), and a draw depends on the server's batching in its last bits, so that two runs may
 part. With ``action=constrained`` the server's log-probabilities may be those of what it was allowed
-to draw; the old ones, of the policy alone, come from that pass too. Protocol: vLLM 0.12 and later
-for constrained actions (``structured_outputs``), 0.10.2 and later for all else
-(``return_token_ids``); written against the documentation of 0.26 to 0.32.
+to draw; the old ones, of the policy alone, come from that pass too.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
+import asyncio
+import atexit
+import contextlib
 import logging
 import queue
 import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
+from aem_lightning.rollout.vllm_server import (
+    RANKS,
+    LostServerError,
+    Needs,
+    VllmError,
+    VllmServer,
+    completion_request,
+    completion_result,
+)
 from aem_lightning.types import Count, Places, Positive
 
 logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 
-
-class VllmError(RuntimeError):
-    """The vLLM server is not there, or refuses what it was asked."""
+T = TypeVar("T")
 
 
 class VllmEngine:
-    """Responses from a vLLM server; a ``RolloutEngine``.
+    """Responses from one vLLM server or several; a ``RolloutEngine``.
 
     Args:
         url: Where the server listens.
-        model: The base model, by the name that the server serves it under.
-        concurrency: Requests in flight at once; the server does the batching.
+        model: The base model, by the name that the servers serve it under.
+        concurrency: Requests in flight at once; the servers do the batching.
         timeout_s: Patience with one response.
-        adapter_dir: Where adapters are handed over, a folder that the server can read; by default
+        adapter_dir: Where adapters are handed over, a folder that all servers can read; by default
             shared memory, where there is such a thing.
-        max_lora_rank: What the server has to be started with; part of the help in errors.
+        max_lora_rank: The adapters' rank.
+        urls: Where several servers listen, in place of ``url``.
+        max_context: Tokens of the longest prompt with its response.
+        dtype: In which the policy's frozen weights are kept; part of the help in errors.
 
     Raises:
-        ValueError: A URL that is not ``http://host:port``, or a number out of range.
+        ValueError: A URL that is not ``http://host:port`` or comes twice, or a number out of range.
     """
 
     def __init__(
@@ -65,36 +80,69 @@ class VllmEngine:
         timeout_s: Positive = 600.0,
         adapter_dir: str | None = None,
         max_lora_rank: Count = 64,
+        urls: Sequence[str] | None = None,
+        max_context: Count | None = None,
+        dtype: str | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"engine.url={url!r}: allowed is http://host:port of a vLLM server")
         if concurrency < 1 or timeout_s <= 0:
             raise ValueError(
                 f"engine.concurrency={concurrency}, engine.timeout_s={timeout_s}: "
                 "at least 1 request at once, and more than 0 seconds"
             )
-        self.url, self.model, self.timeout_s = url, model, timeout_s
-        self.max_lora_rank = max_lora_rank
+        if max_lora_rank > RANKS[-1]:
+            raise ValueError(
+                f"engine.max_lora_rank={max_lora_rank}: vLLM takes adapters of rank {RANKS[-1]} at "
+                f"most: type policy.lora.r={RANKS[-1]}, or engine=hf"
+            )
+        places = [url] if urls is None else list(urls)
+        if not places or len({place.rstrip("/") for place in places}) < len(places):
+            raise ValueError(
+                f"engine.urls={places}: different servers, e.g. "
+                "engine.urls=[http://a:8000,http://b:8000], or null for the one of engine.url"
+            )
+        self.needs = Needs(model, max_lora_rank, max_context, dtype)
+        self.servers = [VllmServer(place, self.needs, timeout_s) for place in places]
         self.version = -1
-        self._host, self._port = parts.hostname, parts.port or 80
-        default = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        self._adapter_dir = adapter_dir or default
+        self._handover = adapter_dir or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         self._run = f"aem-{uuid.uuid4().hex[:8]}"  # runs may share a server
-        self._loaded: tuple[str, Path] | None = None
-        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="vllm")
-        self._local = threading.local()
+        self._adapter: tuple[str, Path | None] | None = None  # its name; on rank 0 its folder too
+        self._is_checked = False
+        self._lost: dict[VllmServer, LostServerError] = {}
+        self._seats: dict[str, VllmServer] = {}  # where an episode's prefix is known
+        self._lock = threading.Lock()  # of the two above
+        self._room = asyncio.Semaphore(concurrency)
         self._finished: queue.SimpleQueue[tuple[str, int, Result | Exception]] = queue.SimpleQueue()
         self._under_way: dict[str, int] = {}
         self._orders = 0
 
+    def serve_command(self) -> str:
+        """What starts a server that fits, in place of the first."""
+        return self.servers[0].serve_command()
+
+    def check_server(self) -> None:
+        """Raise unless the servers can do all that the run needs.
+
+        Raises:
+            VllmError: No server is there, or one does not fit; with the command to type.
+        """
+        for server in self._present():
+            with self._folder("aem-check") as folder:
+                try:
+                    self._wait(server.check(folder))
+                except LostServerError as error:
+                    self._leave_out(server, error)
+        self._present()
+        self._is_checked = True
+
     def sync(self, policy: SyncablePolicy, version: int) -> None:
         """Load the policy's present adapters under a new name, and unload the old ones.
+
+        Every rank calls it.
 
         Raises:
             RuntimeError: Requests are unfinished; they would be drawn from two policies.
             TypeError: The policy cannot write its adapters.
-            VllmError: The server is not there, or cannot load them.
+            VllmError: No server is there, or one cannot load them.
         """
         if self._under_way:
             raise RuntimeError(
@@ -106,20 +154,14 @@ class VllmEngine:
             raise TypeError(
                 f"engine=vllm needs a policy with save_adapter(folder), not {type(policy).__name__}"
             )
-        # Not by mkdtemp, whose folders a server of another account cannot read.
-        folder = Path(self._adapter_dir or tempfile.gettempdir(), f"aem-adapter-{uuid.uuid4().hex}")
-        folder.mkdir()
-        save(folder)
-        self._orders += 1
-        # A version may come twice (training, then validation): the count makes the name new.
-        name = f"{self._run}-v{version}-{self._orders}"
-        try:
-            self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        except VllmError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self._unload()
-        self._loaded, self.version = (name, folder), version
+        old = self._adapter
+        self._adapter = _on_first_rank(lambda: self._load(save, version))
+        self.version = version
+        self._seats.clear()
+        if _ranks() > 1:
+            dist.barrier()  # the others have come from their last request to the old one
+        if old is not None:
+            self._unload(*old)
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Send requests; at most one unfinished request a key.
@@ -129,7 +171,7 @@ class VllmEngine:
             ValueError: An empty prompt, or a key with an unfinished request. Nothing of the call is
                 sent then.
         """
-        if self._loaded is None:
+        if self._adapter is None:
             raise RuntimeError("the engine has no policy yet: call sync(policy, version) first")
         requests = list(requests)
         busy = set(self._under_way)
@@ -144,7 +186,7 @@ class VllmEngine:
         for request in requests:
             self._orders += 1
             self._under_way[request.key] = self._orders
-            self._threads.submit(self._draw, request, self._orders, self._loaded[0], self.version)
+            self._start(self._draw(request, self._orders, self._adapter[0], self.version))
 
     def poll(self, wait_all: bool = False, at_least: int = 1) -> list[Result]:
         """Wait until ``at_least`` requests (all with ``wait_all``) have finished; return them.
@@ -168,133 +210,141 @@ class VllmEngine:
     def close(self, key: str) -> None:
         """End an episode: what is under way for it will be thrown away."""
         self._under_way.pop(key, None)
+        with self._lock:
+            self._seats.pop(key, None)
 
     def shutdown(self) -> None:
-        """Unload the adapters and end the threads; the server goes on."""
+        """Unload the adapters; the servers go on. It comes by itself at the end of the process."""
         self._under_way.clear()
-        self._unload()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        atexit.unregister(self.shutdown)
+        if self._adapter is not None:
+            adapter, self._adapter = self._adapter, None
+            self._unload(*adapter)
 
-    def serve_command(self) -> str:
-        """What starts a server that fits."""
-        return (
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True "
-            f"vllm serve {self.model or '<model>'} --port {self._port} --enable-lora "
-            f"--max-lora-rank {self.max_lora_rank} --max-loras 2 "
-            "--logprobs-mode processed_logprobs --generation-config vllm"
-        )
+    # -------------------------------------------------------------------------------------- servers
 
-    def _unload(self) -> None:
-        if self._loaded is None:
+    def _present(self) -> list[VllmServer]:
+        """The servers that are not lost.
+
+        Raises:
+            VllmError: None is left.
+        """
+        with self._lock:
+            present = [server for server in self.servers if server not in self._lost]
+            if not present:
+                raise VllmError("\n".join(map(str, self._lost.values())))
+        return present
+
+    def _leave_out(self, server: VllmServer, error: LostServerError) -> None:
+        """Ask ``server`` no more, and say so once."""
+        with self._lock:
+            is_new = server not in self._lost
+            self._lost[server] = error
+            left = len(self.servers) - len(self._lost)
+        if is_new and left:
+            logger.warning("%d of %d servers go on: %s", left, len(self.servers), error)
+
+    def _seat(self, key: str) -> VllmServer:
+        """Where an episode is asked: where it was before, else where the fewest are."""
+        present = self._present()
+        with self._lock:
+            if self._seats.get(key) not in present:
+                taken = Counter(self._seats.values())
+                self._seats[key] = min(present, key=taken.__getitem__)
+            return self._seats[key]
+
+    def _load(self, save: Callable[[Path], None], version: int) -> tuple[str, Path | None]:
+        """Write an adapter and load it into every server; its name and folder."""
+        if not self._is_checked:
+            self.check_server()
+        self._orders += 1
+        # A version may come twice (training, then validation): the count makes the name new.
+        name = f"{self._run}-v{version}-{self._orders}"
+        with self._folder("aem-adapter", keep=True) as folder:
+            save(folder)
+            for server in self._present():
+                try:
+                    self._wait(server.load(name, folder))
+                except LostServerError as error:
+                    self._leave_out(server, error)
+            self._present()
+        atexit.register(self.shutdown)
+        return name, folder
+
+    def _unload(self, name: str, folder: Path | None) -> None:
+        if folder is None:  # the first rank's business
             return
-        name, folder = self._loaded
-        self._loaded = None
-        self._post("/v1/unload_lora_adapter", {"lora_name": name})
+        for server in self.servers:
+            if server not in self._lost:
+                # A server that has lost it, or is lost: the next request shows.
+                with contextlib.suppress(VllmError):
+                    self._wait(server.unload(name))
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _draw(self, request: Request, order: int, model: str, version: int) -> None:
-        """Ask for one response and queue it, or what went wrong; runs in a thread."""
-        answer: Result | Exception
+    @contextlib.contextmanager
+    def _folder(self, kind: str, *, keep: bool = False) -> Iterator[Path]:
+        """A new folder where adapters are handed over; gone again after an error, or at the end."""
+        # Not by mkdtemp, whose folders a server of another account cannot read.
+        folder = Path(self._handover or tempfile.gettempdir(), f"{kind}-{uuid.uuid4().hex}")
+        folder.mkdir()
         try:
-            body = completion_request(request, model)
-            answer = completion_result(request, self._post("/v1/completions", body), version)
-        except Exception as error:  # raised where the caller is, by poll
-            answer = error
-        self._finished.put((request.key, order, answer))
+            yield folder
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> str:
-        """The text of the server's answer; one connection a thread, opened again where it broke."""
-        data = json.dumps(body)
-        for attempt in range(2):
-            connection = getattr(self._local, "connection", None)
-            is_fresh = connection is None
-            if connection is None:
-                connection = http.client.HTTPConnection(
-                    self._host, self._port, timeout=self.timeout_s
-                )
-                self._local.connection = connection
-            try:
-                connection.request("POST", path, data, {"Content-Type": "application/json"})
-                answer = connection.getresponse()
-                text = answer.read().decode(errors="replace")
-            except (OSError, http.client.HTTPException) as error:
-                connection.close()
-                self._local.connection = None
-                # An idle connection may have been closed by the server: try once with a new one.
-                if is_fresh or attempt or isinstance(error, TimeoutError):
-                    raise VllmError(
-                        f"No vLLM server answered at {self.url}{path} "
-                        f"({type(error).__name__}: {error}).\n"
-                        f"  start one:      {self.serve_command()}\n"
-                        "  or another URL: engine.url=http://host:port\n"
-                        "  or without it:  engine=hf"
-                    ) from error
-                continue
-            if answer.status != 200:
-                raise VllmError(self._refused(path, answer.status, text))
-            return text
-        raise AssertionError("both attempts return or raise")
+    # ------------------------------------------------------------------------------------- requests
 
-    def _refused(self, path: str, status: int, text: str) -> str:
-        hint = "\nAdapters are loaded at run time only by a server that was started so:\n  "
-        hint = hint + self.serve_command() if "lora_adapter" in path else ""
-        return f"The vLLM server answered {status} to {path}: {text.strip()[:500]}{hint}"
+    async def _draw(self, request: Request, order: int, adapter: str, version: int) -> None:
+        """Ask for one response and queue it, or what went wrong."""
+        answer: Result | Exception | None = None
+        async with self._room:
+            while answer is None and self._under_way.get(request.key) == order:
+                try:
+                    server = self._seat(request.key)
+                    text = await server.complete(completion_request(request, adapter))
+                    answer = completion_result(request, text, version)
+                except LostServerError as error:
+                    self._leave_out(server, error)
+                except Exception as error:  # raised where the caller is, by poll
+                    answer = error
+        if answer is not None:
+            self._finished.put((request.key, order, answer))
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """Where all requests are waited for; its thread ends with the process."""
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, name="vllm", daemon=True).start()
+        return loop
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        result: T = self._start(work).result()
+        return result
 
 
-def completion_request(request: Request, model: str) -> dict[str, Any]:
-    """The body for ``/v1/completions``: plain softmax sampling, ids in and ids out."""
-    sampling, bound = request.sampling, request.constraint
-    return {
-        **({"structured_outputs": bound.structured_outputs()} if bound is not None else {}),
-        "model": model,
-        "prompt": list(request.prompt),
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "seed": request.seed,
-        "stop_token_ids": list(sampling.stop_ids),
-        "ignore_eos": True,  # our stop ids alone end a response
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "n": 1,
-        "logprobs": 0,  # of the sampled token alone
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
-        "skip_special_tokens": False,
-        "add_special_tokens": False,
-    }
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def completion_result(request: Request, text: str, version: int) -> Result:
-    """The answer of ``/v1/completions`` as a result.
-
-    Raises:
-        VllmError: It has no token ids, or not one log-probability a token.
-    """
-    answer = json.loads(text)
-    choice = answer["choices"][0]
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
-    tokens = choice.get("token_ids")
-    if tokens is None:
-        # Releases before return_token_ids spell the ids out in place of the tokens' texts.
-        spelt = (choice.get("logprobs") or {}).get("tokens") or []
-        tokens = [int(t.removeprefix("token_id:")) for t in spelt if t.startswith("token_id:")]
-    if not tokens or len(tokens) != len(logprobs) or None in logprobs:
-        raise VllmError(
-            f"{request.key}: the vLLM server gave {len(tokens)} token ids and {len(logprobs)} "
-            "log-probabilities; both are needed for every token. Use vLLM 0.10.2 or later."
-        )
-    # Prompt tokens that the server found in its prefix cache, where it says so.
-    details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
-    return Result(
-        key=request.key,
-        tokens=list(tokens),
-        logprobs=[float(value) for value in logprobs],
-        entropies=None,
-        finish_reason="stop" if tokens[-1] in request.sampling.stop_ids else "length",
-        version=version,
-        reused=int(details.get("cached_tokens") or 0),
-    )
+def _on_first_rank(work: Callable[[], tuple[str, Path | None]]) -> tuple[str, Path | None]:
+    """What ``work`` returns or raises on rank 0, on every rank; the folder is rank 0's alone."""
+    if _ranks() == 1:
+        return work()
+    done: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            done = [work()]
+        except Exception as error:  # the others would wait for ever
+            done = [error]
+    dist.broadcast_object_list(done, src=0)
+    if isinstance(done[0], Exception):
+        raise done[0]
+    name, folder = done[0]
+    return name, folder if dist.get_rank() == 0 else None

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,13 @@ from aem_lightning.runner.build import build_datamodule, instantiate, plain, war
 from aem_lightning.runner.episode_store import EpisodeStore
 from aem_lightning.runner.parts import check_classes, made
 from aem_lightning.runner.report import game_hashes, results_of, write_report
+from aem_lightning.runner.summary import print_counts
 from aem_lightning.types import Task, Trajectory
 
 log = logging.getLogger(__name__)
 
 # Raise it when an episode is played in another way: older ones are then not taken for new ones.
-FORMAT = 1
+FORMAT = 2
 _LIMITS = ("memory", "history_length", "max_turns", "max_new_tokens", "temperature")
 
 
@@ -91,7 +93,9 @@ def _evaluate(cfg: DictConfig, endpoint: Endpoint, datamodule: AgentDataModule) 
     player = Player(responder, instantiate(cfg.rewards), cfg.max_turns)
     # Not in the tasks' own order: a run that a budget ends has then played tasks of every type.
     missing = sorted(store.missing, key=lambda task: stable_seed(cfg.seed, "api", task.id))
-    broken = play(endpoint, player, make_groups(missing, 1), datamodule, store, cfg.concurrency)
+    lost = play(endpoint, player, make_groups(missing, 1), datamodule, store, cfg.concurrency)
+    broken = [done.trajectory for done in lost]
+    handled = sum((Counter(done.handled) for done in lost), store.handled)
     if not store.episodes:
         raise EndpointError(_nothing_finished(endpoint, broken))
     report = {
@@ -102,11 +106,13 @@ def _evaluate(cfg: DictConfig, endpoint: Endpoint, datamodule: AgentDataModule) 
         "games": game_hashes(datamodule),
         "complete": not store.missing,
         "missing": len(store.missing),
+        "handled": dict(sorted(handled.items())),
         "tokens": {**store.tokens, "this_run": endpoint.spent},
         "transcripts": str(store.path),
         **results_of([*store.episodes, *broken], datamodule.evaluation_splits),
     }
     write_report(Path(cfg.paths.output_dir), report, f"evaluation of {endpoint.model}")
+    print_counts("handled: replies and requests out of the ordinary", report["handled"])
     if store.missing:
         log.warning("%s", _what_is_missing(endpoint, store, broken))
     return report

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from aem_lightning.callbacks import Meter
 from aem_lightning.datamodules import AgentDataModule
@@ -26,6 +27,14 @@ from aem_lightning.runner.episode_store import EpisodeStore
 from aem_lightning.types import EnvStep, ResetRequest, Trajectory
 
 
+class Played(NamedTuple):
+    """An episode, the tokens that it took, and what was out of the ordinary in it, by kind."""
+
+    trajectory: Trajectory
+    spent: Mapping[str, int]
+    handled: Mapping[str, int]
+
+
 @dataclass(frozen=True)
 class Player:
     """How an episode is played with an endpoint.
@@ -40,8 +49,8 @@ class Player:
     rewards: RewardShaping
     max_turns: int
 
-    def play(self, episode: Episode, seat: Seat) -> tuple[Trajectory, dict[str, int]]:
-        """The episode and the tokens that it took.
+    def play(self, episode: Episode, seat: Seat) -> Played:
+        """The episode, played to its end or to what breaks it.
 
         Raises:
             EndpointError: Nothing can be played.
@@ -64,12 +73,13 @@ class Player:
         except RequestError as error:
             trajectory = responder.live[episode.key].trajectory
             trajectory.truncated = True
-            if not isinstance(error, ContextFullError):
+            # Nobody could have played from a prompt that never fits.
+            if not (isinstance(error, ContextFullError) and trajectory.turns):
                 trajectory.infra_error = str(error)
         finally:
             seat.release([episode.key])
         spent = {"prompt": responder.prompt_tokens, "completion": responder.completion_tokens}
-        return trajectory, spent
+        return Played(trajectory, spent, responder.handled)
 
 
 @dataclass(slots=True)
@@ -109,7 +119,7 @@ def play(
     datamodule: AgentDataModule,
     store: EpisodeStore,
     concurrency: int,
-) -> list[Trajectory]:
+) -> list[Played]:
     """Play ``episodes``, at most ``concurrency`` at once; finished ones go into ``store``.
 
     Returns:
@@ -119,16 +129,16 @@ def play(
         EndpointError: Nothing can be played; what was finished is kept.
     """
 
-    def run(episode: Episode) -> Trajectory | None:
+    def run(episode: Episode) -> Played | None:
         try:
             endpoint.check_open()
             seat = Seat(*tables[episode.group % len(tables)])
-            trajectory, spent = player.play(episode, seat)
+            done = player.play(episode, seat)
         except StoppedError:
             return None
-        if trajectory.infra_error is None:
-            store.add(trajectory, spent)
-        return trajectory
+        if done.trajectory.infra_error is None:
+            store.add(*done)
+        return done
 
     with contextlib.ExitStack() as stack:
         # A seat for each episode, in as many processes as the DataModule has workers.
@@ -152,4 +162,4 @@ def play(
                 f"{error}\n{len(store.episodes)} finished episodes are kept in {store.path}: the "
                 "same command plays the rest."
             ) from None
-    return [trajectory for trajectory in played if trajectory and trajectory.infra_error]
+    return [done for done in played if done and done.trajectory.infra_error]

@@ -94,6 +94,17 @@ def check_parts(cfg: DictConfig) -> None:
     _make_trainer(cfg)
 
 
+def check_server(cfg: DictConfig) -> None:
+    """Ask the engine's server, where it has one, for all that the run needs, before games are made.
+
+    Raises:
+        VllmError: Why it does not fit, and the command that starts one that does.
+    """
+    check = getattr(made("engine", cfg.engine), "check_server", None)
+    if check is not None and ranks.rank() == 0:
+        check()
+
+
 def _step_once(group: str, part: Any) -> None:
     """Raise where ``part`` asks for more than the agent has: a closure, or what it is to watch."""
     try:

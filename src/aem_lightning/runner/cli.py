@@ -32,12 +32,13 @@ MENDABLE: tuple[type[Exception], ...] = (
     HydraException,
     OmegaConfBaseException,
 )
-# And an environment of their own, workers that do not start, or an endpoint that does not answer.
+# And an environment of their own, workers that do not start, or a server that does not answer.
 # Their rooms, of which one imports torch, are loaded wherever these are raised.
 OURS = (
     ("aem_lightning.envs", "EnvContractError"),
     ("aem_lightning.envs", "EnvPoolError"),
     ("aem_lightning.rollout", "EndpointError"),
+    ("aem_lightning.rollout", "VllmError"),
 )
 NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,20 @@ class EpisodeStore:
     Attributes:
         episodes: The finished episodes of this run's tasks.
         tokens: What they cost.
+        handled: What was out of the ordinary in them, by kind.
     """
 
     def __init__(self, path: Path, tasks: Mapping[str, Task], label: Mapping[str, Any]) -> None:
         self.path = path
         self.episodes: list[Trajectory] = []
         self.tokens = {"prompt": 0, "completion": 0}
+        self.handled: Counter[str] = Counter()
         self._keys = {task: key for key, task in tasks.items()}
         self._label = label
         self._lock = threading.Lock()
         known = {record["key"]: record for record in _records(path) if record.get("key") in tasks}
         for record in known.values():
-            self._take(recorded_episode(record), record["spent"])
+            self._take(recorded_episode(record), record["spent"], record.get("handled", {}))
 
     @property
     def missing(self) -> list[Task]:
@@ -45,15 +48,21 @@ class EpisodeStore:
         played = {trajectory.task for trajectory in self.episodes}
         return [task for task in self._keys if task not in played]
 
-    def add(self, trajectory: Trajectory, spent: Mapping[str, int]) -> None:
+    def add(
+        self, trajectory: Trajectory, spent: Mapping[str, int], handled: Mapping[str, int]
+    ) -> None:
         """Keep a finished episode."""
         key = self._keys[trajectory.task]
-        record = {**self._label, "key": key, "spent": spent, **episode_record(trajectory)}
+        costs = {"spent": spent, "handled": handled}
+        record = {**self._label, "key": key, **costs, **episode_record(trajectory)}
         with self._lock:
             append_json_line(self.path, record)
-            self._take(trajectory, spent)
+            self._take(trajectory, spent, handled)
 
-    def _take(self, trajectory: Trajectory, spent: Mapping[str, int]) -> None:
+    def _take(
+        self, trajectory: Trajectory, spent: Mapping[str, int], handled: Mapping[str, int]
+    ) -> None:
+        self.handled.update(handled)
         self.episodes.append(trajectory)
         for name, count in spent.items():
             self.tokens[name] += count

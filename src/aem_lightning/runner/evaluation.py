@@ -27,6 +27,7 @@ from aem_lightning.runner.build import (
     build_policy,
     build_trainer,
     check_parts,
+    check_server,
     plain,
 )
 from aem_lightning.runner.checkpoints import needed_checkpoint, read_checkpoint
@@ -74,6 +75,7 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
     path = needed_checkpoint(cfg, cfg.run)
     checkpoint = read_checkpoint(path)
     trained = checked_config(cfg, checkpoint["aem_lightning"]["config"])
+    check_server(trained)
     datamodule = build_datamodule(trained)
     try:
         policy, _ = build_policy(trained, datamodule)

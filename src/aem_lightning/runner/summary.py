@@ -71,6 +71,15 @@ def print_results(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_counts(title: str, counts: Mapping[str, int]) -> None:
+    """A table of counts, where there are any."""
+    if counts:
+        table = Table(title=title, show_header=False)
+        for name, count in counts.items():
+            table.add_row(name.replace("_", " "), f"{count:,}")
+        Console().print(table)
+
+
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
     """Write ``summary.json`` and show the same to the person at the terminal."""
     target = folder / SUMMARY

@@ -22,6 +22,7 @@ from aem_lightning.runner.build import (
     build_policy,
     build_trainer,
     check_parts,
+    check_server,
     instantiate,
     warm_start,
 )
@@ -43,6 +44,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """Run ``cfg``; returns what ``summary.json`` holds."""
     check_training(cfg)
     check_parts(cfg)
+    if cfg.stage == "train":
+        check_server(cfg)
     remember(cfg)
     with held(Path(cfg.paths.output_dir)):
         checkpoint = find_checkpoint(cfg, cfg.name) or requeued_checkpoint(cfg)
