@@ -1,4 +1,4 @@
-"""The policy: any Hugging Face causal LM with LoRA adapters, and what training asks of it."""
+"""The policy: a Hugging Face causal LM with LoRA adapters, and what training asks of it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _WAYS = {
     "packed": ("in packed rows", "packing=padded"),
     "engine": ("as the engine samples", "engine=auto, or engine=plain"),
 }
-_TOKENS, _DRAWN, _LEAST = 40, 4, 3
+_TOKENS, _DRAWN, _LEAST = 24, 3, 3
 # What may be computed for it: floating-point operations, on a CPU and on a GPU, and logits.
 _OPERATIONS = {"cpu": 2e10, "cuda": 1e13}
 _LOGITS = 2**26
