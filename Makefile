@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults fuzz test-adapters test-vllm bench bench-quick lint format lint-fix type tensorboard clean
+.PHONY: help install train test coverage faults models fuzz test-adapters test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type tensorboard clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,9 @@ coverage: ## The same with the coverage of src, in twice the time
 
 faults: install ## Inject every kind of fault five times into small runs, and write docs/faults.md
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(BIN)/python" -m faults $(ARGS)
+
+models: install ## Measure models of many families against themselves, and write docs/models.md
+	@PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(BIN)/python" -m models
 
 fuzz: install ## 2,000 random command lines: each runs or names its key. ARGS="--lines 200 --seed 1"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(BIN)/python" tests/fuzz_commands.py $(ARGS)

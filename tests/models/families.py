@@ -7,6 +7,7 @@ are shorter than the sequences that are scored.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aem_lightning.modules import Policy
-from aem_lightning.rollout import Request, RolloutEngine, Sampling
+from aem_lightning.modules.attention import packing_obstacle
+from aem_lightning.rollout import Request, RolloutEngine, Sampling, SlotEngine
+from aem_lightning.rollout.head import decoder_of
 
 WINDOW = 5
 VOCABULARY = 24
@@ -300,3 +303,72 @@ def engine_gap(policy: Policy, engine: RolloutEngine, turns: int = 2) -> float:
     for key in prompts:
         engine.close(key)
     return largest
+
+
+def head_of(policy: Policy) -> str:
+    """What comes after the product with the head's weight, measured on hidden states."""
+    if policy.head.weight is not None:
+        return "product"
+    weight = policy.causal_lm.get_output_embeddings().weight
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(4, weight.shape[1], generator=generator)
+    with torch.no_grad():
+        logits = policy.head.logits
+        bias, product = logits(torch.zeros_like(hidden)), hidden @ weight.T
+        near = (logits(hidden * 1e-2) - bias) * 100
+        far = (logits(hidden * 1e3) - bias) / 1e3
+    scale = float((near / product).median())
+    if not torch.allclose(near, scale * product, rtol=1e-2, atol=1e-2 * abs(scale)):
+        return "layers of its own"
+    parts = ["product", *([f"× {scale:.3g}"] if abs(scale - 1) > 1e-3 else [])]
+    parts += ["+ bias"] if bias.abs().max() > 0 else []
+    parts += ["soft cap"] if far.abs().max() < 0.5 * (scale * product).abs().max() else []
+    return " ".join(parts)
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The kinds of a model's layers, and what else its attention has."""
+    config = decoder_of(model).config
+    default = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or [default])
+    parts = [kind.removesuffix("_attention") for kind in kinds]
+    parts += ["soft cap"] if getattr(config, "attn_logit_softcapping", None) else []
+    names = [name for name, _ in model.named_parameters()]
+    return ", ".join([*parts, *(["sinks"] if any("sinks" in name for name in names) else [])])
+
+
+def sampled(name: str) -> tuple[str, str]:
+    """The engine that ``engine=auto`` takes for a family, and its gap."""
+    knows_plain = "cache" in inspect.signature(SlotEngine).parameters
+    for engine, options in (("hf", {}), *([("plain", {"cache": "plain"})] if knows_plain else [])):
+        policy = Policy(build(name), None)
+        try:
+            gap = engine_gap(policy, SlotEngine(slots=3, max_length=64, bucket=16, **options))
+        except ValueError:
+            continue
+        return engine, f"{gap:.0e}"
+    return "refused", "–"
+
+
+def page() -> str:
+    """A line a family: its head, its attention, and the gaps."""
+    lines = [
+        "## Families",
+        "",
+        f"Tiny models of {len(FAMILIES)} families with random weights, two layers and, where they"
+        f" have one, a window of {WINDOW} tokens, under sequences of up to 40. The largest gap of a"
+        " token's log-probability, in nats, from the log-softmax of the logits that the model gives"
+        " by itself: of `Policy.score` over padded and over packed rows (–: `packing=auto` pads),"
+        " and of what the engine reports that `engine=auto` takes.",
+        "",
+        "| family | head | attention | score | packed | engine | its gap |",
+        "|---|---|---|---:|---:|---|---:|",
+    ]
+    for name in FAMILIES:
+        policy = Policy(build(name), None)
+        obstacle = packing_obstacle(policy.causal_lm)
+        packed = "–" if obstacle else f"{score_gap(policy, (17, 24)):.0e}"
+        cells = [name, head_of(policy), attention_of(policy.causal_lm)]
+        cells += [f"{score_gap(policy):.0e}", packed, *sampled(name)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

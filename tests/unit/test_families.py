@@ -1,7 +1,10 @@
 """Log-probabilities are a model's own, in padded rows, packed rows and the engine, or refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from models.families import FAMILIES, build, engine_gap, probe_ids, score_gap
 from peft import PeftModel
 from tiny_play import word_tokenizer
@@ -62,6 +65,42 @@ def test_a_family_is_off_its_own_log_probabilities(name):
             engine.sync(policy, 0)
     else:
         assert engine_gap(policy, engine) < 1e-5
+
+
+def test_the_page_of_families_is_of_others():
+    rows = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8").splitlines()
+    names = [row.split(" | ")[0].removeprefix("| ") for row in rows if row.count(" | ") == 6]
+    assert names[1:] == list(FAMILIES)
+
+
+def test_a_model_with_eyes_is_read_by_another_decoder_than_its_text():
+    """Gemma 3 makes its masks above its decoder; Llama 4 holds a whole causal LM."""
+    eyes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    gemma = transformers.Gemma3Config(
+        text_config=build("Gemma 3").config.to_dict(),
+        vision_config={**eyes, "intermediate_size": 32, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    llama = transformers.Llama4Config(
+        text_config=build("Llama 4").config.to_dict(),
+        vision_config={
+            **eyes,
+            "intermediate_size": 128,
+            "patch_size": 14,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+    )
+    for model in (
+        transformers.Gemma3ForConditionalGeneration(gemma),
+        transformers.Llama4ForConditionalGeneration(llama),
+    ):
+        policy = Policy(model.eval(), None)
+        assert score_gap(policy) < 1e-5
+        assert packing_obstacle(model) is None
+        assert score_gap(policy, (17, 24)) < 1e-5
+        assert engine_gap(policy, SlotEngine(slots=2, max_length=48, bucket=16)) < 1e-5
 
 
 class Sizes(TorchDispatchMode):
@@ -179,9 +218,10 @@ def test_an_adapter_on_the_head_is_not_trained_sampled_or_saved(name, tied, tmp_
     torch.testing.assert_close(merged.score(ids, mask)[0], trained, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Phi-3.5 MoE", "Falcon H1", "Mamba"])
-def test_all_linear_gives_an_adapter_to_a_layer_that_takes_none(name):
+@pytest.mark.parametrize("name", ["Mixtral", "Phi-3.5 MoE", "Falcon", "Falcon H1", "Mamba"])
+def test_all_linear_gives_an_adapter_to_a_layer_that_takes_none_or_to_no_layer(name):
     policy = Policy(build(name), None, Lora(r=2, alpha=4))
+    assert any("lora_B" in parameter for parameter in policy.trainable())
     assert score_gap(policy) < 1e-5
 
 

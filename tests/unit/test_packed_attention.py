@@ -221,6 +221,8 @@ def test_a_window_is_forgotten_in_packed_rows(piece, monkeypatch, window, masks)
 
 def test_a_gpu_without_the_kernel_gets_one_call_for_each_row(monkeypatch):
     on_gpu = SimpleNamespace(**{"config": model().config, "_supports_attention_backend": True})
+    on_gpu.get_decoder = lambda: SimpleNamespace(config=on_gpu.config)
+    on_gpu.base_model = on_gpu
     monkeypatch.setattr(attention, "_trial", lambda model: None)  # nothing is on a GPU here
     on_gpu.device, on_gpu.dtype = torch.device("cuda"), torch.bfloat16
     capability = [(9, 0)]

@@ -95,10 +95,11 @@ def is_packed(packing: Packing, model: PreTrainedModel) -> bool:
     if packing == "packed" and obstacle is not None:
         raise ValueError(f"This model cannot be packed: {obstacle}. Type packing=padded.")
     if packing == "auto" and obstacle is None and model.device.type != "cpu":
-        if _has_windows(model.config):  # those layers would take a call for each row
+        config = decoder_of(model).config
+        if _has_windows(config):  # those layers would take a call for each row
             return False
-        size = getattr(model.config, "head_dim", None)
-        size = size or model.config.hidden_size // model.config.num_attention_heads
+        size = getattr(config, "head_dim", None)
+        size = size or config.hidden_size // config.num_attention_heads
         kind = compute_dtype(model.device, model.dtype)
         return _kernel(model.device, kind, size) is not None
     return packing != "padded" and obstacle is None
@@ -111,7 +112,7 @@ def _has_windows(config: Any) -> bool:
 
 def packing_obstacle(model: PreTrainedModel) -> str | None:
     """Why ``model`` cannot attend over a packed row; ``None`` when it can, which is tried."""
-    config = model.config
+    config = decoder_of(model).config  # of a model with other parts too, that of its text
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= _KINDS:
         return f"its layers are {sorted(kinds)}, and packing needs attention"
@@ -125,7 +126,8 @@ def packing_obstacle(model: PreTrainedModel) -> str | None:
 @torch.no_grad()
 def _trial(model: PreTrainedModel) -> str | None:
     """What is wrong with a packed row of two short sequences, against the model on each alone."""
-    before = model.config._attn_implementation
+    config = decoder_of(model).config
+    before = config._attn_implementation
     rows = [torch.tensor([ids], device=model.device) for ids in probe_rows(model, 2, 72)]
     training = [module for module in model.modules() if module.training]
     try:
@@ -138,7 +140,7 @@ def _trial(model: PreTrainedModel) -> str | None:
     except (RuntimeError, TypeError, ValueError) as error:  # whatever a family makes of its mask
         return f"{type(model).__name__} does not take it ({error})".partition("\n")[0]
     finally:
-        model.config._attn_implementation = before
+        config._attn_implementation = before
         for module in training:
             module.training = True
     off = float((packed - own).abs().mean() / own.abs().mean())
@@ -155,10 +157,11 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     The setting stays: gradient checkpointing runs the layers again in the backward pass, long after
     the call that packed.
     """
-    if model.config._attn_implementation != PACKED:
+    config = decoder_of(model).config
+    if config._attn_implementation != PACKED:
         AttentionInterface.register(PACKED, packed_attention)
         AttentionMaskInterface.register(PACKED, _packed_mask)
-        model.config._attn_implementation = PACKED
+        config._attn_implementation = PACKED
 
 
 def _packed_mask(

@@ -1,4 +1,4 @@
-"""The policy: any Hugging Face causal LM with LoRA adapters, and what training asks of it."""
+"""The policy: a Hugging Face causal LM with LoRA adapters, and what training asks of it."""
 
 from __future__ import annotations
 
@@ -241,17 +241,25 @@ def _without_adapters(model: PreTrainedModel) -> list[str]:
     The routers of some families are a Linear that gives more than a product, and kernels of Mamba
     read the weight of its last layer themselves.
     """
-    of_family = type(model).__module__
     reads_weights = "mamba" in model.config.model_type or model.config.model_type in _MAMBA
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and (
-            type(module).__module__ == of_family
+            (type(module).__module__ == type(model).__module__ and not _gives_product(module))
             or (reads_weights and name.endswith(("out_proj", "conv1d")))
         )
     ]
+
+
+@torch.no_grad()
+def _gives_product(layer: nn.Linear) -> bool:
+    try:
+        given: object = layer(layer.weight.new_zeros(1, layer.in_features))
+    except Exception:  # it wants more than hidden states
+        return False
+    return isinstance(given, Tensor) and given.shape == (1, layer.out_features)
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:

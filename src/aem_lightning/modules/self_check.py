@@ -7,8 +7,9 @@ the model's own forward pass. A family that one of the parts gets wrong ends the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ _WAYS = {
     "packed": ("in packed rows", "packing=padded"),
     "engine": ("as the engine samples", "engine=auto, or engine=plain"),
 }
-_TOKENS, _DRAWN, _LEAST = 40, 4, 3
+_TOKENS, _DRAWN, _LEAST = 24, 3, 3
 # What may be computed for it: floating-point operations, on a CPU and on a GPU, and logits.
 _OPERATIONS = {"cpu": 2e10, "cuda": 1e13}
 _LOGITS = 2**26
@@ -115,7 +116,7 @@ def _held(policy: Policy, way: str, gap: float) -> float:
 
 def _rows(policy: Policy, engine: RolloutEngine | None) -> list[list[int]]:
     """Tokens of the texts: past the model's window where that costs little, the second shorter."""
-    model = policy.causal_lm
+    model: Any = policy.causal_lm
     config = policy.head.decoder.config
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     wanted = _TOKENS + max([window for window in windows if isinstance(window, int)], default=0)
@@ -125,9 +126,8 @@ def _rows(policy: Policy, engine: RolloutEngine | None) -> list[list[int]]:
     cost = 16.0 * sum(parameter.numel() for parameter in model.parameters())
     if wanted * vocabulary > _LOGITS or wanted * cost > _OPERATIONS.get(device, 1e13):
         wanted = _TOKENS
-    room = [getattr(config, "max_position_embeddings", None), getattr(engine, "max_length", None)]
-    room = [size for size in room if isinstance(size, int)]
-    if room:  # an engine draws twice
+    limits = (getattr(config, "max_position_embeddings", None), getattr(engine, "max_length", None))
+    if room := [size for size in limits if isinstance(size, int)]:  # an engine draws twice
         wanted = min(wanted, min(room) - 2 * _DRAWN - _LEAST)
     rows = []
     for text, length in zip(TEXTS, (wanted, wanted * 2 // 3), strict=True):
@@ -172,7 +172,7 @@ def _engine_gap(policy: Policy, engine: RolloutEngine, rows: list[list[int]]) ->
         engine.submit([Request(key, p, sampling, turn) for key, p in prompts.items()])
         for result in engine.poll(wait_all=True):
             start = len(prompts[result.key])
-            entropies = result.entropies or [None] * len(result.tokens)
+            entropies: Sequence[float | None] = result.entropies or [None] * len(result.tokens)
             drawn[result.key] += zip(
                 range(start, start + len(result.tokens)), result.logprobs, entropies, strict=True
             )

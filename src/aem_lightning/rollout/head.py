@@ -90,7 +90,8 @@ def decoder_of(causal_lm: Any) -> Any:
     # Both go by names of attributes, which some families give to other parts.
     for named in (causal_lm.get_decoder(), causal_lm.base_model):
         if named is not causal_lm and hasattr(named, "config"):
-            return named
+            # A model with eyes may hold a whole causal LM.
+            return decoder_of(named) if hasattr(named, "lm_head") else named
     found = [child for child in causal_lm.children() if hasattr(child, "config")]
     if len(found) != 1:
         raise ValueError(

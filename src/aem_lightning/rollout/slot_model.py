@@ -170,10 +170,10 @@ class SlotModel:
             hidden = self._head.decoder(
                 input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True
             ).last_hidden_state
+            rows = torch.arange(len(ids), device=self.device)
+            return self._head.logits(hidden[rows, last]).float()  # it may make masks once more
         finally:
             _MASK.reset(where)
-        rows = torch.arange(len(ids), device=self.device)
-        return self._head.logits(hidden[rows, last]).float()
 
     def mask(self, positions: Tensor, read: int, sees: Callable[..., Tensor] | None) -> Tensor:
         """What queries at ``positions`` [b, q] see of the first ``read`` keys, [b, 1, q', read].
@@ -288,4 +288,4 @@ def _slot_attention(
     attended = scaled_dot_product_attention(
         folded, key, value, attn_mask=attention_mask.to(query.dtype), scale=scaling
     )
-    return attended.reshape(batch, heads, width, -1).transpose(1, 2), None
+    return attended.reshape(batch, heads, width, -1).transpose(1, 2).contiguous(), None

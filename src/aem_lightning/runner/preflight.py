@@ -213,7 +213,8 @@ def longest_batch(cfg: DictConfig, policy: Policy, deadline: float) -> dict[str,
 def _pass(policy: Policy, rows: int, length: int, temperature: float) -> tuple[float, float]:
     """Seconds and peak gigabytes of a pass over random tokens; it leaves no gradient."""
     device = policy.causal_lm.device
-    vocabulary = policy.causal_lm.get_input_embeddings().weight.shape[0]
+    weight: Any = policy.causal_lm.get_input_embeddings().weight
+    vocabulary = len(weight)
     ids = torch.randint(vocabulary, (rows, length), device=device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 0] = False
