@@ -68,6 +68,8 @@ class Player:
                 trajectory.infra_error = str(error)
         finally:
             seat.release([episode.key])
+        for turn, messages in zip(trajectory.turns, responder.sent, strict=False):
+            turn.messages = messages
         spent = {"prompt": responder.prompt_tokens, "completion": responder.completion_tokens}
         return trajectory, spent
 

@@ -20,15 +20,17 @@ from aem_lightning.types import Task, Trajectory
 class EpisodeStore:
     """Finished episodes in a file of transcripts, each under its key; many threads may add.
 
-    The file may hold episodes of other runs; ``tasks`` are this run's by their keys, and every
-    record says ``label`` of it.
+    The file may hold episodes of other runs; ``tasks`` are this run's, with the number of their
+    repeat, by their keys, and every record says ``label`` of it.
 
     Attributes:
         episodes: The finished episodes of this run's tasks.
         tokens: What they cost.
     """
 
-    def __init__(self, path: Path, tasks: Mapping[str, Task], label: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, tasks: Mapping[str, tuple[Task, int]], label: Mapping[str, Any]
+    ) -> None:
         self.path = path
         self.episodes: list[Trajectory] = []
         self.tokens = {"prompt": 0, "completion": 0}
@@ -40,14 +42,14 @@ class EpisodeStore:
             self._take(recorded_episode(record), record["spent"])
 
     @property
-    def missing(self) -> list[Task]:
-        """Tasks without a finished episode."""
-        played = {trajectory.task for trajectory in self.episodes}
-        return [task for task in self._keys if task not in played]
+    def missing(self) -> list[tuple[Task, int]]:
+        """Tasks, each with its repeat, without a finished episode."""
+        played = {(trajectory.task, trajectory.copy) for trajectory in self.episodes}
+        return [due for due in self._keys if due not in played]
 
     def add(self, trajectory: Trajectory, spent: Mapping[str, int]) -> None:
         """Keep a finished episode."""
-        key = self._keys[trajectory.task]
+        key = self._keys[trajectory.task, trajectory.copy]
         record = {**self._label, "key": key, "spent": spent, **episode_record(trajectory)}
         with self._lock:
             append_json_line(self.path, record)
