@@ -51,9 +51,9 @@ PROGRESS = {"progress": {"_target_": "aem_lightning.callbacks.Progress"}}
 
 @dataclass(frozen=True)
 class Restored:
-    """An agent that can play: its config, what that builds, and the checkpoint that it is of."""
+    """An agent that can play: the file or folder that it is of, its config, what that builds."""
 
-    path: Path | None
+    path: Path
     config: DictConfig
     module: AgentModule
     datamodule: AgentDataModule
@@ -98,7 +98,8 @@ def loaded(cfg: DictConfig) -> Iterator[Restored]:
     datamodule = build_datamodule(config)
     try:
         policy = _played_policy(config, cfg.get("adapter"), cfg.policy.model, datamodule)
-        yield Restored(None, config, build_agent(config, policy, datamodule), datamodule)
+        path = Path(cfg.get("adapter") or policy.causal_lm.name_or_path)
+        yield Restored(path, config, build_agent(config, policy, datamodule), datamodule)
     finally:
         datamodule.close()
 
@@ -137,10 +138,12 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     check_evaluation(cfg)
     if cfg.get("policy") == "api":
         return evaluate_api(cfg)
-    opened = restored if cfg.get("policy") is None else loaded
+    is_run = cfg.get("policy") is None
+    opened = restored if is_run else loaded
     with held(Path(cfg.paths.output_dir)), opened(cfg) as agent:
         agent.module.repeats = cfg.get("repeats", 1)
-        report = about(agent.module, agent.config, cfg.get("adapter"), agent.path)
+        checkpoint = agent.path if is_run else None
+        report = about(agent.module, agent.config, cfg.get("adapter"), checkpoint)
         trainer = build_trainer(agent.config)
         results = play_all(trainer, agent.module, agent.datamodule)
         transcripts = Path(cfg.paths.output_dir).absolute() / "transcripts.jsonl"
@@ -152,8 +155,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         **results,
     }
     if trainer.is_global_zero:
-        title = f"evaluation of {agent.path or cfg.get('adapter') or report['model']}"
-        write_report(Path(cfg.paths.output_dir), report, title)
+        write_report(Path(cfg.paths.output_dir), report, f"evaluation of {agent.path}")
     return report
 
 
