@@ -267,6 +267,8 @@ def test_what_a_model_asks_of_generate_changes_its_play(
         ("policy=api policy.model=/m", "policy=api policy.model=/m: a model behind an endpoint"),
         ("policy=api model=m adapter=/a", "Type policy=api without adapter=/a, or adapter=/a"),
         ("policy=api model=m ckpt_path=last", "policy=api ckpt_path=last"),
+        ("policy=tiny seed=1", "made by the warm start of an experiment: type experiment=quick"),
+        ("policy=tiny datamodule=alfworld_generated", None),
         ("ckpt_path=null policy.model=/m", None),
         ("policy.model=/m adapter=/a experiment=alfworld", None),
         ("policy=api model=m", None),
@@ -276,6 +278,16 @@ def test_what_a_model_asks_of_generate_changes_its_play(
 def test_two_things_to_play_are_not_told_apart(typed: str, told: str | None) -> None:
     found = contradiction(typed.split())
     assert told is None if found is None else told is not None and told in found
+
+
+def test_an_adapter_is_let_pass_where_it_is_not_played(tmp_path: Path) -> None:
+    for words in (["ckpt_path=last"], ["policy=api", "model=m"]):
+        places = [f"paths.root_dir={tmp_path}", f"paths.output_dir={tmp_path}"]
+        with pytest.raises(ValueError, match="adapter=/a: it is played in the place of"):
+            check_evaluation(composed([*words, "adapter=/a", *places], "eval"))
+    cfg = composed(["experiment=quickstart", "ckpt_path=last", f"paths.output_dir={tmp_path}"])
+    with pytest.raises(ValueError, match="ckpt_path=last: a checkpoint has a model of its own"):
+        check_evaluation(cfg)
 
 
 def test_words_about_a_checkpoint_are_taken_for_those_about_a_model() -> None:

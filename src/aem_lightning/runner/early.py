@@ -72,11 +72,10 @@ def check_evaluation(cfg: DictConfig) -> None:
     """
     policy = cfg.get("policy")
     if policy is None:
-        refuse(wrong_options(cfg, EvalOptions))
-        if cfg.adapter is not None:
-            refuse([f"adapter={cfg.adapter}: a checkpoint has its own. Type one of them alone"])
+        refuse([*wrong_options(cfg, EvalOptions), *_strange_adapter(cfg)])
         needed_checkpoint(cfg, cfg.run)
     elif policy == "api":
+        refuse([*_strange_adapter(cfg)])
         check_api_config(cfg)
         splits = _splits(cfg.splits or cfg.datamodule.get("evaluation_splits"))
         _find_data(cfg.datamodule, splits)
@@ -87,6 +86,14 @@ def check_evaluation(cfg: DictConfig) -> None:
             f"policy={policy}: an evaluation plays a checkpoint, a model with or without an "
             "adapter, or one behind an endpoint. Type ckpt_path=<file>, policy.model=<folder>, "
             "adapter=<folder>, or policy=api base_url=... model=..."
+        )
+
+
+def _strange_adapter(cfg: DictConfig) -> Iterator[str]:
+    if cfg.get("adapter") is not None:
+        yield (
+            f"adapter={cfg.adapter}: it is played in the place of a checkpoint or endpoint. Type "
+            "one of them alone"
         )
 
 

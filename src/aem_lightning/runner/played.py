@@ -28,8 +28,15 @@ def plays_model(words: Sequence[str]) -> bool:
 
 
 def contradiction(words: Sequence[str]) -> str | None:
-    """What to type where ``words`` name two things to play, and none can be meant alone."""
+    """What to type where ``words`` name two things to play, or half of one."""
     checkpoint, model = _about(words, _OF_CHECKPOINT), _about(words, _OF_MODEL)
+    if model == ["policy=tiny"] and not _about(words, ("datamodule",)):
+        return (
+            "policy=tiny: an evaluation plays the policy of its checkpoint (ckpt_path=<file>), a "
+            "model (policy.model=<folder>, adapter=<folder>) or one behind an endpoint (policy=api "
+            "base_url=... model=...). A tiny one is made by the warm start of an experiment: type "
+            "experiment=quickstart"
+        )
     if API in words:
         others = [word for word in (*checkpoint, *model) if word != API]
         if others:

@@ -48,7 +48,8 @@ def episode_view(number: int, record: Record, *, unfolded: bool = False) -> Rend
 
     Prompts are shown where they are ``unfolded``; else a line says that they are there.
     """
-    about = [record["task_type"], record["split"], _stage(record), record.get("model")]
+    copy = f"copy {record['copy']}" if record.get("copy") else None
+    about = [record["task_type"], record["split"], _stage(record), record.get("model"), copy]
     head = Text.assemble(
         (f"episode {number}  ", "bold"),
         _outcome(record),
