@@ -122,6 +122,7 @@ def test_an_adapter_of_others_is_another_model_than_in_peft(
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert (found - plain).abs().max() > 0.1
     assert not any(p.requires_grad for p in ours.parameters())
+    assert (known.rank, known.lora["r"]) == (5, 3)
     report = evaluate(config(f"adapter={outside}"))
     assert (report["model"], report["template"]["of"]) == (toy_model, "model")
     log_probs = theirs(torch.tensor(first_row(report))).logits.log_softmax(-1)
@@ -152,6 +153,8 @@ def test_a_policy_is_not_warm_started_to_be_played(config: Config) -> None:
         ({"megatron_config": {"a": 1}}, "more than a LoRA: megatron_config="),
         ({"layer_replication": [[0, 2]]}, "more than a LoRA: layer_replication="),
         ({"hook": "my_module.run"}, "more than a LoRA: hook="),
+        ({"r": "8"}, "a rank of '8' in its adapter_config.json"),
+        ({"rank_pattern": {"q_proj": 0}}, "a rank of 0 in its adapter_config.json"),
         ({"init_lora_weights": "pissa"}, "changed the base model too"),
         ({"base_model_name_or_path": None}, "does not name a model .* Type policy.model="),
         ({"base_model_name_or_path": "/gone/far/away"}, "/gone/far/away, is not there"),
@@ -269,6 +272,8 @@ def test_what_a_model_asks_of_generate_changes_its_play(
         ("policy=api model=m ckpt_path=last", "policy=api ckpt_path=last"),
         ("policy=tiny seed=1", "made by the warm start of an experiment: type experiment=quick"),
         ("policy=tiny datamodule=alfworld_generated", None),
+        ("datamodule=alfworld ckpt_path=last", "datamodule=alfworld: who is to play there? Type p"),
+        ("policy=api model=m prompt=react", None),
         ("ckpt_path=null policy.model=/m", None),
         ("policy.model=/m adapter=/a experiment=alfworld", None),
         ("policy=api model=m", None),
@@ -298,6 +303,7 @@ def test_words_about_a_checkpoint_are_taken_for_those_about_a_model() -> None:
     typed = "-m policy.model=/a,/b temperature=0.5 repeats=4 splits=null seed=1,2"
     expected = "-m name=eval policy.model=/a,/b eval_temperature=0.5 +repeats=4 seed=1,2"
     assert as_training(typed.split()) == expected.split()
+    assert as_training(expected.split()) == expected.split(), "as another rank types it again"
     given = as_training(["name=x", "adapter=/a", "ckpt_path=null"])
     assert given == ["policy.model=null", "name=x", "+adapter=/a"]
 

@@ -49,6 +49,12 @@ class AdapterFolder:
     base: str | None
     lora: Mapping[str, Any]
 
+    @property
+    def rank(self) -> int:
+        """The largest rank in it: what a server has to be started for."""
+        ranks = [self.lora["r"], *(self.lora.get("rank_pattern") or {}).values()]
+        return max(map(int, ranks))
+
     def base_model(self, typed: str | None) -> str:
         """The model to load: the one that was ``typed``, else the adapter's own.
 
@@ -130,6 +136,10 @@ def _problem(config: Mapping[str, Any]) -> str | None:
     kind, start = config.get("peft_type"), str(config.get("init_lora_weights")).lower()
     if kind != "LORA":
         return f"peft_type={kind} in its {CONFIG}, and adapters that are played are LORA"
+    ranks = config.get("rank_pattern") or {}
+    for rank in (config.get("r"), *(ranks.values() if isinstance(ranks, dict) else (ranks,))):
+        if type(rank) is not int or rank < 1:
+            return f"a rank of {rank!r} in its {CONFIG}, where a whole number of at least 1 is due"
     if start.startswith(_CHANGE_THE_BASE):
         return f"init_lora_weights={start} changed the base model too"
     more = {k: v for k, v in config.items() if k not in _LORA | _UNREAD and v not in _OFF}

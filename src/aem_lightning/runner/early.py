@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from aem_lightning.runner.adapter_folder import CONFIG, is_path, read_adapter
 from aem_lightning.runner.checkpoints import find_checkpoint, needed_checkpoint
@@ -109,8 +109,9 @@ def with_base_model(cfg: DictConfig) -> DictConfig:
         refuse([f"ckpt_path={cfg.ckpt_path}: a checkpoint has a model of its own: type it alone"])
     typed = cfg.policy.get("model")
     if cfg.get("adapter") is not None and isinstance(typed, str | None):
-        cfg = cfg.copy()
-        cfg.policy.model = literal(read_adapter(cfg.adapter).base_model(typed))
+        cfg, adapter = cfg.copy(), read_adapter(cfg.adapter)
+        cfg.policy.model = literal(adapter.base_model(typed))
+        OmegaConf.update(cfg, "policy.lora.r", adapter.rank)  # what engine=vllm tells of itself
     return cfg
 
 

@@ -98,7 +98,7 @@ def loaded(cfg: DictConfig) -> Iterator[Restored]:
     datamodule = build_datamodule(config)
     try:
         policy = _played_policy(config, cfg.get("adapter"), cfg.policy.model, datamodule)
-        path = Path(cfg.get("adapter") or policy.causal_lm.name_or_path)
+        path = Path(cfg.get("adapter") or str(policy.causal_lm.name_or_path))
         yield Restored(path, config, build_agent(config, policy, datamodule), datamodule)
     finally:
         datamodule.close()

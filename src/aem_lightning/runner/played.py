@@ -30,6 +30,13 @@ def plays_model(words: Sequence[str]) -> bool:
 def contradiction(words: Sequence[str]) -> str | None:
     """What to type where ``words`` name two things to play, or half of one."""
     checkpoint, model = _about(words, _OF_CHECKPOINT), _about(words, _OF_MODEL)
+    where = [word for word in words if re.match(r"\+*(datamodule|prompt)=", word)]
+    if where and not model and API not in words:
+        return (
+            f"{where[0]}: who is to play there? Type policy.model=<folder>, adapter=<folder> or "
+            f"{API} beside it. A checkpoint is played where its run was, or with single settings "
+            "changed: 'overrides=[\"datamodule.root=/data/alfworld\"]'"
+        )
     if model == ["policy=tiny"] and not _about(words, ("datamodule",)):
         return (
             "policy=tiny: an evaluation plays the policy of its checkpoint (ckpt_path=<file>), a "
