@@ -1,6 +1,8 @@
-"""Play all evaluation games once: ``python eval.py ckpt_path=last``; options: configs/eval.yaml.
+"""Play all evaluation games, with a checkpoint: ``python eval.py ckpt_path=last``.
 
-A model behind an endpoint plays them too: ``python eval.py policy=api base_url=... model=...``.
+With a model, as it is or with an adapter, on any experiment (options: configs/train.yaml):
+``python eval.py experiment=alfworld policy.model=FOLDER``, ``python eval.py adapter=FOLDER ...``.
+With one behind an endpoint: ``python eval.py policy=api base_url=... model=...``.
 """
 
 import sys
@@ -12,24 +14,33 @@ from omegaconf import DictConfig
 from aem_lightning.runner.cli import clear_errors, quiet_libraries
 from aem_lightning.runner.command import Command
 from aem_lightning.runner.early import check_evaluation
+from aem_lightning.runner.played import as_training, contradiction, plays_model
 from aem_lightning.runner.signals import stoppable
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-COMMAND = Command(CONFIGS, "eval", "python eval.py", __doc__, check_evaluation)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
-def main(cfg: DictConfig) -> None:
+def main() -> None:
     """Run one evaluation."""
-    with clear_errors():
-        COMMAND.check_job(cfg)
-        from aem_lightning.runner import evaluate  # imports torch: after the checks
+    name = "eval"
+    if told := contradiction(sys.argv[1:]):
+        sys.exit(told)
+    if plays_model(sys.argv[1:]):
+        name, sys.argv[1:] = "train", as_training(sys.argv[1:])
+    command = Command(CONFIGS, name, "python eval.py", __doc__, check_evaluation)
+    command.answer(sys.argv[1:])
 
-        quiet_libraries()
-        evaluate(cfg)
+    def run(cfg: DictConfig) -> None:
+        with clear_errors():
+            command.check_job(cfg)
+            from aem_lightning.runner import evaluate  # imports torch: after the checks
+
+            quiet_libraries()
+            evaluate(cfg)
+
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)()
 
 
 if __name__ == "__main__":
     with stoppable():
-        COMMAND.answer(sys.argv[1:])
         main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from aem_lightning.types import Trajectory
+from aem_lightning.types import Task, Trajectory
 
 OTHER = "other"
+_Z = NormalDist().inv_cdf(0.975)
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +132,7 @@ class EpisodeMetrics(Metric):
         return self.task_types.index(name)
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
     r"""Wilson's score interval of a success rate, 95 %.
 
     .. math:: \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1 - \hat p)/n + z^2/4n^2}}{1 + z^2/n}
@@ -151,7 +153,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
             f"wilson_interval: {successes} successes of {trials} trials; "
             "there must be 1 trial or more, and 0 to that many successes."
         )
-    z = NormalDist().inv_cdf(0.975)
+    z = _Z
     rate = successes / trials
     scale = 1 + z * z / trials
     centre = (rate + z * z / (2 * trials)) / scale
@@ -162,15 +164,108 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return low, high
 
 
+def interval_over_games(shares: Sequence[float], tries: int) -> tuple[float, float]:
+    r"""95 % interval of the mean of the games' win shares, where games were played repeatedly.
+
+    Tries at one game are alike, so they are worth fewer trials than there are: Wilson's interval of
+
+    .. math:: n = \frac{\bar p (1 - \bar p)}{s^2 / G} \Big(\frac{z}{t_{G-1}}\Big)^2
+
+    trials, s² the variance between the G games. At least G, which it is where all tries at a game
+    end alike (then it is Wilson's interval over games) or all are won or lost; at most ``tries``.
+    Source: E. L. Korn, B. I. Graubard, "Confidence intervals for proportions with small expected
+    number of positive counts estimated from survey data", 1998, here around Wilson's interval.
+
+    Args:
+        shares: Of each game, the share of its tries that won.
+        tries: The tries at all games together.
+
+    Raises:
+        ValueError: There is no game.
+
+    Example:
+        >>> interval_over_games([1, 0, 0, 1], tries=8) == wilson_interval(2, 4)
+        True
+        >>> low, high = interval_over_games([0.5, 0.25, 0.75, 0.5] * 10, tries=160)
+        >>> round(low, 4), round(high, 4)
+        (0.4234, 0.5766)
+    """
+    games = len(shares)
+    mean = math.fsum(shares) / max(games, 1)
+    spread = math.fsum((share - mean) ** 2 for share in shares)
+    trials = float(games)
+    if games > 1 and 0 < mean < 1:
+        worth = games * (games - 1) * mean * (1 - mean) / spread if spread else math.inf
+        trials = min(max(worth * (_Z / _t_quantile(games - 1)) ** 2, games), tries)
+    return wilson_interval(mean * trials, trials)
+
+
+def _t_quantile(freedom: int) -> float:
+    """About the 97.5 % quantile of Student's t: Abramowitz and Stegun, 26.7.5."""
+    z = _Z
+    first = (z**3 + z) / 4 / freedom
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96 / freedom**2
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384 / freedom**3
+    return z + first + second + third
+
+
+def pass_at_k(wins: int, tries: int, k: int) -> float:
+    r"""Chance that at least one of ``k`` tries at a game wins, where ``wins`` of ``tries`` did.
+
+    .. math:: 1 - \binom{n - c}{k} \Big/ \binom{n}{k}
+
+    Unbiased. Source: M. Chen et al., "Evaluating large language models trained on code", arXiv
+    2107.03374, 2021.
+
+    Raises:
+        ValueError: Not 1 <= k <= tries, or the wins are not within the tries.
+
+    Example:
+        >>> pass_at_k(1, 4, 1), pass_at_k(1, 4, 2), pass_at_k(1, 4, 4)
+        (0.25, 0.5, 1.0)
+    """
+    _check_tries(wins, tries, k)
+    return 1 - math.comb(tries - wins, k) / math.comb(tries, k)
+
+
+def pass_hat_k(wins: int, tries: int, k: int) -> float:
+    r"""pass^k, the chance that all of ``k`` tries at a game win, where ``wins`` of ``tries`` did.
+
+    .. math:: \binom{c}{k} \Big/ \binom{n}{k}
+
+    Unbiased. Source: S. Yao et al., "tau-bench", arXiv 2406.12045, 2024.
+
+    Raises:
+        ValueError: As `pass_at_k`.
+
+    Example:
+        >>> pass_hat_k(3, 4, 1), pass_hat_k(3, 4, 2), pass_hat_k(3, 4, 4)
+        (0.75, 0.5, 0.0)
+    """
+    _check_tries(wins, tries, k)
+    return math.comb(wins, k) / math.comb(tries, k)
+
+
+def _check_tries(wins: int, tries: int, k: int) -> None:
+    if not (1 <= k <= tries and 0 <= wins <= tries):
+        raise ValueError(
+            f"{wins} wins of {tries} tries, k={k}: k must be 1 to the number of tries, and so "
+            "many tries can have been won"
+        )
+
+
 class NothingToJudgeError(ValueError):
     """There is no episode that says anything about the policy."""
 
 
-def success_summary(trajectories: Iterable[Trajectory]) -> dict[str, Any]:
-    """Success rate with its Wilson interval, overall and by task type, as plain data for JSON.
+def success_summary(trajectories: Iterable[Trajectory], repeats: int = 1) -> dict[str, Any]:
+    """Success rate with its interval over games, overall and by task type, as plain data for JSON.
 
     Args:
         trajectories: The episodes. Those with an ``infra_error`` count in ``infra_errors`` alone.
+        repeats: How often each task was played. With more than 1 the rate is the mean over games,
+            and each has ``games``, ``pass_at_k`` and ``pass_hat_k`` too, by k = 1, 2, 4, ... and
+            ``repeats``; games of which fewer than k tries are judged are left out of those.
 
     Returns:
         ``{rate, low, high, episodes, score, infra_errors, by_type: {type: {rate, low, high,
@@ -193,15 +288,37 @@ def success_summary(trajectories: Iterable[Trajectory]) -> dict[str, Any]:
     by_type: dict[str, list[Trajectory]] = {}
     for trajectory in judged:
         by_type.setdefault(trajectory.task.type or OTHER, []).append(trajectory)
+    rate = _rate if repeats == 1 else partial(_rate_over_games, repeats=repeats)
     return {
-        **_rate(judged),
+        **rate(judged),
         "score": sum(trajectory.score for trajectory in judged) / len(judged),
         "infra_errors": broken,
-        "by_type": {name: _rate(by_type[name]) for name in sorted(by_type)},
+        "by_type": {name: rate(by_type[name]) for name in sorted(by_type)},
     }
 
 
-def _rate(trajectories: Sequence[Trajectory]) -> dict[str, float | int]:
+def _rate(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     wins, episodes = sum(bool(t.won) for t in trajectories), len(trajectories)
     low, high = wilson_interval(wins, episodes)
     return {"rate": wins / episodes, "low": low, "high": high, "episodes": episodes}
+
+
+def _rate_over_games(trajectories: Sequence[Trajectory], repeats: int) -> dict[str, Any]:
+    by_game: dict[Task, list[bool]] = {}
+    for trajectory in trajectories:
+        by_game.setdefault(trajectory.task, []).append(bool(trajectory.won))
+    games = [(sum(won), len(won)) for won in by_game.values()]
+    shares = [wins / tries for wins, tries in games]
+    low, high = interval_over_games(shares, len(trajectories))
+    steps = sorted({repeats, *(2**i for i in range(repeats.bit_length()) if 2**i <= repeats)})
+    found: dict[str, Any] = {
+        "rate": math.fsum(shares) / len(shares),
+        "low": low,
+        "high": high,
+        "episodes": len(trajectories),
+        "games": len(games),
+    }
+    for name, estimate in (("pass_at_k", pass_at_k), ("pass_hat_k", pass_hat_k)):
+        values = {k: [estimate(*game, k) for game in games if game[1] >= k] for k in steps}
+        found[name] = {str(k): math.fsum(v) / len(v) for k, v in values.items() if v}
+    return found

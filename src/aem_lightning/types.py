@@ -117,6 +117,8 @@ class Turn:
         finish_reason: ``stop`` (the end token is part of the response) or ``length``.
         reward: What the environment (and the reward shaping) gave for the action.
         is_valid: The action was admissible. A malformed response is never valid.
+        messages: What was sent to a model that is talked to in messages; else the prompt stands in
+            the row, before ``start``.
     """
 
     observation: str
@@ -130,6 +132,7 @@ class Turn:
     finish_reason: FinishReason = "stop"
     reward: float = 0.0
     is_valid: bool = True
+    messages: Sequence[Mapping[str, str]] | None = None
 
     @property
     def length(self) -> int:

@@ -18,6 +18,7 @@ from aem_lightning.callbacks.transcripts import episode_record, recorded_episode
 from aem_lightning.rollout import EndpointError
 from aem_lightning.runner import api_play, evaluate
 from aem_lightning.viewer import read_episodes
+from aem_lightning.viewer.episodes import prompts
 
 pytest.importorskip("openai", reason="the extra 'api' is not installed")
 
@@ -296,3 +297,48 @@ def test_reasoning_that_an_endpoint_hands_over_by_itself_makes_replies_malformed
     assert not any(episode["malformed"] for episode in report["episodes"])
     said = records(tmp_path)[0]["turns"][0]["response"]
     assert said.startswith("<think>the box glints</think><action>")
+
+
+def test_repeats_play_finished_games_again_or_are_one_more_game(
+    run: Run, fake: FakeEndpoint, played: Counter[str], tmp_path: Path
+) -> None:
+    run("splits=[valid_seen]")
+    boxes: dict[str, int] = {}
+
+    def sometimes(body: dict[str, Any]) -> Any:
+        """The hint is followed from the second repeat of each game on."""
+        said = body["messages"][-1]["content"]
+        if "glints" not in said:
+            return finder(body)
+        box = said.split("near the ")[1].split()[0]
+        boxes[box] = boxes.get(box, 0) + 1
+        return finder(body) if boxes[box] > 1 else "<action>"
+
+    fake.think = sometimes
+    report = run("splits=[valid_seen]", "repeats=3", "max_turns=1")
+    assert Counter(played.values()) == {3: 4}, "other limits make other episodes"
+    result = report["success"]
+    assert (result["rate"], result["games"], result["episodes"]) == (pytest.approx(2 / 3), 4, 12)
+    assert result["pass_at_k"] == {"1": pytest.approx(2 / 3), "2": 1.0, "3": 1.0}
+    assert result["pass_hat_k"] == {"1": pytest.approx(2 / 3), "2": pytest.approx(1 / 3), "3": 0.0}
+    more = run("splits=[valid_seen]", "repeats=4", "max_turns=1")
+    assert sorted(played.items()) == [(f"valid_seen/{i}", 1) for i in range(4)]
+    assert (more["success"]["rate"], more["complete"]) == (0.75, True)
+    fake.think = lambda b: error(500, "no") if "the blue box" in str(b) else finder(b)
+    broken = run("splits=[valid_seen]", "repeats=2", "max_turns=2", "seed=1")["success"]
+    assert (broken["games"], broken["episodes"], broken["infra_errors"]) == (3, 6, 2)
+    with pytest.raises(ValueError, match=r"request.seed=1 repeats=2: every repeat would be drawn"):
+        run("repeats=2", "request={seed: 1}")
+
+
+def test_a_transcript_of_messages_is_not_what_was_sent(
+    run: Run, fake: FakeEndpoint, tmp_path: Path
+) -> None:
+    fake.think = lambda body: "Thought: hm\nAction: look"
+    for memory in ("transcript", "window"):
+        run("splits=[valid_seen]", "prompt=react", f"memory={memory}", "concurrency=1")
+        sent = [body["messages"] for body in fake.bodies]
+        kept = [prompt for record in records(tmp_path)[-4:] for prompt in prompts(record)]
+        assert [prompt and prompt["messages"] for prompt in kept] == sent
+    new = records(tmp_path)[0]["turns"][-1]["prompt"]["messages"]["new"]
+    assert [message["role"] for message in new] == ["assistant", "user"]

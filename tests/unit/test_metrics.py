@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 
 from aem_lightning.metrics import (
     EpisodeMetrics,
     NothingToJudgeError,
+    interval_over_games,
+    pass_at_k,
+    pass_hat_k,
     success_summary,
     wilson_interval,
 )
@@ -105,6 +110,79 @@ def test_wilson_interval_is_the_published_one(
     successes: int, trials: int, low: float, high: float
 ) -> None:
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def tries(game: str, *won: bool, kind: str = "pick") -> list[Trajectory]:
+    """Every episode of a game, one for each copy."""
+    task = Task(game, kind, "valid_seen")
+    return [Trajectory(task, 0, copy, won=each) for copy, each in enumerate(won)]
+
+
+def test_games_that_were_repeated_count_once_each() -> None:
+    played = [
+        *tries("a", True, True, True, True),
+        *tries("b", True, False, False, False),
+        *tries("c", False, False, False, False, kind="heat"),
+        *tries("d", True, True, False, False, kind="heat"),
+    ]
+    summary = success_summary(played, repeats=4)
+    assert (summary["rate"], summary["games"], summary["episodes"]) == (7 / 16, 4, 16)
+    # By hand: b wins in 3 of the 6 pairs of its tries, d in 5; a wins both in 6 of 6, d in 1.
+    assert summary["pass_at_k"] == pytest.approx(
+        {"1": 7 / 16, "2": (1 + 3 / 6 + 0 + 5 / 6) / 4, "4": 3 / 4}
+    )
+    assert summary["pass_hat_k"] == pytest.approx({"1": 7 / 16, "2": (1 + 1 / 6) / 4, "4": 1 / 4})
+    assert summary["by_type"]["heat"]["pass_at_k"]["4"] == 0.5
+    over_episodes = wilson_interval(7, 16)
+    assert summary["low"] < over_episodes[0]
+    assert summary["high"] > over_episodes[1]
+
+
+def test_a_broken_try_is_a_lost_one_or_loses_its_game() -> None:
+    played = [*tries("a", True, False, True), *tries("b", False, False, True)]
+    played += tries("c", True, True, True)
+    for broken in (played[1], *played[6:]):
+        broken.infra_error = "worker died"
+    summary = success_summary(played, repeats=3)
+    assert (summary["games"], summary["episodes"], summary["infra_errors"]) == (2, 5, 4)
+    assert summary["rate"] == pytest.approx((1 + 1 / 3) / 2)
+    assert summary["pass_at_k"]["2"] == pytest.approx((1 + 2 / 3) / 2)
+    assert summary["pass_at_k"]["3"] == 1.0, "of b alone: a has two judged tries"
+    assert "3" not in success_summary(played[:3], repeats=3)["pass_at_k"]
+
+
+def test_tries_that_end_alike_narrow_the_interval() -> None:
+    alike = interval_over_games([1.0] * 12 + [0.0] * 8, tries=80)
+    assert alike == wilson_interval(12, 20)
+    for share in (0.0, 1.0):
+        assert interval_over_games([share] * 20, tries=80) == wilson_interval(20 * share, 20)
+    coins = interval_over_games([0.25, 0.5, 0.5, 0.75] * 20, tries=320)
+    wide, narrow = wilson_interval(40, 80), wilson_interval(160, 320)
+    assert wide[0] < coins[0] <= narrow[0]
+    assert interval_over_games([0.5], tries=4) == wilson_interval(0.5, 1), "one game says little"
+
+
+def test_a_mean_over_games_lies_outside_its_interval_more_often_than_told() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(400):  # games of unlike difficulty, won 60 % of the time on average
+        chance = (torch.rand(30, generator=generator) < 0.6) * 0.8 + 0.12
+        wins = (torch.rand(30, 4, generator=generator) < chance[:, None]).double().mean(dim=1)
+        low, high = interval_over_games(wins.tolist(), tries=120)
+        hits += low <= 0.6 <= high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_pass_at_k_is_not_the_share_of_all_choices_of_k_tries() -> None:
+    for n in range(1, 6):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                chosen = [*combinations([True] * c + [False] * (n - c), k)]
+                assert pass_at_k(c, n, k) == pytest.approx(sum(map(any, chosen)) / len(chosen))
+                assert pass_hat_k(c, n, k) == pytest.approx(sum(map(all, chosen)) / len(chosen))
+    for bad in ((1, 2, 3), (3, 2, 1), (0, 2, 0)):
+        with pytest.raises(ValueError, match="k must be 1 to the number of tries"):
+            pass_at_k(*bad)
 
 
 @pytest.mark.parametrize("given", [(0, 0), (3, 2), (-1, 2)])

@@ -20,6 +20,7 @@ from aem_lightning.callbacks.transcripts import append_json_line, episode_record
 from aem_lightning.types import Task, Trajectory, Turn
 from aem_lightning.viewer import Wish, chosen, episode_view, list_view, page, read_episodes
 from aem_lightning.viewer.__main__ import main
+from aem_lightning.viewer.episodes import prompts
 
 HOSTILE = "[red]x[/red] </script><b>bold</b> <!-- \x1b[2J\ud83d \u2028"
 
@@ -39,6 +40,21 @@ def episode(number: int, kind: str, *turns: Turn, **outcome: Any) -> dict[str, A
         setattr(trajectory, name, value)
     scores = {(number, 0): (0.125, -0.25, 1.5)}
     return {"stage": "train", "iteration": number, **episode_record(trajectory, number, scores)}
+
+
+def read(ids: Any) -> str:
+    """Ids as a model of one-letter words reads them; 7 is a letter outside the first plane."""
+    return "".join("\U0001f600" if i == 7 else chr(97 + i) for i in ids)
+
+
+def with_prompts(kind: str = "pick") -> dict[str, Any]:
+    """A transcript of two turns whose row is kept, then one of a window."""
+    rows = [[7, 1, 2, 20, 3, 4, 21], [7, 5, 4]]
+    turns = [turn(), turn(), turn()]
+    for each, (row, start) in zip(turns, ((0, 3), (0, 6), (1, 2)), strict=True):
+        each.row, each.start, each.logprobs = row, start, [-1.0]
+    task = Task("game", kind, "train")
+    return {"stage": "evaluate", **episode_record(Trajectory(task, 0, 0, turns, rows), read=read)}
 
 
 @pytest.fixture
@@ -127,6 +143,28 @@ def test_an_episode_shows_each_turn_with_what_was_recorded(file: Path) -> None:
     assert "3 tokens, cut" in printed(episode_view(4, records[3]))
 
 
+def test_prompts_come_back_whole_and_are_shown_where_they_are_asked_for() -> None:
+    record = with_prompts()
+    whole = [(prompt["text"], prompt["ids"]) for prompt in prompts(record) if prompt]
+    expected = [[7, 1, 2], [7, 1, 2, 20, 3, 4], [7, 5]]
+    assert whole == [(read(ids), ids) for ids in expected]
+    assert record["turns"][1]["prompt"]["ids"] == {"head": 3, "new": [20, 3, 4], "tail": 0}
+    assert [each["ids"] for each in record["turns"]] == [[20], [21], [4]]
+    folded, unfolded = (printed(episode_view(1, record, unfolded=u)) for u in (False, True))
+    assert "prompt: 6 tokens (--prompts shows it)" in folded
+    assert read(expected[1]) in unfolded
+    assert read(expected[1]) not in folded
+
+
+def test_messages_are_shown_with_their_roles() -> None:
+    said = [{"role": "user", "content": "[red]hello[/red]\x1b"}]
+    record = episode(0, "pick", turn(messages=said), turn(messages=[*said, *said]), turn())
+    assert [p and len(p["messages"]) for p in prompts(record)] == [1, 2, None]
+    text = printed(episode_view(1, record, unfolded=True))
+    assert text.count("user: [red]hello[/red]·") == 3
+    assert "prompt: 2 messages" in text
+
+
 def hostile(path: Path) -> Mapping[int, Any]:
     bad = turn(observation=HOSTILE, response=HOSTILE, action=HOSTILE)
     append_json_line(path, episode(0, HOSTILE, bad, infra_error=HOSTILE))
@@ -158,13 +196,8 @@ def test_a_page_loads_nothing(file: Path) -> None:
     assert not re.search(r"<link|<img|<iframe|src=|@import|url\(|innerHTML", text)
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser here")
-def test_a_browser_lists_the_episodes_and_shows_the_one_of_the_address(
-    file: Path, tmp_path: Path
-) -> None:
-    target = tmp_path / "page.html"
-    episodes = chosen(read_episodes(file), Wish())
-    target.write_text(page({**episodes, **{9: hostile(tmp_path / "h.jsonl")[1]}}, "runs & more"))
+def dumped(address: str, folder: Path) -> str:
+    """What a browser makes of a page, without its scripts."""
     options = [
         "--headless",
         "--no-sandbox",
@@ -173,12 +206,22 @@ def test_a_browser_lists_the_episodes_and_shows_the_one_of_the_address(
         "--dump-dom",
     ]
     done = subprocess.run(
-        ["chromium", *options, f"--user-data-dir={tmp_path / 'browser'}", f"{target.as_uri()}#9"],
+        ["chromium", *options, f"--user-data-dir={folder / 'browser'}", address],
         capture_output=True,
         text=True,
         timeout=60,
     )
-    dom = done.stdout.partition("<script>")[0]
+    return done.stdout.partition("<script>")[0]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser here")
+def test_a_browser_lists_the_episodes_and_shows_the_one_of_the_address(
+    file: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "page.html"
+    episodes = chosen(read_episodes(file), Wish())
+    target.write_text(page({**episodes, **{9: hostile(tmp_path / "h.jsonl")[1]}}, "runs & more"))
+    dom = dumped(f"{target.as_uri()}#9", tmp_path)
     assert dom.count("<button") == 5
     assert "5 episodes, 1 of 3 won (33.3 %)" in dom
     assert "<h1>runs &amp; more</h1>" in dom
@@ -187,6 +230,25 @@ def test_a_browser_lists_the_episodes_and_shows_the_one_of_the_address(
     assert main_part.count("&lt;b&gt;bold&lt;/b&gt;") == 5, "type, error and the turn's three texts"
     assert "<b>bold</b>" not in dom
     assert "entropy of each response" in main_part
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser here")
+def test_a_browser_makes_prompts_whole_and_escapes_them(tmp_path: Path) -> None:
+    record, target = with_prompts(), tmp_path / "page.html"
+    record["turns"].append(
+        episode(0, "x", turn(messages=[{"role": "user", "content": HOSTILE}]))["turns"][0]
+    )
+    unfold = (
+        "<script>document.querySelectorAll('details').forEach((d) => { d.open = true; });</script>"
+    )
+    target.write_text(page({1: record}, "t") + unfold)
+    main_part = dumped(target.as_uri(), tmp_path).partition("<main>")[2]
+    assert "prompt: 6 tokens, 3 of them new" in main_part
+    assert f'<span class="soft">{read([7, 1, 2])}</span>{read([20, 3, 4])}' in main_part
+    assert "prompt 7 1 2 20 3 4\n\nresponse 21" in main_part
+    assert "prompt: 1 messages" in main_part
+    assert "&lt;b&gt;bold&lt;/b&gt;" in main_part
+    assert "<b>bold</b>" not in main_part
 
 
 def test_the_command_lists_shows_and_writes(

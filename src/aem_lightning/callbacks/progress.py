@@ -157,7 +157,8 @@ class Progress(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin an evaluation."""
-        self._begin(trainer, "evaluation", _tasks_of(trainer.test_dataloaders))
+        repeats = getattr(pl_module, "repeats", 1)
+        self._begin(trainer, "evaluation", repeats * _tasks_of(trainer.test_dataloaders))
 
     def on_test_end(self, *_: Any) -> None:
         """Take the bar of the evaluation away."""

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from aem_lightning.callbacks.loggers import log_text
 from aem_lightning.callbacks.outputs import iteration_of, trajectories_of
+from aem_lightning.callbacks.prompts import Read, kept_prompts, recorded_messages
 from aem_lightning.types import Iteration, Task, Trajectory, Turn
 
 Scores = Mapping[tuple[int, int], Sequence[float]]
@@ -83,7 +84,7 @@ class Transcripts(Callback):
         self._iteration = iteration.index
         if iteration.index % self._every == 0 and trainer.is_global_zero:
             scores = _scores(iteration)
-            self._show(trainer, "train", iteration.trajectories, self._episodes, scores)
+            self._show(trainer, "train", iteration.trajectories, self._episodes, scores, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget episodes of a validation, or a test, that did not end."""
@@ -107,7 +108,7 @@ class Transcripts(Callback):
         pending, self._pending = self._pending, []
         if pending:
             stage = "test" if trainer.testing else "validate"
-            self._show(trainer, stage, pending, self._validation_episodes, {})
+            self._show(trainer, stage, pending, self._validation_episodes, {}, pl_module)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
@@ -128,12 +129,14 @@ class Transcripts(Callback):
         trajectories: Sequence[Trajectory],
         episodes: int,
         scores: Scores,
+        agent: Any,
     ) -> None:
         generator = random.Random(f"{self._seed} {stage} {self._iteration}")
         chosen = generator.sample(range(len(trajectories)), min(episodes, len(trajectories)))
         path = Path(self._folder or trainer.default_root_dir) / "transcripts.jsonl"
         for slot, index in enumerate(sorted(chosen)):
-            record = episode_record(trajectories[index], index, scores)
+            read = getattr(getattr(agent, "encoder", None), "read", None)
+            record = episode_record(trajectories[index], index, scores, read)
             record = {"stage": stage, "iteration": self._iteration, **record}
             append_json_line(path, record)
             text = episode_markdown(record, self._max_chars)
@@ -141,14 +144,20 @@ class Transcripts(Callback):
 
 
 def episode_record(
-    trajectory: Trajectory, index: int = 0, scores: Scores | None = None
+    trajectory: Trajectory,
+    index: int = 0,
+    scores: Scores | None = None,
+    read: Read | None = None,
 ) -> dict[str, Any]:
     """One episode as plain data for JSON; a number that is not finite becomes ``None``.
 
     Where there was training, ``scores`` has the entropy, advantage and alpha of its turns, under
     its ``index`` in the rollout batch; else an entropy is the mean over the turn's own tokens.
+    With ``read`` the prompts are kept, as ids and as what ``read`` makes of them, and the ids of
+    each response; messages are kept without.
     """
     scores = scores or {}
+    prompts = kept_prompts(trajectory, read)
     return {
         "task": trajectory.task.id,
         "task_type": trajectory.task.type,
@@ -161,8 +170,12 @@ def episode_record(
         "truncated": bool(trajectory.truncated),
         "infra_error": trajectory.infra_error,
         "turns": [
-            _turn_record(turn, scores.get((index, number)))
-            for number, turn in enumerate(trajectory.turns)
+            {
+                **_turn_record(turn, scores.get((index, number))),
+                **({} if prompt is None else {"prompt": prompt}),
+                **_response_ids(trajectory, turn if read is not None else None),
+            }
+            for number, (turn, prompt) in enumerate(zip(trajectory.turns, prompts, strict=True))
         ],
     }
 
@@ -187,8 +200,11 @@ def recorded_episode(record: Mapping[str, Any]) -> Trajectory:
                 finish_reason=turn["finish_reason"],
                 reward=turn["reward"] or 0.0,
                 is_valid=turn["valid"],
+                messages=messages,
             )
-            for turn in record["turns"]
+            for turn, messages in zip(
+                record["turns"], recorded_messages(record["turns"]), strict=True
+            )
         ],
         won=record["won"],
         score=record["score"] or 0.0,
@@ -262,6 +278,12 @@ def _turn_record(turn: Turn, scores: Sequence[float] | None) -> dict[str, Any]:
         "advantage": _finite(advantage),
         "alpha": _finite(alpha),
     }
+
+
+def _response_ids(trajectory: Trajectory, turn: Turn | None) -> dict[str, list[int]]:
+    if turn is None or not trajectory.rows:
+        return {}
+    return {"ids": trajectory.rows[turn.row][turn.start : turn.start + turn.length]}
 
 
 def _finite(value: float | None) -> float | None:

@@ -119,6 +119,7 @@ class AgentModule(L.LightningModule):
         self.iteration = self.tasks_played = 0
         self.config: dict[str, Any] = {}
         self.tested: list[Trajectory] = []
+        self.repeats = 1  # episodes of each task in an evaluation
         self.finite: FiniteCheck  # of the iteration under way
         self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
         self.committing: Callable[[], object] = bool  # called before the first change of a step
@@ -346,9 +347,9 @@ class AgentModule(L.LightningModule):
     # ------------------------------------------------------------------------------------- evaluate
 
     def play(self, tasks: Sequence[Task]) -> list[Trajectory]:
-        """One evaluation episode of every task; its sampling depends on seed and task alone."""
+        """``repeats`` episodes of every task; sampling depends on seed, task and copy alone."""
         collector = self.collector(self.rollout.eval_temperature, ("evaluation", self.seed))
-        return collector.collect(make_groups(tasks, 1), seed=self.seed)
+        return collector.collect(make_groups(tasks, self.repeats), seed=self.seed)
 
     def on_validation_epoch_start(self) -> None:
         with self.trainer.precision_plugin.forward_context():  # as in the steps, which play

@@ -91,6 +91,7 @@ class Policy(nn.Module):
         Raises:
             FileNotFoundError: The model is not there; says how to fetch it and how to run without
                 it.
+            ValueError: The model is of code that comes with it, or an option is unknown.
         """
         if quantization not in (None, "nf4"):
             raise ValueError(
@@ -104,7 +105,10 @@ class Policy(nn.Module):
             settings["quantization_config"] = _four_bit(stored)
         try:
             tokenizer = load_tokenizer(model)
-            causal_lm = AutoModelForCausalLM.from_pretrained(model, **settings)
+            with _without_its_code(model):
+                causal_lm = AutoModelForCausalLM.from_pretrained(
+                    model, trust_remote_code=False, **settings
+                )
         except OSError as error:
             raise FileNotFoundError(
                 f"The model {model!r} is neither a folder here nor reachable on the Hugging Face "
@@ -337,10 +341,27 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     config.
     """
     generic = get_tokenizer_config(model).get("tokenizer_class")
-    is_generic = generic in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    loader = PreTrainedTokenizerFast if is_generic else AutoTokenizer
-    tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(model)
+    tokenizer: PreTrainedTokenizerBase
+    if generic in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+        return tokenizer
+    with _without_its_code(model):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _without_its_code(model: str) -> Iterator[None]:
+    """Say what to do where transformers would ask whether to run code that ``model`` brings."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{model} comes with code of its own, and weights are data: nothing that lies beside "
+            "them is run. Give a model of an architecture that transformers itself has"
+        ) from error
 
 
 def check_dtype(name: str) -> torch.dtype:

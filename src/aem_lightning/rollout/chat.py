@@ -63,6 +63,7 @@ class ChatResponder:
         max_new_tokens: Longest reply.
         temperature: Of the sampling; ``None`` leaves it to the endpoint.
         live: The episodes in play.
+        sent: The messages of every request so far.
         prompt_tokens: Tokens of all prompts so far.
         completion_tokens: Tokens of all replies so far.
         handled: What was out of the ordinary so far, by kind.
@@ -75,6 +76,7 @@ class ChatResponder:
     max_new_tokens: int
     temperature: float | None
     live: dict[str, Live] = field(default_factory=dict, init=False)
+    sent: list[list[Message]] = field(default_factory=list, init=False)
     prompt_tokens: int = field(default=0, init=False)
     completion_tokens: int = field(default=0, init=False)
     handled: Counter[str] = field(default_factory=Counter, init=False)
@@ -93,8 +95,9 @@ class ChatResponder:
             RuntimeError: What `Endpoint.reply` raises.
         """
         key = self._asked.popleft()
+        self.sent.append(self.messages(key))
         reply = self.endpoint.reply(
-            self.messages(key),
+            self.sent[-1],
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             handled=self.handled,

@@ -141,6 +141,13 @@ class PromptEncoder:
         """A response as text, without its end token and other special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
+    def read(self, tokens: Sequence[int]) -> str:
+        """Ids as the policy reads them, special tokens included."""
+        text = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
     def _make_constraint(self, actions: tuple[str, ...]) -> Constraint:
         if self.prompt.action == "plain":
             return PlainActions(actions, tuple(tuple(self.demonstrate(a)) for a in actions))

@@ -1,4 +1,4 @@
-"""The evaluation of a prompted model (``policy=api``): every evaluation task once, over HTTP.
+"""The evaluation of a prompted model (``policy=api``): every evaluation task, over HTTP.
 
 A finished episode goes at once into a file of transcripts, under a key of everything that its play
 depends on: the next run plays only what is missing there.
@@ -23,8 +23,8 @@ from aem_lightning.rollout import (
     ChatResponder,
     Endpoint,
     EndpointError,
+    Episode,
     TextEncoder,
-    make_groups,
     stable_seed,
 )
 from aem_lightning.runner.api_play import Player, play
@@ -83,7 +83,8 @@ def _evaluate(cfg: DictConfig, endpoint: Endpoint, datamodule: AgentDataModule) 
         {"stage": "evaluate", "iteration": None, "model": endpoint.model},
     )
     if store.episodes:
-        log.info("%d of %d episodes are in %s", len(store.episodes), len(tasks), store.path)
+        known = len(store.episodes)
+        log.info("%d of %d episodes are in %s", known, known + len(store.missing), store.path)
     responder = partial(
         ChatResponder,
         endpoint,
@@ -92,8 +93,11 @@ def _evaluate(cfg: DictConfig, endpoint: Endpoint, datamodule: AgentDataModule) 
     )
     player = Player(responder, instantiate(cfg.rewards), cfg.max_turns)
     # Not in the tasks' own order: a run that a budget ends has then played tasks of every type.
-    missing = sorted(store.missing, key=lambda task: stable_seed(cfg.seed, "api", task.id))
-    lost = play(endpoint, player, make_groups(missing, 1), datamodule, store, cfg.concurrency)
+    missing = sorted(
+        store.missing, key=lambda due: (due[1], stable_seed(cfg.seed, "api", due[0].id))
+    )
+    episodes = [Episode(task, group, copy) for group, (task, copy) in enumerate(missing)]
+    lost = play(endpoint, player, episodes, datamodule, store, cfg.concurrency)
     broken = [done.trajectory for done in lost]
     handled = sum((Counter(done.handled) for done in lost), store.handled)
     if not store.episodes:
@@ -102,14 +106,14 @@ def _evaluate(cfg: DictConfig, endpoint: Endpoint, datamodule: AgentDataModule) 
         "model": endpoint.model,
         "base_url": endpoint.base_url,
         "prompt": plain(cfg.prompt),
-        **{name: cfg[name] for name in (*_LIMITS, "seed")},
+        **{name: cfg[name] for name in (*_LIMITS, "seed", "repeats")},
         "games": game_hashes(datamodule),
         "complete": not store.missing,
         "missing": len(store.missing),
         "handled": dict(sorted(handled.items())),
         "tokens": {**store.tokens, "this_run": endpoint.spent},
         "transcripts": str(store.path),
-        **results_of([*store.episodes, *broken], datamodule.evaluation_splits),
+        **results_of([*store.episodes, *broken], datamodule.evaluation_splits, cfg.repeats),
     }
     write_report(Path(cfg.paths.output_dir), report, f"evaluation of {endpoint.model}")
     print_counts("handled: replies and requests out of the ordinary", report["handled"])
@@ -120,8 +124,8 @@ def _evaluate(cfg: DictConfig, endpoint: Endpoint, datamodule: AgentDataModule) 
 
 def episode_keys(
     cfg: DictConfig, games: Mapping[str, str], tasks: Sequence[Task]
-) -> dict[str, Task]:
-    """Each task by a hash of what its play depends on, without the endpoint's address.
+) -> dict[str, tuple[Task, int]]:
+    """Each task and repeat by a hash of what its play depends on, without the endpoint's address.
 
     Args:
         cfg: The run's config.
@@ -137,12 +141,14 @@ def episode_keys(
         "datamodule": warm_start_data(cfg),
     }
 
-    def key(task: Task) -> str:
+    def key(task: Task, copy: int) -> str:
         parts = {**shared, "games": games.get(task.split), "task": [task.split, task.id]}
+        if copy:
+            parts["copy"] = copy
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    return {key(task): task for task in tasks}
+    return {key(task, copy): (task, copy) for copy in range(cfg.repeats) for task in tasks}
 
 
 def _what_is_missing(endpoint: Endpoint, store: EpisodeStore, broken: Sequence[Trajectory]) -> str:

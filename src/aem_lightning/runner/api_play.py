@@ -78,6 +78,8 @@ class Player:
                 trajectory.infra_error = str(error)
         finally:
             seat.release([episode.key])
+        for turn, messages in zip(trajectory.turns, responder.sent, strict=False):
+            turn.messages = messages
         spent = {"prompt": responder.prompt_tokens, "completion": responder.completion_tokens}
         return Played(trajectory, spent, responder.handled)
 

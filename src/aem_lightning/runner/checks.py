@@ -104,17 +104,26 @@ class ApiOptions(PlayOptions):
     max_new_tokens: Count
     temperature: NonNegative | None
     splits: Sequence[str] | None
+    repeats: Count
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class ModelOptions:
+    """What an evaluation of a model takes beside the keys of ``configs/train.yaml``."""
+
+    adapter: str | None = None
+    repeats: Count = 1
+    splits: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(ModelOptions):
     """The keys of ``configs/eval.yaml``."""
 
     ckpt_path: str | None
     run: str | int | None
     seed: Seed
     temperature: NonNegative | None
-    splits: Sequence[str] | None
     overrides: Sequence[str]
     paths: Group
 
@@ -187,6 +196,13 @@ def check_config(cfg: DictConfig) -> None:
 def check_api_config(cfg: DictConfig) -> None:
     """The same for ``policy=api``; the endpoint checks its own options."""
     refuse(wrong_options(cfg, ApiOptions))
+    if cfg.repeats > 1 and cfg.request is not None and cfg.request.get("seed") is not None:
+        refuse(
+            [
+                f"request.seed={cfg.request.seed} repeats={cfg.repeats}: every repeat would be "
+                "drawn alike. Type one of them alone"
+            ]
+        )
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -13,17 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from aem_lightning.runner.adapter_folder import CONFIG, is_path, read_adapter
 from aem_lightning.runner.checkpoints import find_checkpoint, needed_checkpoint
 from aem_lightning.runner.checks import (
     EvalOptions,
+    ModelOptions,
     check_api_config,
     check_config,
     refuse,
     wrong_options,
 )
 from aem_lightning.runner.folder import check_free
+from aem_lightning.runner.trust import literal
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -60,7 +63,7 @@ def check_training(cfg: DictConfig) -> None:
 
 
 def check_evaluation(cfg: DictConfig) -> None:
-    """Raise where ``cfg``, of ``configs/eval.yaml``, cannot run.
+    """Raise where ``cfg`` cannot run: of ``configs/eval.yaml``, or, of a model, of ``train.yaml``.
 
     Raises:
         ConfigError: Values that cannot be.
@@ -69,18 +72,47 @@ def check_evaluation(cfg: DictConfig) -> None:
     """
     policy = cfg.get("policy")
     if policy is None:
-        refuse(wrong_options(cfg, EvalOptions))
-    if policy == "api":
+        refuse([*wrong_options(cfg, EvalOptions), *_strange_adapter(cfg)])
+        needed_checkpoint(cfg, cfg.run)
+    elif policy == "api":
+        refuse([*_strange_adapter(cfg)])
         check_api_config(cfg)
         splits = _splits(cfg.splits or cfg.datamodule.get("evaluation_splits"))
         _find_data(cfg.datamodule, splits)
-    elif policy is not None:
-        raise ValueError(
-            "policy=...: an evaluation plays the policy of its checkpoint, or a model behind an "
-            "endpoint. Type ckpt_path=<file>, or policy=api base_url=... model=..."
-        )
+    elif isinstance(policy, DictConfig):
+        check_training(with_base_model(cfg))
     else:
-        needed_checkpoint(cfg, cfg.run)
+        raise ValueError(
+            f"policy={policy}: an evaluation plays a checkpoint, a model with or without an "
+            "adapter, or one behind an endpoint. Type ckpt_path=<file>, policy.model=<folder>, "
+            "adapter=<folder>, or policy=api base_url=... model=..."
+        )
+
+
+def _strange_adapter(cfg: DictConfig) -> Iterator[str]:
+    if cfg.get("adapter") is not None:
+        yield (
+            f"adapter={cfg.adapter}: it is played in the place of a checkpoint or endpoint. Type "
+            "one of them alone"
+        )
+
+
+def with_base_model(cfg: DictConfig) -> DictConfig:
+    """``cfg``, of an evaluation of a model, with the model that its adapter was trained on.
+
+    Raises:
+        ConfigError: A wish that cannot be, or an adapter that is not played.
+        FileNotFoundError: There is no such adapter, or its model is not there.
+    """
+    refuse(wrong_options(cfg, ModelOptions, whole=False))
+    if cfg.ckpt_path is not None:
+        refuse([f"ckpt_path={cfg.ckpt_path}: a checkpoint has a model of its own: type it alone"])
+    typed = cfg.policy.get("model")
+    if cfg.get("adapter") is not None and isinstance(typed, str | None):
+        cfg, adapter = cfg.copy(), read_adapter(cfg.adapter)
+        cfg.policy.model = literal(adapter.base_model(typed))
+        OmegaConf.update(cfg, "policy.lora.r", adapter.rank)  # what engine=vllm tells of itself
+    return cfg
 
 
 def _splits(given: Any) -> Sequence[str]:
@@ -108,12 +140,22 @@ def read_template(template: str | None) -> str | None:
 def _find_model(model: str | None) -> None:
     if model is None:
         return
-    # A name on the hub is `name` or `owner/name`; what looks otherwise can only be a folder.
-    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model
-    if is_path and not os.path.isdir(Path(model).expanduser()):
+    folder = Path(model).expanduser()
+    if not os.path.isdir(folder):
+        if is_path(model):
+            raise FileNotFoundError(
+                f"policy.model={model}: there is no such folder. Give the folder of a model, or "
+                "its name on the Hugging Face hub, or type policy=tiny"
+            )
+    elif (folder / CONFIG).is_file():  # transformers would put it on its model without a word
         raise FileNotFoundError(
-            f"policy.model={model}: there is no such folder. Give the folder of a model, or its "
-            "name on the Hugging Face hub, or type policy=tiny"
+            f"policy.model={model}: an adapter, not a model. python eval.py adapter={model} plays "
+            "it; give the folder of a model to train"
+        )
+    elif not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"policy.model={model}: there is no model in it (no config.json). Give a folder that "
+            "save_pretrained wrote"
         )
 
 

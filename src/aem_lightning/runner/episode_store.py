@@ -21,8 +21,8 @@ from aem_lightning.types import Task, Trajectory
 class EpisodeStore:
     """Finished episodes in a file of transcripts, each under its key; many threads may add.
 
-    The file may hold episodes of other runs; ``tasks`` are this run's by their keys, and every
-    record says ``label`` of it.
+    The file may hold episodes of other runs; ``tasks`` are this run's, with the number of their
+    repeat, by their keys, and every record says ``label`` of it.
 
     Attributes:
         episodes: The finished episodes of this run's tasks.
@@ -30,7 +30,9 @@ class EpisodeStore:
         handled: What was out of the ordinary in them, by kind.
     """
 
-    def __init__(self, path: Path, tasks: Mapping[str, Task], label: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, tasks: Mapping[str, tuple[Task, int]], label: Mapping[str, Any]
+    ) -> None:
         self.path = path
         self.episodes: list[Trajectory] = []
         self.tokens = {"prompt": 0, "completion": 0}
@@ -43,16 +45,16 @@ class EpisodeStore:
             self._take(recorded_episode(record), record["spent"], record.get("handled", {}))
 
     @property
-    def missing(self) -> list[Task]:
-        """Tasks without a finished episode."""
-        played = {trajectory.task for trajectory in self.episodes}
-        return [task for task in self._keys if task not in played]
+    def missing(self) -> list[tuple[Task, int]]:
+        """Tasks, each with its repeat, without a finished episode."""
+        played = {(trajectory.task, trajectory.copy) for trajectory in self.episodes}
+        return [due for due in self._keys if due not in played]
 
     def add(
         self, trajectory: Trajectory, spent: Mapping[str, int], handled: Mapping[str, int]
     ) -> None:
         """Keep a finished episode."""
-        key = self._keys[trajectory.task]
+        key = self._keys[trajectory.task, trajectory.copy]
         costs = {"spent": spent, "handled": handled}
         record = {**self._label, "key": key, **costs, **episode_record(trajectory)}
         with self._lock:

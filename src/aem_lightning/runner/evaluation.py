@@ -1,4 +1,4 @@
-"""The evaluation: every task of the evaluation splits once, with intervals, written as JSON."""
+"""The evaluation: every task of the evaluation splits, with intervals, written as JSON."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import AgentModule, Policy
+from aem_lightning.modules.adapter import with_adapter
 from aem_lightning.modules.self_check import self_check
 from aem_lightning.rollout import VllmEngine
+from aem_lightning.runner.adapter_folder import WEIGHTS, read_adapter
 from aem_lightning.runner.api import evaluate_api
 from aem_lightning.runner.build import (
     build_agent,
@@ -28,13 +30,15 @@ from aem_lightning.runner.build import (
     build_trainer,
     check_parts,
     check_server,
+    load_policy,
     plain,
 )
 from aem_lightning.runner.checkpoints import needed_checkpoint, read_checkpoint
 from aem_lightning.runner.checks import TrainOptions, refuse, wrong_options
-from aem_lightning.runner.early import check_evaluation
+from aem_lightning.runner.early import check_evaluation, read_template, with_base_model
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.report import (
+    about,
     game_hashes,
     results_of,
     write_report,
@@ -53,7 +57,7 @@ PROGRESS = {"progress": {"_target_": "aem_lightning.callbacks.Progress"}}
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint brought back: its file, its training run's config, and what that builds."""
+    """An agent that can play: the file or folder that it is of, its config, what that builds."""
 
     path: Path
     config: DictConfig
@@ -87,10 +91,54 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
         datamodule.close()
 
 
-def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate the checkpoint ``cfg.ckpt_path``, or ``policy=api``.
+@contextlib.contextmanager
+def loaded(cfg: DictConfig) -> Iterator[Restored]:
+    """The agent of a model, as it is or with an adapter; ``cfg`` is of ``configs/train.yaml``.
 
-    Every episode goes into ``transcripts.jsonl``.
+    Raises:
+        FileNotFoundError: There is no such model or adapter.
+        ValueError: The adapter does not fit the model, or the model has no chat template.
+    """
+    config = _showing_progress(_wished(with_base_model(cfg), cfg), cfg)
+    _check_repeats(config, cfg)
+    check_parts(config)
+    check_server(config)
+    datamodule = build_datamodule(config)
+    try:
+        policy = _played_policy(config, cfg.get("adapter"), cfg.policy.model, datamodule)
+        path = Path(cfg.get("adapter") or str(policy.causal_lm.name_or_path))
+        yield Restored(path, config, build_agent(config, policy, datamodule), datamodule)
+    finally:
+        datamodule.close()
+
+
+def _played_policy(
+    config: DictConfig, adapter: str | None, typed: str | None, datamodule: AgentDataModule
+) -> Policy:
+    """The policy of a model; a warm start makes one where there is none."""
+    # A server is given policies as adapters: new ones change nothing.
+    is_served = str(config.engine.get("_target_")).endswith("VllmEngine")
+    if adapter is None and (config.policy.model is None or is_served):
+        return build_policy(config, datamodule)[0]
+    policy = load_policy(config, config.policy.model, lora=None)
+    policy.requires_grad_(False)
+    if adapter is not None:
+        known = read_adapter(adapter)
+        if typed is not None and not known.is_known_to_fit(typed):
+            told = "adapter=%s was trained on %s, which cannot be compared with policy.model=%s"
+            log.warning(told, adapter, known.base, typed)
+        policy = with_adapter(policy, known.folder, WEIGHTS, known.lora)
+        if (template := read_template(config.policy.chat_template)) is not None:
+            policy.tokenizer.chat_template = template
+    return policy
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate a checkpoint, a model, or ``policy=api``.
+
+    ``cfg`` is of ``configs/eval.yaml``; of a model it is of ``configs/train.yaml``, with
+    ``adapter``, ``repeats`` and ``splits`` where these are wished for. Every episode goes into
+    ``transcripts.jsonl``.
 
     Returns:
         What ``evaluation.json`` holds.
@@ -98,18 +146,18 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     check_evaluation(cfg)
     if cfg.get("policy") == "api":
         return evaluate_api(cfg)
-    with held(Path(cfg.paths.output_dir)), restored(cfg) as agent:
+    is_run = cfg.get("policy") is None
+    opened = restored if is_run else loaded
+    with held(Path(cfg.paths.output_dir)), opened(cfg) as agent:
+        agent.module.repeats = cfg.get("repeats", 1)
+        checkpoint = agent.path if is_run else None
+        report = about(agent.module, agent.config, cfg.get("adapter"), checkpoint)
         trainer = build_trainer(agent.config)
         results = play_all(trainer, agent.module, agent.datamodule)
-        iteration = agent.module.iteration
         transcripts = Path(cfg.paths.output_dir).absolute() / "transcripts.jsonl"
         if trainer.is_global_zero:
-            write_transcripts(transcripts, agent.module.tested, iteration)
-    report = {
-        "checkpoint": str(agent.path),
-        "iteration": iteration,
-        "temperature": agent.config.eval_temperature,
-        "seed": agent.config.seed,
+            write_transcripts(transcripts, agent.module, report["model"])
+    report |= {
         "games": game_hashes(agent.datamodule),
         "transcripts": str(transcripts),
         **results,
@@ -130,7 +178,7 @@ def play_all(
     module.tested = []
     trainer.test(module, datamodule=datamodule, verbose=False)
     module.tested = from_all_ranks(module.tested)
-    results = results_of(module.tested, datamodule.evaluation_splits)
+    results = results_of(module.tested, datamodule.evaluation_splits, module.repeats)
     if trainer.is_global_zero:
         success = " ".join(percent(results["success"]).split())
         log.info("evaluation after iteration %d: success %s", module.iteration, success)
@@ -174,6 +222,7 @@ def checked_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
     trained = _training_config(cfg, stored)
     check_trusted(trained, cfg.overrides)
     refuse(wrong_options(trained, TrainOptions, whole=False))
+    _check_repeats(trained, cfg)
     check_parts(trained)
     return trained
 
@@ -182,12 +231,9 @@ def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
     """The training run's config with this evaluation's wishes and folder; it shows progress."""
     older: dict[str, Any] = {"packing": "auto", "action": "free"}  # runs that lack them
     base = OmegaConf.create({**older, **literal(stored)})
-    wishes: dict[str, Any] = {"seed": cfg.seed, "paths": plain(cfg.paths)}
     if cfg.temperature is not None:
-        wishes["eval_temperature"] = cfg.temperature
-    if cfg.splits is not None:
-        wishes["datamodule"] = {"evaluation_splits": list(cfg.splits)}
-    merged = OmegaConf.merge(base, wishes)
+        base.eval_temperature = cfg.temperature
+    merged = _wished(base, cfg)
     OmegaConf.set_struct(merged, True)
     try:
         merged.merge_with_dotlist(list(cfg.overrides))
@@ -196,10 +242,37 @@ def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
             f"overrides={list(cfg.overrides)}: {str(error).splitlines()[0]}. "
             "Every key must be one of the training run's config: python train.py --cfg job."
         ) from error
-    OmegaConf.set_struct(merged, False)
-    merged.callbacks, merged.logger, merged.profile = PROGRESS, None, False
-    if isinstance(merged.trainer, DictConfig):  # else an override made something else of it
-        merged.trainer.enable_progress_bar = False
-        merged.trainer.default_root_dir = cfg.paths.output_dir
+    return _showing_progress(merged, cfg)
+
+
+def _check_repeats(config: DictConfig, cfg: DictConfig) -> None:
+    repeats, temperature = cfg.get("repeats", 1), config.eval_temperature
+    if repeats > 1 and temperature == 0:
+        refuse(
+            [
+                f"repeats={repeats} at a temperature of 0, where every repeat is the same: type "
+                "temperature=0.4, or repeats=1"
+            ]
+        )
+
+
+def _wished(config: DictConfig, cfg: DictConfig) -> DictConfig:
+    """A training run's config with the seed, splits and folders of the evaluation ``cfg``."""
+    wishes: dict[str, Any] = {"seed": cfg.seed, "paths": plain(cfg.paths)}
+    if cfg.get("splits") is not None:
+        wishes["datamodule"] = {"evaluation_splits": list(cfg.splits)}
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    merged = OmegaConf.merge(config, wishes)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _showing_progress(config: DictConfig, cfg: DictConfig) -> DictConfig:
+    """``config`` with an evaluation's callbacks and folder in the place of a training run's."""
+    OmegaConf.set_struct(config, False)
+    config.callbacks, config.logger, config.profile = PROGRESS, None, False
+    if isinstance(config.trainer, DictConfig):  # else an override made something else of it
+        config.trainer.enable_progress_bar = False
+        config.trainer.default_root_dir = cfg.paths.output_dir
+    return config

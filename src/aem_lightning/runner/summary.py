@@ -51,16 +51,18 @@ def exit_status(cfg: Mapping[str, Any], summary: Mapping[str, Any]) -> int:
 
 
 def percent(result: Mapping[str, Any]) -> str:
-    """A rate with its interval and its episodes, for people."""
+    """A rate with its interval and its games, or episodes of one each, for people."""
     return (
         f"{100 * result['rate']:5.1f} %  [{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
-        f"  of {result['episodes']}"
+        f"  of {result.get('games', result['episodes'])}"
     )
 
 
 def print_results(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
     """A table of success rates: one column for each result, one row for each task type."""
-    table = Table(title=title, caption="success rate, Wilson 95 % interval, episodes")
+    repeated = next((result for result in columns.values() if "games" in result), None)
+    units = "episodes" if repeated is None else "games"
+    table = Table(title=title, caption=f"success rate, Wilson 95 % interval, {units}")
     table.add_column("task type")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
@@ -68,6 +70,22 @@ def print_results(title: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
     for kind in sorted({kind for result in columns.values() for kind in result["by_type"]}):
         cells = (result["by_type"].get(kind) for result in columns.values())
         table.add_row(kind, *(percent(cell) if cell else "–" for cell in cells))
+    Console().print(table)
+    if repeated is not None:
+        _print_passes(repeated)
+
+
+def _print_passes(result: Mapping[str, Any]) -> None:
+    """A table of pass@k and pass^k: one row for each task type."""
+    table = Table(caption="% of games: won by one of k tries (pass@k), by all (pass^k)")
+    table.add_column("task type")
+    columns = [("pass_at_k", f"pass@{k}", k) for k in result["pass_at_k"]]
+    columns += [("pass_hat_k", f"pass^{k}", k) for k in result["pass_hat_k"] if k != "1"]
+    for _, shown, _ in columns:
+        table.add_column(shown, justify="right")
+    for kind, row in {"all": result, **result["by_type"]}.items():
+        cells = [row[name].get(k) for name, _, k in columns]
+        table.add_row(kind, *("–" if cell is None else f"{100 * cell:.1f}" for cell in cells))
     Console().print(table)
 
 

@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("path", type=Path, help="transcripts.jsonl, or a folder that holds it")
     command.add_argument("--episode", type=int, help="show this one, by its number in the list")
+    command.add_argument("--prompts", action="store_true", help="with what the model read")
     command.add_argument("--outcome", choices=OUTCOMES, help="only episodes that ended so")
     command.add_argument("--type", help="only tasks whose type has this in it")
     command.add_argument("--stage", help="only train, validate, test or evaluate")
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.html.write_text(page(episodes, str(given.path)), encoding="utf-8")
             console.print(f"written: {given.html.absolute()}", soft_wrap=True, highlight=False)
         elif given.episode is not None:
-            console.print(episode_view(given.episode, episodes[given.episode]))
+            view = episode_view(given.episode, episodes[given.episode], unfolded=given.prompts)
+            console.print(view)
         else:
             console.print(list_view(episodes))
     except BrokenPipeError:  # of a pager or head that has seen enough

@@ -107,6 +107,22 @@ def verdict(turn: Record) -> str:
     return "accepted" if turn["valid"] else "not admissible"
 
 
+def prompts(record: Record) -> list[Record | None]:
+    """The prompt of each turn, whole: its ``text`` and ``ids``, or its ``messages``.
+
+    A file keeps each as what it has beside the one before it. ``None`` where it was not kept.
+    """
+    whole: dict[str, Any] = {"text": "", "ids": [], "messages": []}
+    found: list[Record | None] = []
+    for turn in record["turns"]:
+        kept = turn.get("prompt") or {}
+        for name, by in kept.items():
+            before = whole[name]
+            whole[name] = before[: by["head"]] + by["new"] + before[len(before) - by["tail"] :]
+        found.append({name: whole[name] for name in kept} or None)
+    return found
+
+
 def _record(line: str, place: str) -> Record:
     try:
         record = json.loads(line)

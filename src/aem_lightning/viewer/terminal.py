@@ -11,10 +11,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from aem_lightning.viewer.episodes import Record, mean, outcome_of, verdict
+from aem_lightning.viewer.episodes import Record, mean, outcome_of, prompts, verdict
 
 _STYLES = {"won": "green", "lost": "red", "broken": "yellow"}
 _VERDICTS = {"accepted": "green", "not admissible": "yellow", "malformed": "red"}
+_IN, _FURTHER_IN = (0, 0, 0, 2), (0, 0, 0, 4)
 # Of a model's text, nothing may steer the terminal, or not be written to it (half a character).
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -42,9 +43,13 @@ def list_view(episodes: Mapping[int, Record]) -> RenderableType:
     return table
 
 
-def episode_view(number: int, record: Record) -> RenderableType:
-    """One episode turn by turn, with what was recorded of each response."""
-    about = [record["task_type"], record["split"], _stage(record), record.get("model")]
+def episode_view(number: int, record: Record, *, unfolded: bool = False) -> RenderableType:
+    """One episode turn by turn, with what was recorded of each response.
+
+    Prompts are shown where they are ``unfolded``; else a line says that they are there.
+    """
+    copy = f"copy {record['copy']}" if record.get("copy") else None
+    about = [record["task_type"], record["split"], _stage(record), record.get("model"), copy]
     head = Text.assemble(
         (f"episode {number}  ", "bold"),
         _outcome(record),
@@ -54,10 +59,14 @@ def episode_view(number: int, record: Record) -> RenderableType:
     )
     if record["infra_error"]:
         head.append(f"\n{_plain(str(record['infra_error']))}", "yellow")
-    return Group(head, *(part for i, t in enumerate(record["turns"]) for part in _turn(i, t)))
+    turns = enumerate(zip(record["turns"], prompts(record), strict=True))
+    shown = (part for i, (turn, read) in turns for part in _turn(i, turn, read, unfolded))
+    return Group(head, *shown)
 
 
-def _turn(number: int, turn: Record) -> Iterator[RenderableType]:
+def _turn(
+    number: int, turn: Record, prompt: Record | None, unfolded: bool
+) -> Iterator[RenderableType]:
     names = {"reward": "reward", "entropy": "entropy", "alpha": "α", "advantage": "A"}
     numbers = "  ".join(
         f"{shown} {_number(turn[name])}"
@@ -70,11 +79,23 @@ def _turn(number: int, turn: Record) -> Iterator[RenderableType]:
         align="left",
         style="dim",
     )
-    yield Padding(Text(_plain(turn["observation"]), "dim"), (0, 0, 0, 2))
-    yield Padding(Text(_plain(turn["response"])), (0, 0, 0, 2))
+    if prompt is not None:
+        yield from _prompt(prompt, unfolded)
+    yield Padding(Text(_plain(turn["observation"]), "dim"), _IN)
+    yield Padding(Text(_plain(turn["response"])), _IN)
     found = verdict(turn)
     action = "no action in it" if turn["action"] is None else _plain(turn["action"])
     yield Padding(Text(f"▸ {action}  ({found})", _VERDICTS[found]), (0, 0, 1, 2))
+
+
+def _prompt(prompt: Record, unfolded: bool) -> Iterator[RenderableType]:
+    messages = prompt.get("messages")
+    size = f"{len(prompt['ids'])} tokens" if messages is None else f"{len(messages)} messages"
+    yield Padding(Text(f"prompt: {size}{'' if unfolded else ' (--prompts shows it)'}", "dim"), _IN)
+    if unfolded and messages is None:
+        yield Padding(Text(_plain(prompt["text"])), _FURTHER_IN)
+    for message in messages or () if unfolded else ():
+        yield Padding(Text(_plain(f"{message['role']}: {message['content']}")), _FURTHER_IN)
 
 
 def _caption(episodes: Mapping[int, Record]) -> Text:
