@@ -7,13 +7,13 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aem_lightning.algorithms.ranks import from_all_ranks
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import AgentModule
 from aem_lightning.runner.api import evaluate_api
@@ -39,8 +39,6 @@ from aem_lightning.runner.summary import percent
 from aem_lightning.runner.trust import check_trusted, literal
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PROGRESS = {"progress": {"_target_": "aem_lightning.callbacks.Progress"}}
 
@@ -127,15 +125,6 @@ def play_all(
         success = " ".join(percent(results["success"]).split())
         log.info("evaluation after iteration %d: success %s", module.iteration, success)
     return results
-
-
-def from_all_ranks(mine: list[T]) -> list[T]:
-    """The entries of all ranks, one rank after the other."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return mine
-    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, mine)
-    return [entry for part in gathered for entry in part]
 
 
 def checked_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
+from aem_lightning.algorithms.ranks import from_all_ranks
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.datamodules.agent import TaskSampler
 from aem_lightning.envs import check_env
@@ -27,7 +28,7 @@ from aem_lightning.runner.build import (
 )
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
-from aem_lightning.runner.evaluation import from_all_ranks, play_all
+from aem_lightning.runner.evaluation import play_all
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
 from aem_lightning.runner.preflight import preflight
