@@ -119,7 +119,8 @@ class AEM:
     def __call__(self, batch: RolloutBatch) -> Modulated:
         mask = batch.response_mask & (batch.length > 0)
         drawn = self.direction == "shuffled"  # for all ranks together
-        groups, mine = self.groups(batch), slice(None)
+        groups = self.groups(batch)
+        mine: Tensor | slice = slice(None)
         if drawn and self.scope in ("trajectory", "anchor_state"):
             groups = apart(groups)
         columns: Sequence[Tensor] = [self.entropy(batch), groups, mask, batch.length]

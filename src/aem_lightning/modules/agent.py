@@ -231,7 +231,8 @@ class AgentModule(L.LightningModule):
     def budget(self) -> TokenBudget:
         """What a micro-batch may hold; it stays smaller once memory has run out."""
         packed = is_packed(self.update_settings.packing, self.policy.causal_lm)
-        return TokenBudget(self.update_settings.micro_batch_tokens, packed=packed)
+        release = getattr(self.engine, "release", None)
+        return TokenBudget(self.update_settings.micro_batch_tokens, packed=packed, release=release)
 
     def score(
         self, batch: RolloutBatch, plan: UpdatePlan, watch: Stopwatch

@@ -86,10 +86,8 @@ def choose_tokens(
     responses = batch.response_index[inside]
     values = advantages[responses] if advantages.ndim == 1 else advantages[inside]
     generator = torch.Generator().manual_seed(seed)
-    columns, mine = whole_columns(
-        (batch.old_logprobs[inside], values, batch.response_mask[responses]),
-        batch.response_group[responses],
-    )
+    columns = batch.old_logprobs[inside], values, batch.response_mask[responses]
+    (logprobs, values, mask), mine = whole_columns(columns, batch.response_group[responses])
     chosen = torch.zeros_like(inside)
-    chosen[inside] = control.select(*columns, generator)[mine]
+    chosen[inside] = control.select(logprobs, values, mask, generator)[mine]
     return chosen

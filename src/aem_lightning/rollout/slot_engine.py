@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
 from aem_lightning.rollout.finite import NotFiniteError
 from aem_lightning.rollout.sampling import allowed_tokens, draw, request_uniforms
@@ -93,6 +92,7 @@ class SlotEngine:
         Raises:
             RuntimeError: Requests are unfinished; they would be drawn from two policies.
             ValueError: The model's attention or head is one that this engine would compute wrongly.
+            MemoryError: Keys and values do not fit beside the model.
         """
         unfinished = len(self._waiting) + len(self._running)
         if unfinished:
@@ -104,11 +104,16 @@ class SlotEngine:
         if self._model is not None:
             # Nothing in the cache is read again: no slot has ids.
             model.inherit(self._model)
-        if model.graphs is None and self.cuda_graphs != "off" and model.device.type == "cuda":
-            model.graphs = DecodeGraphs(self.slots, self.max_length - 1)
+        model.prepare(graphs=self.cuda_graphs != "off")
         self._model = model
         self.version = version
         self._forget()
+
+    def release(self) -> bool:
+        """Drop model, cache and graphs until the next `sync`; whether a GPU's memory is freed."""
+        model, self._model = self._model, None
+        self._forget()
+        return model is not None and model.device.type == "cuda"
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests; at most one unfinished request a key.

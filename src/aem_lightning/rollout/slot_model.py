@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from aem_lightning.rollout.adapters import AdapterCopies
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
-from aem_lightning.rollout.slot_cache import SlotCache, compute_dtype
+from aem_lightning.rollout.padding import doubled, filled, spread, widened
+from aem_lightning.rollout.slot_cache import SlotCache, check_room, compute_dtype, free_bytes
 
 _ATTENTION = "aem_slots"
 # A wave of prompts is padded to its longest. Its padding may reach a quarter of its tokens, or this
@@ -57,6 +59,8 @@ class SlotModel:
         # into place. Its buffers and 4-bit scales, which graphs read too, need not have.
         self._held = min(parameters, key=torch.Tensor.numel).data
         self.graphs: DecodeGraphs | None = None
+        self.adapters = AdapterCopies(causal_lm, self._kind)
+        self.few_shapes = self.device.type == "cuda"
 
     def inherit(self, earlier: SlotModel) -> None:
         """Take over the cache of an earlier model, and its graphs, as far as they fit this one.
@@ -71,6 +75,27 @@ class SlotModel:
             if self._addresses == earlier._addresses and earlier.graphs is not None:
                 self.graphs = earlier.graphs
                 self._band = earlier._band
+                self.adapters = earlier.adapters
+
+    def prepare(self, *, graphs: bool) -> None:
+        """Take the adapters' present weights; be ready to capture ``graphs``, on a GPU.
+
+        Raises:
+            MemoryError: The keys and values, not yet there, do not fit beside the model.
+        """
+        if self.graphs is None and graphs and self.device.type == "cuda":
+            self.graphs = DecodeGraphs(self.cache.slots, self._max_length - 1)
+        self.adapters.refresh()
+        free = free_bytes(self.device)
+        if free is None or self.cache.nbytes:
+            return
+        config = self._config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        token = 2 * config.num_hidden_layers * heads * width * self._kind.itemsize
+        check_room(token, self.cache.slots, self._max_length, free)
 
     @contextmanager
     def sampling_mode(self) -> Iterator[None]:
@@ -86,7 +111,7 @@ class SlotModel:
         try:
             # A trainer may evaluate in inference mode; the cache outlives it and needs ordinary
             # tensors.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), self.adapters.in_place():
                 yield
         finally:
             self._config._attn_implementation = attention
@@ -112,13 +137,25 @@ class SlotModel:
             logits = self.graphs.step(self, rows, starts, tokens, read)
             if logits is not None:
                 return logits
+        own = list(rows)
+        if self.few_shapes:
+            # What the others of a wave write goes into the bin, and what they read nobody sees.
+            rows = filled(rows, self.cache.slots)
+            starts = spread(rows, own, starts, self._max_length - 1)
+            chunks = spread(rows, own, chunks, [0])
+            counts = [len(chunk) for chunk in chunks]
+            width = widened(width) if width > 1 else 1
+            read = min(self._max_length, doubled(read, self._bucket))
         padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
         start = torch.tensor(starts, device=self.device)
         positions = start[:, None] + torch.arange(width, device=self.device)
         self.cache.aim(rows, positions.clamp(max=self._max_length - 1), read)
         ids = torch.tensor(padded, device=self.device)
         last = torch.tensor(counts, device=self.device) - 1
-        return self._run(ids, positions, last, read)
+        logits = self._run(ids, positions, last, read)
+        if len(own) == len(rows):
+            return logits
+        return logits[torch.tensor([rows.index(row) for row in own], device=self.device)]
 
     def decode(self, tokens: Tensor, positions: Tensor, read: int) -> Tensor:
         """Append a token [b] to each of the first b rows; next-token logits [b, V], float32.

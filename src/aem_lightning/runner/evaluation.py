@@ -67,14 +67,16 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
     path = needed_checkpoint(cfg, cfg.run)
     checkpoint = read_checkpoint(path)
     trained = checked_config(cfg, checkpoint["aem_lightning"]["config"])
-    datamodule = build_datamodule(trained)
+    datamodule, ending = build_datamodule(trained), contextlib.ExitStack()
     try:
         policy, _ = build_policy(trained, datamodule)
         module = build_agent(trained, policy, datamodule)
+        ending.callback(getattr(module.engine, "release", bool))
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
         yield Restored(path, trained, module, datamodule)
     finally:
+        ending.close()
         datamodule.close()
 
 

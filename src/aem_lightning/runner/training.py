@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     check_training(cfg)
     check_parts(cfg)
     remember(cfg)
-    with held(Path(cfg.paths.output_dir)):
+    with held(Path(cfg.paths.output_dir)), ExitStack() as ending:
         checkpoint = find_checkpoint(cfg, cfg.name) or requeued_checkpoint(cfg)
         # Now: a broken file must show before anything is made.
         earlier = None if checkpoint is None else earlier_run(cfg, checkpoint)
@@ -58,19 +59,28 @@ def train(cfg: DictConfig) -> dict[str, Any]:
                 return check_only(cfg, datamodule)
             if cfg.stage == "warm_start":
                 return warm_start_only(cfg, datamodule, clock)
-            return reinforce(cfg, datamodule, clock, earlier)
+            return reinforce(cfg, datamodule, clock, earlier, ending)
         finally:
             datamodule.close()
 
 
 def reinforce(
-    cfg: DictConfig, datamodule: AgentDataModule, clock: StageClock, earlier: Earlier | None
+    cfg: DictConfig,
+    datamodule: AgentDataModule,
+    clock: StageClock,
+    earlier: Earlier | None,
+    ending: ExitStack,
 ) -> dict[str, Any]:
-    """The reinforcement stage, between two evaluations; ``earlier`` is the run it goes on from."""
+    """The reinforcement stage, between two evaluations; ``earlier`` is the run it goes on from.
+
+    What has to be given back, however the run ends, is left with ``ending``: the trainer and its
+    module hold each other, so keys, values and graphs of one run would be there in the next.
+    """
     output = Path(cfg.paths.output_dir)
     with clock("warm_start"):
         policy, _ = build_policy(cfg, datamodule)
     module = build_agent(cfg, policy, datamodule)
+    ending.callback(getattr(module.engine, "release", bool))
     trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
     # What ranks cannot share is refused now, before a game is played.
     TaskSampler(1, cfg.tasks_per_iteration, 1, cfg.seed, world_size=trainer.world_size)
