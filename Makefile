@@ -18,7 +18,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults fuzz test-adapters bench bench-quick lint format lint-fix type tensorboard clean
+.PHONY: help install train test coverage faults fuzz test-adapters bench bench-quick gpu-check lint format lint-fix type tensorboard clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,9 @@ bench: install ## Measure us beside our peers, into RESULTS (default logs/bench)
 
 bench-quick: install ## Fail when a ratio to a peer is 25 % below the committed one: ARGS=--update commits
 	@cd benchmarks && "$(abspath $(BIN))/python" ratios.py $(ARGS)
+
+gpu-check: install ## The first hour on a GPU, resumable: ARGS="device=cpu" proves the command with small shapes
+	@"$(BIN)/python" -m aem_lightning.gpu_check $(ARGS)
 
 lint: install ## Check style and format
 	@"$(BIN)/python" -m ruff check .
