@@ -1,4 +1,4 @@
-"""Decoding at a real shape: captured steps against eager ones, and both against the memory's rate."""
+"""Decoding at a real shape: captured steps against eager ones, and the rate of the memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def decode(
     broken otherwise does not lead everything after it astray.
     """
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.causal_lm.config.vocab_size
+    config: Any = model.causal_lm.config
+    vocabulary = int(config.vocab_size)
     chunks = torch.randint(vocabulary, (rows, prompt), generator=generator).tolist()
     ids, logprobs, starts = [], [], [0] * rows
     for step in range(new):

@@ -120,9 +120,7 @@ def measured(cfg: DictConfig, check: Check, *, casts: bool = True) -> Figures:
     with agent_of(cfg) as (trainer, module, datamodule):
         costs = Costs(module, check)
         trainer.callbacks.append(costs)  # type: ignore[attr-defined]
-        quiet = contextlib.nullcontext()
-        if not casts:
-            quiet = disable_input_dtype_casting(module.policy.causal_lm)
+        quiet = disable_input_dtype_casting(module.policy.causal_lm, active=not casts)
         with quiet, costs.of_passes():
             trainer.fit(module, datamodule=datamodule)
         figures = costs.figures()
@@ -206,7 +204,7 @@ class Costs(L.Callback):
             self._tokens[kind] += sum(map(len, chunks))
             return logits
 
-        SlotModel.forward = timed  # type: ignore[method-assign]
+        SlotModel.forward = timed  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:

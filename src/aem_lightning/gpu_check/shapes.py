@@ -53,8 +53,9 @@ def random_model(shape: str, device: str) -> Qwen2ForCausalLM:
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=32768, dtype=torch.bfloat16)
     torch.manual_seed(0)
     with torch.device(device):
-        model: Qwen2ForCausalLM = Qwen2ForCausalLM(config).to(torch.bfloat16)
-    return model.eval()
+        model: Any = Qwen2ForCausalLM(config)
+    half: Qwen2ForCausalLM = model.to(torch.bfloat16).eval()
+    return half
 
 
 def model_folder(check: Check, shape: str) -> Path:

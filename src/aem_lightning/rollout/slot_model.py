@@ -89,11 +89,9 @@ class SlotModel:
         free = free_bytes(self.device)
         if free is None or self.cache.nbytes:
             return
-        config = self._config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        config, queries = self._config, self._config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or queries
+        width = getattr(config, "head_dim", None) or config.hidden_size // queries
         token = 2 * config.num_hidden_layers * heads * width * self._kind.itemsize
         check_room(token, self.cache.slots, self._max_length, free)
 
