@@ -56,6 +56,7 @@ ARROWS = {
 OPTIONAL = {
     "alfworld",
     "bitsandbytes",
+    "datasets",
     "gymnasium",
     "ijson",
     "matplotlib",
