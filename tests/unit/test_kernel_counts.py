@@ -14,10 +14,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from test_agent_module import fit
 from test_slot_engine import make_model, play, request
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from aem_lightning.functional.logprob import wide_product
 from aem_lightning.modules import scoring
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.rollout import SlotEngine, slot_model
@@ -191,6 +193,18 @@ def test_keys_and_values_that_do_not_fit_end_without_a_word(
         engine.sync(policy, 1)
     monkeypatch.setattr(slot_model, "free_bytes", lambda device: needed)
     engine.sync(policy, 1)
+
+
+def test_logits_on_a_gpu_are_rounded_to_half_precision_first() -> None:
+    for device, casts in (("cuda", 0), ("cpu", 1)):
+        with FakeTensorMode():
+            hidden, weight = (
+                torch.empty(rows, 8, device=device, dtype=torch.bfloat16) for rows in (4, 16)
+            )
+            with Casts() as counts:
+                logits = wide_product(hidden, weight)
+        assert (logits.dtype, logits.shape) == (torch.float32, (4, 16))
+        assert counts.casts == casts
 
 
 def test_an_engine_outlives_its_release() -> None:

@@ -31,6 +31,7 @@ def graphs(check: Check) -> Figures:
     causal_lm = Policy(model, tokenizer, Lora(r=64, alpha=128)).causal_lm
     eager, captured = (SlotModel(causal_lm, max(batches), max(reads), 64) for _ in range(2))
     captured.cache = eager.cache  # the block is big
+    eager.few_shapes = captured.few_shapes = False  # graphs have shapes of their own
     captured.graphs = DecodeGraphs(max(batches), max(reads) - 1, repeat if check.small else None)
     before = reserved(check)
     with torch.autocast(check.device, torch.bfloat16), captured.sampling_mode():

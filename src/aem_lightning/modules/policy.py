@@ -312,7 +312,7 @@ def check_dtype(name: str) -> torch.dtype:
 
 
 def _own_gpu() -> dict[str, int] | None:
-    """Where 4-bit weights are made: on this rank's GPU; else all ranks' would pass through the first.
+    """Where 4-bit weights are made: on this rank's GPU; else all pass through the first one.
 
     Whoever starts ranks says the number of each.
     """

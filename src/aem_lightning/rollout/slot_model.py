@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from aem_lightning.functional.logprob import wide_product
 from aem_lightning.rollout.adapters import AdapterCopies
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.padding import doubled, filled, spread, widened
@@ -177,6 +178,8 @@ class SlotModel:
             use_cache=True,
         ).last_hidden_state
         rows = torch.arange(len(ids), device=self.device)
+        if type(self._head) is nn.Linear and getattr(self._head, "bias", None) is None:
+            return wide_product(hidden[rows, last], self._head.weight).float()
         logits: Tensor = self._head(hidden[rows, last])
         return logits.float()
 
