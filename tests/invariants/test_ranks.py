@@ -46,7 +46,7 @@ def test_the_number_of_ranks_changes_what_is_sampled_or_learnt(
     """
     folder = runs_of_ranks / case
     (one,) = (torch.load(path, weights_only=True) for path in (folder / "1").glob("*.pt"))
-    assert len(one["sampled"]) > 40
+    assert len(one["sampled"]) > 25
     for size in rank_runs.SIZES[1:]:
         parts = [
             torch.load(folder / str(size) / f"{rank}.pt", weights_only=True) for rank in range(size)
