@@ -82,6 +82,9 @@ bench: install ## Measure us beside our peers, into RESULTS (default logs/bench)
 bench-quick: install ## Fail when a ratio to a peer is 25 % below the committed one: ARGS=--update commits
 	@cd benchmarks && "$(abspath $(BIN))/python" ratios.py $(ARGS)
 
+gpu-check: install ## The first hour on a GPU, resumable: ARGS="device=cpu" proves the command with small shapes
+	@"$(BIN)/python" -m aem_lightning.gpu_check $(ARGS)
+
 lint: install ## Check style and format
 	@"$(BIN)/python" -m ruff check .
 	@"$(BIN)/python" -m ruff format --check .

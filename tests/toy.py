@@ -39,15 +39,11 @@ class Stop(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-class SameSampling(L.Callback):
-    """Lets every rank sample as rank 0 does, and leaves each rank's last weights in ``folder``."""
+class KeepWeights(L.Callback):
+    """Leaves each rank's last weights in ``folder``."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        collector = pl_module.collector
-        pl_module.collector = lambda temperature, seed: collector(temperature, (*seed[:3], 0))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._folder.mkdir(exist_ok=True)

@@ -257,6 +257,13 @@ class RolloutBatch:
         return self.group[self.trajectory]
 
     @property
+    def row_group(self) -> Tensor:
+        """The group of each row, [S]: that of a response in it, and every row holds one."""
+        if not len(self.row_length):
+            return self.row_length
+        return self.response_group[self.response_index.amax(dim=1)]
+
+    @property
     def response_mask(self) -> Tensor:
         """True for the responses whose trajectory takes part in the loss, [R] bool."""
         return self.loss_mask[self.trajectory]

@@ -92,8 +92,8 @@ def test_a_capture_that_fails_leads_back_to_the_stream_it_came_from(monkeypatch)
             current[0] = before
 
     class Capturing:
-        def __init__(self, graph, pool):
-            pass
+        def __init__(self, graph, pool, stream):
+            streams.append(stream)
 
         def __enter__(self):
             current[0] = made("capture")
@@ -108,9 +108,15 @@ def test_a_capture_that_fails_leads_back_to_the_stream_it_came_from(monkeypatch)
     fakes = {"stream": stream, "Stream": made, "graph": Capturing, "CUDAGraph": object}
     for name, fake in {**fakes, "current_stream": lambda: current[0]}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    streams, capture = [], CudaCapture()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="previous error"):
+            capture(lambda: None)
+        assert current[0].name == "default"
     with pytest.raises(RuntimeError, match="previous error"):
         CudaCapture()(lambda: None)
-    assert current[0].name == "default"
+    # One of each engine's own: torch's default one is shared by all.
+    assert streams[0] is streams[1] is not streams[2]
 
 
 def test_a_step_that_cannot_be_captured_runs_without_and_says_so_once(policy, caplog):

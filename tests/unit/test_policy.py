@@ -273,6 +273,31 @@ def test_a_four_bit_policy_is_near_its_whole_weights_and_trains_its_adapters(qua
     assert any(p.grad.any() for p in policy.trainable().values())
 
 
+def test_a_four_bit_policy_casts_its_head_in_every_pass(quantised):
+    policy, _ = quantised
+    frozen = [p for p in policy.causal_lm.parameters() if not p.requires_grad]
+    assert policy.causal_lm.lm_head.weight.dtype == torch.bfloat16
+    assert torch.float32 not in {parameter.dtype for parameter in frozen}
+
+
+def test_the_four_bit_weights_of_all_ranks_pass_through_the_first_gpu(folder, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    asked = []
+
+    def load(*_, **settings):
+        asked.append(settings["device_map"])
+        raise OSError
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    for count, rank in ((8, "3"), (1, "3"), (0, "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: bool(count))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        with pytest.raises(FileNotFoundError):
+            Policy.from_pretrained(folder, quantization="nf4")
+    assert asked == [{"": 3}, {"": 0}, None]
+
+
 def test_a_four_bit_policy_is_saved_whole_without_rounding_its_adapters_away(
     quantised, rows, tmp_path
 ):

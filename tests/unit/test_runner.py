@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from runs import built, composed, curves, toy_config
 
-from aem_lightning.runner import evaluate, train
+from aem_lightning.runner import evaluate, train, training
 from aem_lightning.runner.build import build_trainer
 from aem_lightning.runner.evaluation import _training_config
 from aem_lightning.viewer import read_episodes
@@ -107,10 +107,17 @@ def test_an_evaluation_of_some_splits_at_another_temperature(root, first):
 
 
 def test_evaluations_that_all_break_end_a_run_and_a_task_that_does_is_not_listed(
-    toy_model, tmp_path, caplog
+    toy_model, tmp_path, caplog, monkeypatch
 ):
     target = "datamodule._target_=coin.FragileCoinDataModule"
     short = ("iterations=4", "iterations_per_epoch=2", "tasks_per_iteration=8", "group_size=2")
+    engines, build = [], training.build_agent
+
+    def keep(*parts):
+        engines.append(build(*parts))
+        return engines[-1]
+
+    monkeypatch.setattr(training, "build_agent", keep)
     summary = train(toy_config(tmp_path, toy_model, target, *short))
     assert (summary["success_before"], summary["success_after"]) == (None, None)
     assert summary["iterations"] == 4
@@ -126,6 +133,8 @@ def test_evaluations_that_all_break_end_a_run_and_a_task_that_does_is_not_listed
     assert "val/success_rate" not in found
     assert "broken by the environment" in caplog.text
     assert caplog.text.count("the last: the sandbox is gone") >= 2
+    with pytest.raises(RuntimeError, match="no policy yet"):  # an analysis plays on after it
+        engines[0].engine.submit([])
 
 
 def test_a_context_beyond_the_models_window_is_told(toy_model, tmp_path, caplog):

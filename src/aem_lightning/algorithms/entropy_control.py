@@ -52,8 +52,8 @@ class AdaptiveEntropy:
 class ClipCov:
     """Clip-Cov: a few random tokens of high covariance leave the policy gradient.
 
-    Covariances are those of the policy that sampled, over the rank's rollout batch: how it is cut
-    into micro-batches does not matter. Source: arXiv 2505.22617, section 4.2.
+    Covariances are those of the policy that sampled, over the rollout batch of all ranks: how it is
+    cut does not matter. Source: arXiv 2505.22617, section 4.2.
     """
 
     ratio: Share = 2e-4

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from aem_lightning.algorithms.ranks import over_ranks
+from aem_lightning.algorithms.ranks import apart, over_ranks, whole_columns
 from aem_lightning.functional import aem_coefficients, empg_bonus, empg_gain, response_entropy
 from aem_lightning.functional.segments import segment_ids, segment_range
 from aem_lightning.types import RolloutBatch, Seed
@@ -118,11 +118,14 @@ class AEM:
 
     def __call__(self, batch: RolloutBatch) -> Modulated:
         mask = batch.response_mask & (batch.length > 0)
-        columns = [self.entropy(batch), self.groups(batch), mask, batch.length]
-        mine = slice(None)
-        if self.scope == "batch":
-            gathered = [over_ranks(column) for column in columns]
-            columns, mine = [column for column, _ in gathered], gathered[0][1]
+        drawn = self.direction == "shuffled"  # for all ranks together
+        groups = self.groups(batch)
+        mine: Tensor | slice = slice(None)
+        if drawn and self.scope in ("trajectory", "anchor_state"):
+            groups = apart(groups)
+        columns: Sequence[Tensor] = [self.entropy(batch), groups, mask, batch.length]
+        if drawn or self.scope == "batch":
+            columns, mine = whole_columns(columns, batch.response_group)
         entropy, group, mask, length = columns
         alpha = aem_coefficients(
             entropy,
@@ -159,11 +162,9 @@ class AEM:
         return response_entropy(batch.entropies, index, batch.num_responses)
 
     def generator(self, batch: RolloutBatch) -> torch.Generator:
-        """The shuffle's randomness: the same for the same batch, so that a run can be resumed."""
+        """The shuffle's randomness: the same for the same batch of all ranks, so runs can go on."""
         # The mask keeps the sum within what a generator takes as a seed.
-        total = batch.input_ids.sum().reshape(1)
-        if self.scope == "batch":  # every rank shuffles all of it, so all have to shuffle alike
-            total, _ = over_ranks(total)
+        total, _ = over_ranks(batch.input_ids.sum().reshape(1))
         return torch.Generator().manual_seed((self.seed + int(total.sum())) & (2**62 - 1))
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +18,8 @@ from aem_lightning.callbacks.outputs import iteration_of
 from aem_lightning.types import Iteration, Task
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class HorizonGrowth(Callback):
@@ -66,8 +69,8 @@ class TaskWeights(Callback):
     A ``share`` of an iteration's tasks, drawn anew for each, is replaced by tasks drawn in
     proportion to ``floor`` plus a running mean of the variance of their group's outcome (0 to 1/4
     for wins and losses). A task that was never played has the largest variance. Draws depend on
-    ``seed``, iteration and rank alone; what was learnt of the tasks is gathered over ranks and is
-    part of the checkpoint.
+    ``seed`` and iteration alone, and are over the tasks of all ranks; what was learnt of the tasks
+    is gathered over ranks and is part of the checkpoint.
 
     Args:
         share: Share of the tasks to replace, 0 to 1.
@@ -95,15 +98,18 @@ class TaskWeights(Callback):
     ) -> None:
         """Replace tasks of the batch, in place."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        key = f"{self._seed}/{pl_module.iteration}/{trainer.global_rank}"
-        chooser = random.Random(key)
-        places = [place for place in range(len(batch)) if chooser.random() < self._share]
-        taken = {task.id for place, task in enumerate(batch) if place not in places}
+        chooser = random.Random(f"{self._seed}/{pl_module.iteration}/0")
+        everyone = of_each_rank(trainer, list(batch))
+        first = sum(map(len, everyone[: trainer.global_rank]))
+        whole = list(chain.from_iterable(everyone))
+        places = [place for place in range(len(whole)) if chooser.random() < self._share]
+        taken = {task.id for place, task in enumerate(whole) if place not in places}
         tasks = [task for task in data.tasks(data.train_split) if task.id not in taken]
         weights = [self._floor + self._variances.get(task.id, 0.25) for task in tasks]
         drawn = draw_weighted(tasks, weights, len(places), chooser)
         for place, task in zip(places, drawn, strict=False):
-            batch[place] = task
+            whole[place] = task
+        batch[:] = whole[first : first + len(batch)]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, *_: Any
@@ -112,14 +118,10 @@ class TaskWeights(Callback):
         iteration = iteration_of(outputs)
         if iteration is None:
             return
-        found = [group_variances(iteration)]
-        if trainer.world_size > 1:
-            found = [{} for _ in range(trainer.world_size)]
-            dist.all_gather_object(found, group_variances(iteration))
-        for variances in found:
-            for task, variance in variances.items():
-                past = self._variances.get(task, variance)
-                self._variances[task] = self._memory * past + (1 - self._memory) * variance
+        everything = chain.from_iterable(of_each_rank(trainer, outcomes(iteration)))
+        for task, variance in variances(everything).items():
+            past = self._variances.get(task, variance)
+            self._variances[task] = self._memory * past + (1 - self._memory) * variance
         known = self._variances.values()
         metrics = {
             "curriculum/tasks_played": float(len(known)),
@@ -144,13 +146,30 @@ def horizon(iteration: int, start: int, full: int, iterations: int) -> int:
     return min(full, start + (full - start) * min(iteration, iterations) // iterations)
 
 
+def of_each_rank(trainer: Trainer, mine: T) -> list[T]:
+    """What each rank holds, in their order."""
+    found = [mine] * trainer.world_size
+    if trainer.world_size > 1:
+        dist.all_gather_object(found, mine)
+    return found
+
+
+def outcomes(iteration: Iteration) -> list[tuple[str, bool]]:
+    """The task of every episode that nothing broke, and whether it was won."""
+    return [(t.task.id, t.won) for t in iteration.played if t.infra_error is None]
+
+
 def group_variances(iteration: Iteration) -> dict[str, float]:
     """The variance of the outcome (won or not) over the copies of each task that was played."""
-    outcomes: dict[str, list[bool]] = {}
-    for trajectory in iteration.played:
-        if trajectory.infra_error is None:
-            outcomes.setdefault(trajectory.task.id, []).append(trajectory.won)
-    rates: Mapping[str, float] = {task: sum(won) / len(won) for task, won in outcomes.items()}
+    return variances(outcomes(iteration))
+
+
+def variances(played: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """The variance of the outcome of each task over some `outcomes`."""
+    won_of: dict[str, list[bool]] = {}
+    for task, won in played:
+        won_of.setdefault(task, []).append(won)
+    rates: Mapping[str, float] = {task: sum(won) / len(won) for task, won in won_of.items()}
     return {task: rate * (1 - rate) for task, rate in rates.items()}
 
 

@@ -109,10 +109,21 @@ def logprob_entropy_through(
 
 def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
     """Scaled logits [c, V]: the product in the given dtype, what follows at least in float32."""
-    logits = linear(hidden, weight)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    logits = wide_product(hidden, weight)
     return logits.mul_(scale) if scale != 1.0 else logits
+
+
+def wide_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``hidden @ weight.T``, [c, V], in float32 or wider.
+
+    A GPU adds the products of half precision up in float32; rounded back before they are read,
+    log-probabilities would be off by a hundredth.
+    """
+    half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+    if half and hidden.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    product = linear(hidden, weight)
+    return product if product.dtype == torch.float64 else product.float()
 
 
 def _logits_gradient(

@@ -77,7 +77,7 @@ class AgentModule(L.LightningModule):
         rollout: How episodes are played.
         update: How a rollout batch is used.
         task_types: What results are broken down by.
-        seed: Key of every random draw, together with iteration and rank.
+        seed: Key of every random draw, together with the iteration: ranks share its draws.
 
     Raises:
         ValueError: The group is too small for the estimator.
@@ -182,7 +182,7 @@ class AgentModule(L.LightningModule):
             collector=play if self.recorded is None else partial(self.recorded, play),
             group_size=self.rollout.group_size,
             tasks=lambda: data.tasks(data.train_split),
-            key=("train", self.seed, self.iteration, self.global_rank),
+            key=("train", self.seed, self.iteration, 0),
             environment_seed=stable_seed(self.seed, self.iteration),
         )
         played = source.collect(tasks, self.rollout.collection_rounds)
@@ -218,7 +218,7 @@ class AgentModule(L.LightningModule):
 
     def plan_update(self, batch: RolloutBatch, advantages: Tensor) -> UpdatePlan:
         """The optimizer steps of this iteration, without the rows that change no gradient."""
-        seed = stable_seed(self.seed, self.iteration, self.global_rank, "plan")
+        seed = stable_seed(self.seed, self.iteration, 0, "plan")
         generator = torch.Generator().manual_seed(seed)
         sums = torch.stack([advantages.abs().sum(), batch.judged.sum().to(advantages.dtype)])
         spread, episodes = self.global_sum(sums).tolist()
@@ -226,13 +226,14 @@ class AgentModule(L.LightningModule):
         others = bool(self.critic or self.covariance) or not self.modulation.keeps_zeros
         active = rows_with_gradient(batch, advantages, self.loss, zeros_count=others)
         active &= skipped is None
-        return UpdatePlan.draw(active, self.update_settings, generator, skipped)
+        return UpdatePlan.draw(active, self.update_settings, generator, skipped, batch.row_group)
 
     @cached_property
     def budget(self) -> TokenBudget:
         """What a micro-batch may hold; it stays smaller once memory has run out."""
         packed = is_packed(self.update_settings.packing, self.policy.causal_lm)
-        return TokenBudget(self.update_settings.micro_batch_tokens, packed=packed)
+        release = getattr(self.engine, "release", None)
+        return TokenBudget(self.update_settings.micro_batch_tokens, packed=packed, release=release)
 
     def score(
         self, batch: RolloutBatch, plan: UpdatePlan, watch: Stopwatch
@@ -272,7 +273,7 @@ class AgentModule(L.LightningModule):
         units of all rows of the minibatch: leaving out those without a gradient changes no weight.
         """
         optimizer = cast(LightningOptimizer, self.optimizers())
-        seed = stable_seed(self.seed, self.iteration, self.global_rank, "covariance")
+        seed = stable_seed(self.seed, self.iteration, 0, "covariance")
         objective = Objective(
             self.policy,
             batch,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aem_lightning.algorithms import AEM, CovarianceControl, Modulation, Stacked
+from aem_lightning.algorithms.ranks import whole_columns
 from aem_lightning.functional.losses import Aggregation
 from aem_lightning.modules.settings import RolloutSettings
 from aem_lightning.rollout import PromptEncoder, action_mask, pack
@@ -69,7 +70,9 @@ def trained_units(batch: RolloutBatch, aggregation: Aggregation) -> Tensor:
 def choose_tokens(
     control: CovarianceControl | None, batch: RolloutBatch, advantages: Tensor, seed: int
 ) -> Tensor | None:
-    """The tokens that covariance control chooses from the batch, [S, L] bool; ``None`` without it.
+    """The tokens that covariance control chooses, [S, L] bool; ``None`` without it.
+
+    It chooses from the batches of all ranks.
 
     Args:
         control: Clip-Cov, KL-Cov or none.
@@ -83,8 +86,8 @@ def choose_tokens(
     responses = batch.response_index[inside]
     values = advantages[responses] if advantages.ndim == 1 else advantages[inside]
     generator = torch.Generator().manual_seed(seed)
+    columns = batch.old_logprobs[inside], values, batch.response_mask[responses]
+    (logprobs, values, mask), mine = whole_columns(columns, batch.response_group[responses])
     chosen = torch.zeros_like(inside)
-    chosen[inside] = control.select(
-        batch.old_logprobs[inside], values, batch.response_mask[responses], generator
-    )
+    chosen[inside] = control.select(logprobs, values, mask, generator)[mine]
     return chosen

@@ -6,7 +6,9 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+from aem_lightning.algorithms.ranks import from_all_ranks, of_each_rank, this_rank
 from aem_lightning.rollout import Collector, make_groups, stable_seed
 from aem_lightning.types import Task, Trajectory
 
@@ -21,7 +23,7 @@ class GroupSource:
         collector: A collector for a sampling seed.
         group_size: Copies of a task.
         tasks: Every training task; asked only when a further round needs new ones.
-        key: Seed of the sampling; further rounds add their number.
+        key: Seed of the sampling, of all ranks; further rounds add their number.
         environment_seed: Seed of the environments' own randomness.
         environment_seconds: Wall time spent waiting for environments so far.
     """
@@ -34,35 +36,59 @@ class GroupSource:
     environment_seconds: float = 0.0
 
     def collect(self, tasks: Sequence[Task], rounds: int) -> list[Trajectory]:
-        """Every episode of at most ``rounds`` collection rounds.
+        """Every episode of at most ``rounds`` collection rounds, of this rank.
 
         The first round plays ``tasks``; each further one as many new tasks as groups are still
-        uniform (all copies earned the same). Source: DAPO, arXiv 2503.14476, section 3.2.
+        uniform (all copies earned the same). Source: DAPO, arXiv 2503.14476, section 3.2. Groups
+        count over all ranks, which share out the new tasks: what is played, and with which draws,
+        does not hang on their number.
         """
         played: list[Trajectory] = []
-        wanted, groups, seen = list(tasks), 0, {task.id for task in tasks}
+        shares, groups = of_each_rank([*tasks]), 0
+        first = wanted = [task for share in shares for task in share]
+        seen = {task.id for task in first}
         for number in range(rounds):
-            played += self.play(wanted, number, groups)
+            if number:
+                missing = len(first) - len(from_all_ranks([*mixed_groups(played)]))
+                if not missing:
+                    break
+                seed = stable_seed(*self.key, "tasks", number)
+                wanted = draw_tasks(self.tasks(), missing, seen, seed)
+                shares = shared_out(wanted, len(shares))
+                seen |= {task.id for task in wanted}
+            played += self.play(shares, number, groups)
             groups += len(wanted)
-            missing = len(tasks) - len(mixed_groups(played)) if number + 1 < rounds else 0
-            if not missing:
-                break
-            seed = stable_seed(*self.key, "tasks", number + 1)
-            wanted = draw_tasks(self.tasks(), missing, seen, seed)
-            seen |= {task.id for task in wanted}
         if reason := why_all_broke(played):
             log.warning("There is nothing to learn from in this iteration: %s", reason)
         return played
 
-    def play(self, tasks: Sequence[Task], number: int, first_group: int) -> list[Trajectory]:
-        """The episodes of round ``number``, whose groups count from ``first_group``."""
+    def play(
+        self, shares: Sequence[Sequence[Task]], number: int, first_group: int
+    ) -> list[Trajectory]:
+        """This rank's episodes of round ``number``, whose groups count from ``first_group``.
+
+        ``shares`` are the tasks of each rank: groups count over all of them, and so do the repeats
+        of a task, by which alone its groups draw differently.
+        """
+        before, mine = (
+            self.group_size * sum(map(len, shares[:end])) for end in (this_rank(), this_rank() + 1)
+        )
+        tasks = [task for share in shares for task in share]
+        episodes = make_groups(tasks, self.group_size, first_group)[before:mine]
+        if not episodes:  # fewer tasks than ranks
+            return []
         collector = self.collector((*self.key, "round", number) if number else self.key)
-        episodes = make_groups(tasks, self.group_size, first_group)
         played = collector.collect(episodes, seed=self.environment_seed)
         self.environment_seconds += collector.environment_seconds
         for trajectory in played:
             trajectory.round = number
         return played
+
+
+def shared_out(tasks: Sequence[Task], ranks: int) -> list[list[Task]]:
+    """``tasks`` in their order, as equal shares as can be, one for each of the ``ranks``."""
+    bounds = [round(rank * len(tasks) / ranks) for rank in range(ranks + 1)]
+    return [list(tasks[a:b]) for a, b in pairwise(bounds)]
 
 
 def draw_tasks(tasks: Sequence[Task], count: int, seen: set[str], seed: int) -> list[Task]:
@@ -99,12 +125,13 @@ def split_uniform(
 ) -> tuple[Sequence[Trajectory], Sequence[Trajectory]]:
     """The episodes to train on and those of uniform groups, which dynamic sampling drops.
 
-    With a single round everything is kept. Where no group is mixed the first round is: an
-    iteration needs a batch to report.
+    With a single round everything is kept. Where no group is mixed, on any rank, the first round
+    is: an iteration needs a batch to report.
     """
     if rounds == 1:
         return played, []
-    mixed = mixed_groups(played) or {t.group for t in played if t.round == 0}
+    mixed = {*from_all_ranks([*mixed_groups(played)])}
+    mixed = mixed or {t.group for t in played if t.round == 0}
     kept = [trajectory for trajectory in played if trajectory.group in mixed]
     dropped = [trajectory for trajectory in played if trajectory.group not in mixed]
     log.info(

@@ -52,7 +52,7 @@ class RolloutJournal(L.Callback):
         folder, key = self._folder(trainer), fingerprint(agent, batch)
 
         def record(play: Play, seed: tuple[object, ...]) -> Collector:
-            name = "-".join(map(str, seed[2:]))  # iteration, rank, and a round after the first
+            name = "-".join(map(str, (seed[2], trainer.global_rank, *seed[4:])))  # and a round
             path, several = folder / f"{name}.jsonl", trainer.world_size > 1
             return recorded(play(seed), agent.engine, path, f"{key} {seed}", awake=several)
 

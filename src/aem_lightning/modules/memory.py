@@ -22,12 +22,16 @@ _SHORT = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 class TokenBudget:
     """Cuts rows into micro-batches of at most ``tokens``, smaller ones after memory has run out.
 
-    Their rows are packed, or padded to the longest.
+    Their rows are packed, or padded to the longest. Before they get smaller, ``release`` is asked
+    to give back what a pass does not need, and says whether there was some.
     """
 
-    def __init__(self, tokens: int, *, packed: bool) -> None:
+    def __init__(
+        self, tokens: int, *, packed: bool, release: Callable[[], bool] | None = None
+    ) -> None:
         self.tokens = tokens
         self.packed = packed
+        self._release = release or bool
 
     def cut(self, rows: Sequence[int], lengths: Tensor) -> list[list[int]]:
         """The micro-batches of ``rows``, the longest rows first; ``lengths`` are [S]."""
@@ -38,7 +42,8 @@ class TokenBudget:
     ) -> Result:
         """What ``work`` makes of the micro-batches of ``rows``.
 
-        When memory runs out, the budget halves and ``work`` starts again, from its own beginning.
+        When memory runs out, the engine's is given back, or where there is none the budget halves;
+        and ``work`` starts again, from its own beginning.
         Each rank does so by itself: ranks meet where gradients are summed, behind this call, and
         wait there for one that starts again.
 
@@ -52,8 +57,11 @@ class TokenBudget:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                released = self._release()
                 single = [len(batch) == 1 for batch in micro]
-                if all(single) or (len(tried) == 1 and single[0]):
+                if released:
+                    log.warning("Out of memory: keys and values are given back before an update")
+                elif all(single) or (len(tried) == 1 and single[0]):
                     tokens = int(lengths[micro[0][0]])
                     raise MemoryError(
                         f"Out of memory with a single row of {tokens} tokens: no smaller "
@@ -62,7 +70,10 @@ class TokenBudget:
                         "smaller policy=..."
                     ) from error
             # Outside the handler, whose traceback holds on to the tensors of the failed pass.
-            self._halve(micro, lengths)
+            if released:
+                torch.cuda.empty_cache()
+            else:
+                self._halve(micro, lengths)
 
     def _halve(self, micro: list[list[int]], lengths: Tensor) -> None:
         """Halve the budget, or the largest micro-batch of several rows where that is less."""

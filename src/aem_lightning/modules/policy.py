@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class Policy(nn.Module):
         if attn_implementation is not None:
             settings["attn_implementation"] = attn_implementation
         if quantization:
-            settings["quantization_config"] = _four_bit(stored)
+            settings |= {"quantization_config": _four_bit(stored), "device_map": _own_gpu()}
         try:
             tokenizer = load_tokenizer(model)
             with _without_its_code(model):
@@ -119,7 +119,9 @@ class Policy(nn.Module):
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         if quantization:
-            causal_lm = prepare_model_for_kbit_training(causal_lm, use_gradient_checkpointing=False)
+            # And no more: PEFT's own preparation makes embeddings and head float32, and every pass
+            # would cast the head back.
+            causal_lm.requires_grad_(False)
         if gradient_checkpointing:
             _checkpoint_layers(causal_lm)
         if isinstance(lora, Mapping):
@@ -374,6 +376,16 @@ def check_dtype(name: str) -> torch.dtype:
         raise ValueError(f"policy.dtype={name!r} is unknown; allowed: {', '.join(DTYPES)}.")
     found: torch.dtype = getattr(torch, name)
     return found
+
+
+def _own_gpu() -> dict[str, int] | None:
+    """Where 4-bit weights are made: on this rank's GPU; else all pass through the first one.
+
+    Whoever starts ranks says the number of each.
+    """
+    if not torch.cuda.is_available():
+        return None
+    return {"": int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()}
 
 
 def _four_bit(compute_dtype: torch.dtype) -> Any:

@@ -7,8 +7,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
+from aem_lightning.algorithms.ranks import of_each_rank
 from aem_lightning.modules.batching import entropy_sums
 from aem_lightning.modules.dynamic_sampling import judged, mixed_groups
 from aem_lightning.types import Iteration, Trajectory
@@ -96,10 +95,9 @@ def over_ranks(metrics: dict[str, float], played: Sequence[Trajectory]) -> dict[
         metrics: Of this rank.
         played: The episodes of this rank.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    found = of_each_rank((metrics, len(judged(played))))
+    if len(found) == 1:
         return metrics
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (metrics, len(judged(played))))
     result = {}
     for name in dict.fromkeys(name for part, _ in found for name in part):
         values = [part[name] for part, _ in found if name in part]

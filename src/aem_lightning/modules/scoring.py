@@ -12,6 +12,8 @@ from aem_lightning.algorithms import PPO, Loss, LossTerms, TokenColumns
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy
 from aem_lightning.modules.value import with_value_loss
+from aem_lightning.rollout.adapters import AdapterCopies
+from aem_lightning.rollout.slot_cache import compute_dtype
 from aem_lightning.types import RolloutBatch
 
 
@@ -102,8 +104,12 @@ def score_rows(
             piece.scatter(logprobs, lp)
             piece.scatter(entropies, entropy)
 
-    for rows in parts:
-        budget.run(score, rows, batch.row_length)
+    # What autocast casts anew in every micro-batch is cast once; without it nothing is.
+    adapters = AdapterCopies(policy.causal_lm, compute_dtype(logprobs.device, torch.float32))
+    adapters.refresh()
+    with adapters.in_place():
+        for rows in parts:
+            budget.run(score, rows, batch.row_length)
     return logprobs, entropies
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aem_lightning.algorithms import Loss, Modulation
+from aem_lightning.algorithms.ranks import places_of_rows
 from aem_lightning.modules.scoring import Objective
 from aem_lightning.modules.settings import UpdateSettings
 from aem_lightning.rollout import minibatches
@@ -52,17 +53,23 @@ class UpdatePlan:
         settings: UpdateSettings,
         generator: torch.Generator,
         skipped: str | None = None,
+        groups: Tensor | None = None,
     ) -> UpdatePlan:
         """A random plan for S rows; ``active`` [S] bool says which have a gradient.
 
-        Minibatches are drawn from all rows, so what is active changes no row's step.
+        Minibatches are drawn from all rows, so what is active changes no row's step; and from those
+        of all ranks in the order of their ``groups`` [S], so neither does the number of ranks.
+        Without groups there are no other ranks.
         """
         is_active = active.tolist()
-        steps = [
-            Step(rows, [row for row in rows if is_active[row]])
+        places, count = places_of_rows(torch.zeros_like(active) if groups is None else groups)
+        row_at = {place: row for row, place in enumerate(places.tolist())}
+        drawn = [
+            [row_at[at] for at in part if at in row_at]
             for _ in range(settings.update_epochs)
-            for rows in minibatches(len(is_active), settings.num_minibatches, generator)
+            for part in minibatches(count, settings.num_minibatches, generator)
         ]
+        steps = [Step(rows, [row for row in rows if is_active[row]]) for rows in drawn]
         idle = [row for row, needed in enumerate(is_active) if not needed]
         return cls(steps, settings.num_minibatches, idle, skipped)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import datasets
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from aem_lightning.modules.policy import Policy
 from aem_lightning.rollout import micro_batches
@@ -19,9 +18,24 @@ from aem_lightning.types import Trajectory
 PROMPT, RESPONSE, SLIP = 0, 1, 2
 
 
+class Demonstrations(Dataset[dict[str, list[int]]]):
+    """Rows by number, columns by name; lists of some megabytes, which want no library."""
+
+    def __init__(self, columns: Mapping[str, list[list[int]]]) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._columns["input_ids"])
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self._columns[key]
+        return {name: values[key] for name, values in self._columns.items()}
+
+
 def demonstrations_dataset(
     trajectories: Sequence[Trajectory], slips: Collection[tuple[str, int]] = ()
-) -> datasets.Dataset:
+) -> Demonstrations:
     """The rows of expert trajectories, as columns ``input_ids`` and ``kind``.
 
     Args:
@@ -38,7 +52,7 @@ def demonstrations_dataset(
         kept = [i for i, kind in enumerate(kinds) if RESPONSE in kind]
         columns["input_ids"] += [trajectory.rows[i] for i in kept]
         columns["kind"] += [kinds[i] for i in kept]
-    return datasets.Dataset.from_dict(columns)
+    return Demonstrations(columns)
 
 
 class DemonstrationSampler(Sampler[list[int]]):

@@ -112,14 +112,20 @@ class DecodeGraphs:
 
 
 class CudaCapture:
-    """Captures steps as CUDA graphs that share one pool of memory."""
+    """Captures steps as CUDA graphs that share one pool of memory, on one stream.
+
+    The stream is its own, and the same for warm-up and capture: each has a workspace of cuBLAS. On
+    torch's default stream for captures, the end of one engine's graphs would clear the workspaces
+    of another's (pytorch issue 193402).
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None  # torch's handle
+        self._stream: Any = None  # made at the first capture, on the device in use
 
     def __call__(self, step: Step) -> Step:
-        """Warm ``step`` up on a stream of its own, capture it, and return its replay."""
-        stream = torch.cuda.Stream()
+        """Warm ``step`` up, capture it, and return its replay."""
+        stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with _uncached_autocast():
             with torch.cuda.stream(stream):
@@ -131,7 +137,7 @@ class CudaCapture:
             # inner one stays on its own.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, pool=self._pool),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream),
             ):
                 output = step()
         self._pool = self._pool or graph.pool()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aem_lightning.functional.logprob import wide_product
+
 _PROBE = 100.0  # large: a soft cap changes large logits first
 
 
@@ -44,14 +46,13 @@ class Head:
         return weight if self._is_product else None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V] of last hidden states [T, d], in the dtype that the model gives.
+        """Logits [T, V] of last hidden states [T, d]; those of a product in float32 or wider.
 
         Raises:
             ValueError: The model does not call what it names as its decoder.
         """
-        if self.weight is not None:
-            product: Tensor = self._model.get_output_embeddings()(hidden)
-            return product
+        if (weight := self.weight) is not None:
+            return wide_product(hidden, weight)
         return self._own(hidden)
 
     def _own(self, hidden: Tensor) -> Tensor:

@@ -78,8 +78,17 @@ class SlotCache:
 
     def copy(self, source: Sequence[int], target: Sequence[int], tokens: int) -> None:
         """Copy the first ``tokens`` of the source rows to the target rows, all at once."""
+        # One upload, in place of two a block: a list in an index is uploaded by itself.
+        rows = torch.tensor([list(source), list(target)])
         for block in (*self._keys.values(), *self._values.values()):
-            block[list(target), :, :tokens] = block[list(source), :, :tokens]
+            rows = rows.to(block.device)  # where layers lie on several, a few more
+            block[rows[1], :, :tokens] = block[rows[0], :, :tokens]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated."""
+        blocks = (*self._keys.values(), *self._values.values())
+        return sum(block.nbytes for block in blocks)
 
     def held(self, tokens: int, most: int) -> dict[str, Tensor] | None:
         """The first ``tokens`` of every row, on the CPU, by name; ``None`` above ``most`` bytes."""
@@ -121,3 +130,38 @@ def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     """What matrix products on ``device`` compute in: autocast's type, else the ``stored`` one."""
     autocast = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if autocast else stored
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes of ``device`` that can still be had; ``None`` on a CPU, whose memory is paged."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached
+
+
+def check_room(token_bytes: int, slots: int, length: int, free: int) -> None:
+    """Raise where keys and values of ``slots`` episodes do not fit into ``free`` bytes.
+
+    Args:
+        token_bytes: Of the keys and values of a token, over all layers.
+        slots: Episodes that can be open at once.
+        length: Tokens of each.
+        free: What there is.
+
+    Raises:
+        MemoryError: With what fits.
+    """
+    needed = token_bytes * slots * length
+    if needed <= free:
+        return
+    fits = free // (token_bytes * length)
+    shorter = free // (token_bytes * slots)
+    raise MemoryError(
+        f"The keys and values of engine=hf take {needed / 1e9:.1f} GB (concurrency={slots} "
+        f"episodes of max_context={length} tokens, {token_bytes / 1e3:.0f} kB each), and "
+        f"{free / 1e9:.1f} GB are left beside the model. Type concurrency={max(1, fits)} or "
+        f"max_context={shorter}"
+        + ("" if fits else ": not one episode fits, so take both down, or a smaller policy=...")
+    )

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from aem_lightning.rollout.auto_model import CacheKind, pick_model
-from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
 from aem_lightning.rollout.finite import NotFiniteError
 from aem_lightning.rollout.plain_model import PlainModel
@@ -106,6 +105,7 @@ class SlotEngine:
         Raises:
             RuntimeError: Requests are unfinished; they would be drawn from two policies.
             ValueError: ``cache="slots"``, and the model is of a kind that it would compute wrongly.
+            MemoryError: Keys and values do not fit beside the model.
         """
         unfinished = len(self._waiting) + len(self._running)
         if unfinished:
@@ -115,11 +115,16 @@ class SlotEngine:
             )
         shape = self.slots, self.max_length, self.bucket
         model = self._model = pick_model(self.cache, policy.causal_lm, self._model, shape)
-        wanted = self.cuda_graphs != "off" and model.device.type == "cuda"
-        if wanted and isinstance(model, SlotModel) and model.graphs is None:
-            model.graphs = DecodeGraphs(self.slots, self.max_length - 1)
+        if isinstance(model, SlotModel):
+            model.prepare(graphs=self.cuda_graphs != "off")
         self.version = version
         self._forget()
+
+    def release(self) -> bool:
+        """Drop model, cache and graphs until the next `sync`; whether a GPU's memory is freed."""
+        model, self._model = self._model, None
+        self._forget()
+        return model is not None and model.device.type == "cuda"
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests; at most one unfinished request a key.

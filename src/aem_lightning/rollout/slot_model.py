@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from aem_lightning.rollout.adapters import AdapterCopies
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.head import Head, probe_rows
+from aem_lightning.rollout.padding import doubled, filled, spread, widened
 from aem_lightning.rollout.sampling import evaluated
-from aem_lightning.rollout.slot_cache import SlotCache, compute_dtype
+from aem_lightning.rollout.slot_cache import SlotCache, check_room, compute_dtype, free_bytes
 
 _ATTENTION = "aem_slots"
 # A wave of prompts is padded to its longest. Its padding may reach a quarter of its tokens, or this
@@ -66,6 +68,8 @@ class SlotModel:
         # into place. Its buffers and 4-bit scales, which graphs read too, need not have.
         self._held = min(parameters, key=torch.Tensor.numel).data
         self.graphs: DecodeGraphs | None = None
+        self.adapters = AdapterCopies(causal_lm, self._kind)
+        self.few_shapes = self.device.type == "cuda"
         if not trial and causal_lm not in _TRIED:
             self._try()
             _TRIED.add(causal_lm)
@@ -84,6 +88,25 @@ class SlotModel:
             if self._addresses == earlier._addresses and earlier.graphs is not None:
                 self.graphs = earlier.graphs
                 self._band = earlier._band
+                self.adapters = earlier.adapters
+
+    def prepare(self, *, graphs: bool) -> None:
+        """Take the adapters' present weights; be ready to capture ``graphs``, on a GPU.
+
+        Raises:
+            MemoryError: The keys and values, not yet there, do not fit beside the model.
+        """
+        if self.graphs is None and graphs and self.device.type == "cuda":
+            self.graphs = DecodeGraphs(self.cache.slots, self._max_length - 1)
+        self.adapters.refresh()
+        free = free_bytes(self.device)
+        if free is None or self.cache.nbytes:
+            return
+        config, queries = self._config, self._config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or queries
+        width = getattr(config, "head_dim", None) or config.hidden_size // queries
+        token = 2 * config.num_hidden_layers * heads * width * self._kind.itemsize
+        check_room(token, self.cache.slots, self._max_length, free)
 
     def _try(self) -> None:
         """Raise unless two short rows, each fed in two pieces, get the model's own logits."""
@@ -124,7 +147,7 @@ class SlotModel:
         attention = self._config._attn_implementation
         AttentionInterface.register(_ATTENTION, _slot_attention)
         AttentionMaskInterface.register(_ATTENTION, _slot_mask)
-        with evaluated(self.causal_lm):
+        with evaluated(self.causal_lm), self.adapters.in_place():
             self._config._attn_implementation = _ATTENTION
             try:
                 yield
@@ -147,13 +170,25 @@ class SlotModel:
             logits = self.graphs.step(self, rows, starts, tokens, read)
             if logits is not None:
                 return logits
+        own = list(rows)
+        if self.few_shapes:
+            # What the others of a wave write goes into the bin, and what they read nobody sees.
+            rows = filled(rows, self.cache.slots)
+            starts = spread(rows, own, starts, self._max_length - 1)
+            chunks = spread(rows, own, chunks, [0])
+            counts = [len(chunk) for chunk in chunks]
+            width = widened(width) if width > 1 else 1
+            read = min(self._max_length, doubled(read, self._bucket))
         padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
         start = torch.tensor(starts, device=self.device)
         positions = start[:, None] + torch.arange(width, device=self.device)
         self.cache.aim(rows, positions.clamp(max=self._max_length - 1), read)
         ids = torch.tensor(padded, device=self.device)
         last = torch.tensor(counts, device=self.device) - 1
-        return self._run(ids, positions, last, read)
+        logits = self._run(ids, positions, last, read)
+        if len(own) == len(rows):
+            return logits
+        return logits[torch.tensor([rows.index(row) for row in own], device=self.device)]
 
     def decode(self, tokens: Tensor, positions: Tensor, read: int) -> Tensor:
         """Append a token [b] to each of the first b rows; next-token logits [b, V], float32.

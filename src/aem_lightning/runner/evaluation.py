@@ -7,15 +7,15 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakSet
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aem_lightning.algorithms.ranks import from_all_ranks
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import AgentModule, Policy
 from aem_lightning.modules.adapter import with_adapter
@@ -49,8 +49,6 @@ from aem_lightning.runner.trust import check_trusted, literal
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _CHECKED: WeakSet[Policy] = WeakSet()
 PROGRESS = {"progress": {"_target_": "aem_lightning.callbacks.Progress"}}
 
@@ -80,14 +78,16 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
     checkpoint = read_checkpoint(path)
     trained = checked_config(cfg, checkpoint["aem_lightning"]["config"])
     check_server(trained)
-    datamodule = build_datamodule(trained)
+    datamodule, ending = build_datamodule(trained), contextlib.ExitStack()
     try:
         policy, _ = build_policy(trained, datamodule)
         module = build_agent(trained, policy, datamodule)
+        ending.callback(getattr(module.engine, "release", bool))
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
         yield Restored(path, trained, module, datamodule)
     finally:
+        ending.close()
         datamodule.close()
 
 
@@ -201,15 +201,6 @@ def check_agent(trainer: L.Trainer, module: AgentModule) -> None:
         gaps = self_check(module.policy, engine, module.update_settings.packing)
     _CHECKED.add(module.policy)
     log.info("self-check: %s", gaps or "the model's own logits are not finite")
-
-
-def from_all_ranks(mine: list[T]) -> list[T]:
-    """The entries of all ranks, one rank after the other."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return mine
-    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, mine)
-    return [entry for part in gathered for entry in part]
 
 
 def checked_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:

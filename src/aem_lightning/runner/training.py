@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
 
+from aem_lightning.algorithms.ranks import from_all_ranks
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.datamodules.agent import TaskSampler
 from aem_lightning.envs import check_env
@@ -28,7 +30,7 @@ from aem_lightning.runner.build import (
 )
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
-from aem_lightning.runner.evaluation import check_agent, from_all_ranks, play_all
+from aem_lightning.runner.evaluation import check_agent, play_all
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
 from aem_lightning.runner.preflight import preflight
@@ -47,7 +49,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.stage == "train":
         check_server(cfg)
     remember(cfg)
-    with held(Path(cfg.paths.output_dir)):
+    with held(Path(cfg.paths.output_dir)), ExitStack() as ending:
         checkpoint = find_checkpoint(cfg, cfg.name) or requeued_checkpoint(cfg)
         # Now: a broken file must show before anything is made.
         earlier = None if checkpoint is None else earlier_run(cfg, checkpoint)
@@ -60,19 +62,28 @@ def train(cfg: DictConfig) -> dict[str, Any]:
                 return check_only(cfg, datamodule)
             if cfg.stage == "warm_start":
                 return warm_start_only(cfg, datamodule, clock)
-            return reinforce(cfg, datamodule, clock, earlier)
+            return reinforce(cfg, datamodule, clock, earlier, ending)
         finally:
             datamodule.close()
 
 
 def reinforce(
-    cfg: DictConfig, datamodule: AgentDataModule, clock: StageClock, earlier: Earlier | None
+    cfg: DictConfig,
+    datamodule: AgentDataModule,
+    clock: StageClock,
+    earlier: Earlier | None,
+    ending: ExitStack,
 ) -> dict[str, Any]:
-    """The reinforcement stage, between two evaluations; ``earlier`` is the run it goes on from."""
+    """The reinforcement stage, between two evaluations; ``earlier`` is the run it goes on from.
+
+    What has to be given back, however the run ends, is left with ``ending``: the trainer and its
+    module hold each other, so keys, values and graphs of one run would be there in the next.
+    """
     output = Path(cfg.paths.output_dir)
     with clock("warm_start"):
         policy, _ = build_policy(cfg, datamodule)
     module = build_agent(cfg, policy, datamodule)
+    ending.callback(getattr(module.engine, "release", bool))
     trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
     # What ranks cannot share is refused now, before a game is played.
     TaskSampler(1, cfg.tasks_per_iteration, 1, cfg.seed, world_size=trainer.world_size)
