@@ -86,10 +86,11 @@ def page() -> str:
         "python train.py experiment=alfworld_smollm2   # games, warm start, GRPO + AEM",
         "```",
         "",
-        "The model imitates a careless expert in the paper's format, thoughts included, then learns "
-        f"from how its own episodes end. Both evaluations play {before['episodes']} games that "
-        "nothing was trained on, at temperature 1. Intervals are Wilson 95 %, and these two "
-        f"{apart}. The machine was shared: on one of its own times are shorter.",
+        "The model imitates a careless expert in the paper's format, thoughts included, then "
+        "learns from how its own episodes end. Both evaluations play "
+        f"{before['episodes']} games that nothing was trained on, at temperature 1. Intervals are "
+        f"Wilson 95 %, and these two {apart}. The machine was shared: on one of its own times are "
+        "shorter.",
         "",
         "| what | figure |",
         "|---|---|",
