@@ -22,11 +22,10 @@ EXPERIMENTS = sorted(
 )
 
 
-# Besides their folder, what small data needs; six training tasks each. And what a small model has.
+# Besides their folder, what small data needs; six training tasks each.
 DATA = {
     "webshop": ("datamodule.nouns=given", "datamodule.splits={test:[0,6],train:[6,12]}"),
 }
-MODEL = {"alfworld_smollm2": ("policy.lora.target_modules=all-linear",)}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -42,7 +41,6 @@ def test_an_experiment_cannot_be_made(
             f"datamodule.root={root}",
             "datamodule.generate=null",
             *DATA.get(benchmark, ()),
-            *MODEL.get(experiment, ()),
             f"paths.root_dir={tmp_path}",
             f"paths.output_dir={tmp_path}",
             "trainer.accelerator=cpu",

@@ -29,7 +29,7 @@ CURVES = (
 SETTINGS = (
     *("tasks_per_iteration", "group_size", "max_turns", "max_new_tokens", "temperature"),
     *("num_minibatches", "optimizer.lr", "policy.dtype", "policy.lora.r"),
-    *("policy.lora.alpha", "policy.lora.target_modules", "policy.warm_start.lr"),
+    *("policy.lora.alpha", "policy.warm_start.slip", "policy.warm_start.lr"),
 )
 HEAD = """\
 ## SmolLM2-135M-Instruct on a laptop
@@ -52,13 +52,7 @@ def keep(run: Path) -> None:
     names = ("iterations", "seed", "success_before", "success_after", "verdict", "seconds")
     kept = {name: summary[name] for name in names}
     kept["settings"] = {name: OmegaConf.select(config, name) for name in SETTINGS}
-    # A warm start may have begun with what an earlier one left.
-    earlier = Path(settings.base or "", RESULT)
-    known = [json.loads(earlier.read_text(encoding="utf-8"))] if earlier.is_file() else []
-    kept["demonstrations"] = [
-        *(report["settings"]["demonstrations"] for report in known),
-        settings.demonstrations,
-    ]
+    kept["demonstrations"] = [*imitated_before(settings.base), settings.demonstrations]
     kept["curves"] = {
         name: [round(y, 5) for y in curve[1]] for name, curve in read_curves(run, CURVES).items()
     }
@@ -66,6 +60,15 @@ def keep(run: Path) -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     (KEPT / "run.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     draw([run], KEPT / "curve.png")
+
+
+def imitated_before(base: str | None) -> list[int]:
+    """The demonstrations of earlier warm starts, whose result this one began with."""
+    report = Path(base or "", RESULT)
+    if not report.is_file():
+        return []
+    earlier = json.loads(report.read_text(encoding="utf-8"))["settings"]
+    return [*imitated_before(earlier["base"]), earlier["demonstrations"]]
 
 
 def chosen(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
@@ -91,7 +94,7 @@ def page() -> str:
         "after": percent(after),
         "training episodes won": ends(curves["train/success_rate"]),
         "token entropy, nats": ends(curves["aem/entropy"]),
-        "expert episodes that it imitated": " and then ".join(map(str, kept["demonstrations"])),
+        "expert episodes that it imitated": ", then ".join(map(str, kept["demonstrations"])),
         "iterations, episodes": f"{kept['iterations']}, {played}",
         "reinforcement, hours": f"{sum(curves['time/total']) / 3600:.2f}",
         "groups that were mixed": f"{100 * fmean(curves['rollout/mixed_groups']):.0f} %",
