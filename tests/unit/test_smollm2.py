@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from models import smollm2
+from omegaconf import OmegaConf
 from runs import ROOT, Keep, composed, equal_bits, fit, weights
+from torch.utils.tensorboard import SummaryWriter
 
+from aem_lightning.callbacks.transcripts import append_json_line, episode_record
 from aem_lightning.modules import Policy
 from aem_lightning.rollout import PromptEncoder, Request, Sampling, SlotEngine
 from aem_lightning.runner.build import instantiate
-from aem_lightning.types import EnvStep
+from aem_lightning.types import EnvStep, Task, Trajectory
 
 FOLDER = Path(os.environ.get("SMOLLM2", ROOT / "data" / "models" / "smollm2-135m-instruct"))
 real = pytest.mark.skipif(
@@ -99,17 +102,60 @@ def test_an_iteration_leaves_the_model_as_it_was(alfworld_root: Path, tmp_path: 
     assert not equal_bits(before, weights(module))
 
 
-@pytest.mark.skipif(
-    not (smollm2.KEPT / "run.json").is_file(),
-    reason="no run was kept: python -m models.smollm2 <run> does",
-)
-def test_the_page_tells_another_run_than_the_one_that_was_kept() -> None:
-    kept = json.loads((smollm2.KEPT / "run.json").read_text(encoding="utf-8"))
+# ------------------------------------------------------------------------------------------- page
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The folder of a run of six iterations, whose warm start began with what another one left."""
+    run, earlier = tmp_path / "run", tmp_path / "earlier"
+    earlier.mkdir()
+    before = {"settings": {"demonstrations": 70, "base": None}}
+    (earlier / "warm_start.json").write_text(json.dumps(before))
+    with SummaryWriter(str(run / "tensorboard")) as writer:
+        for tag in smollm2.CURVES:
+            for x in range(6):
+                writer.add_scalar(tag, 0.1 * x, x)
+    part = {"episodes": 60, "by_type": {}}
+    summary = {
+        "success_before": {"rate": 0.25, "low": 0.158, "high": 0.372, **part},
+        "success_after": {"rate": 0.6, "low": 0.474, "high": 0.714, **part},
+        **{"iterations": 6, "seed": 0, "verdict": None, "seconds": {"training": 60.0}},
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / ".hydra").mkdir()
+    cfg = composed(["experiment=alfworld_smollm2", f"policy.warm_start.base={earlier}"])
+    OmegaConf.save(cfg, run / ".hydra" / "config.yaml")
+    turn = {"observation": "You see a mug.\n\nYour task.", "tokens": 3, "finish_reason": "stop"}
+    turn |= dict.fromkeys(("reward", "entropy", "advantage", "alpha"))
+    said = {"response": "<think>a</think>", "action": None, "valid": False}
+    for stage, iteration, won in [
+        *(("test", None, True), ("test", None, False), ("train", 0, True), ("validate", 2, True)),
+        *(("test", 5, True), ("test", 5, False), ("test", 5, True)),
+    ]:
+        task = Task(f"{stage}/{iteration}", "look", "valid_unseen")
+        record = episode_record(Trajectory(task, 0, 0, won=won))
+        record |= {"stage": stage, "iteration": iteration, "turns": [turn | said]}
+        append_json_line(run / "transcripts.jsonl", record)
+    return run
+
+
+def test_the_page_tells_other_figures_than_the_runs(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm2, "KEPT", tmp_path / "kept")
+    assert "No run has been kept yet" in smollm2.page()
+    smollm2.keep(finished)
     told = smollm2.page()
-    for name in ("success_before", "success_after"):
-        found = kept[name]
-        rate, low, high = (f"{100 * found[part]:.1f}" for part in ("rate", "low", "high"))
-        assert f"{rate} % [{low}, {high}] of 60 |" in told
-    assert told.count("**Before: ") == 1
-    assert told.count("**After iteration ") == 2
-    assert (smollm2.KEPT / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "| unseen games won before reinforcement | 25.0 % [15.8, 37.2] of 60 |" in told
+    assert "| after | 60.0 % [47.4, 71.4] of 60 |" in told
+    assert "these two do not overlap" in told
+    assert "| training episodes won | 0.100 in the first 3 iterations, 0.400 in the last |" in told
+    assert "| expert episodes that it imitated | 70, then 450 |" in told
+    assert "| iterations, episodes | 6, 288 |" in told
+    assert [line for line in told.splitlines() if line.startswith("**")] == [
+        "**Before: lost in 1 turns**",
+        *["**After iteration 5: won in 1 turns**"] * 2,
+    ]
+    assert "    > <think>a</think>    (malformed)\n" in told
+    assert (tmp_path / "kept" / "curve.png").read_bytes().startswith(b"\x89PNG")
