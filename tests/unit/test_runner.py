@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from runs import built, composed, curves, toy_config
+from safetensors.torch import load_file
 
 from aem_lightning.runner import evaluate, train, training
-from aem_lightning.runner.build import build_trainer
+from aem_lightning.runner.build import build_datamodule, build_trainer, warm_start
 from aem_lightning.runner.evaluation import _training_config
 from aem_lightning.viewer import read_episodes
 
@@ -173,3 +175,17 @@ def test_wishes_change_the_stored_config_and_unknown_ones_are_refused(root):
     misspelt = evaluation(root, 'overrides=["datamodule.wokers=5"]')
     with pytest.raises(ValueError, match=r"datamodule\.wokers=5.*'wokers' is not.*--cfg job"):
         _training_config(misspelt, stored)
+
+
+def test_a_warm_start_from_a_model_starts_from_other_weights(root, toy_model):
+    """Its adapters are trained and merged: every weight that has none is the model's own."""
+    where = (f"+policy.warm_start.base={toy_model}", "policy.lora.target_modules=[q_proj]")
+    datamodule = build_datamodule(cfg := config(root, "base", "policy.architecture=null", *where))
+    try:
+        made = load_file(warm_start(cfg, datamodule).folder / "model.safetensors")
+    finally:
+        datamodule.close()
+    base = load_file(Path(toy_model) / "model.safetensors")
+    assert made.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], made[name])}
+    assert changed == {name for name in base if "q_proj.weight" in name}

@@ -56,6 +56,37 @@ def test_a_signal_stops_what_must_come_to_its_end() -> None:
     assert done == ["the update"]
 
 
+def test_a_trainer_that_takes_long_to_tidy_up_ends_in_an_alarm_clock(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """At its end it gives back what it found at its start, before there was any alarm."""
+
+    def run() -> None:
+        found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
+        try:
+            send(signal.SIGTERM)
+        finally:
+            for number, handler in found.items():
+                signal.signal(number, handler)
+            time.sleep(1.2)
+
+    with pytest.raises(Stopped), stoppable():
+        run()
+    assert caplog.messages[0].startswith("SIGTERM: stopped.")
+
+
+def test_an_alarm_of_somebody_else_is_swallowed() -> None:
+    heard: list[int] = []
+    former = signal.signal(signal.SIGALRM, lambda number, frame: heard.append(number))
+    try:
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGALRM)
+            time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert heard == [signal.SIGALRM]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_is_lost_in_a_callback_of_the_garbage_collector() -> None:
     class Thing:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from coin import ACTIONS, CoinExpert
 from local_coin import LocalCoin
-from tiny_play import PLAIN, SMALL, coin_task, make_policy
+from tiny_play import PLAIN, SMALL, TAGGED, byte_tokenizer, coin_task, make_policy
 
 from aem_lightning.modules import (
     DemonstrationSampler,
@@ -135,6 +135,44 @@ def test_slips_are_the_turns_that_were_not_the_experts_choice():
     assert differ > 0
     assert 20 < len(slips) < sum(len(trajectory.turns) for trajectory in played)
     assert demonstrations(settings)[1] == slips
+
+
+class ThoughtfulExpert(CoinExpert):
+    """Says what it does, and how often it has been asked."""
+
+    thought = ""
+
+    def act(self, observation, admissible):
+        action = super().act(observation, admissible)
+        self.thought = f"I {action}"
+        return action
+
+
+class Thoughtful(LocalCoin):
+    def make_expert(self, task, seed):
+        return ThoughtfulExpert(seed % 3)
+
+
+@pytest.mark.parametrize("slip", [0.0, 0.5])
+def test_a_demonstration_does_not_tell_the_experts_own_thought(slip):
+    """Also before a slip: the expert meant something else, and its hands were careless."""
+    prompt = replace(
+        TAGGED, demonstration="<think>{thought}</think><action>{action}</action>", action="tagged"
+    )
+    encoder = PromptEncoder(byte_tokenizer(), prompt, "transcript")
+    limits = {"max_turns": 4, "max_context": 2048, "max_new_tokens": 128}
+    settings = replace(SETTINGS, slip=slip)
+    played, slips = play_demonstrations(Thoughtful(), encoder, settings, RewardShaping(), limits)
+    told = {
+        (trajectory.key, t): (turn.action, turn.response)
+        for trajectory in played
+        for t, turn in enumerate(trajectory.turns)
+    }
+    for key, (action, response) in told.items():
+        thought = response.partition("</think>")[0].removeprefix("<think>I ")
+        assert thought in ACTIONS
+        assert thought == action or key in slips
+    assert bool(slips) == bool(slip)
 
 
 def test_the_key_changes_with_every_part_and_with_nothing_else():

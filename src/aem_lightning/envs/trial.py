@@ -19,7 +19,7 @@ class ActionWords(Protocol):
 
     @property
     def demonstration(self) -> str:
-        """A template with ``{action}``."""
+        """A template with ``{action}``, and with ``{thought}`` where experts tell theirs."""
         ...
 
     def parse(self, response: str) -> str | None:
@@ -142,7 +142,7 @@ class Trial:
                 "action is malformed"
             )
         for action in (NONSENSE, *(start[1].get("admissible_actions") or ())):
-            response = self._prompt.demonstration.format(action=action)
+            response = self._prompt.demonstration.format(action=action, thought="")
             found = self._prompt.parse(response)
             if found != action:
                 kind = "inadmissible, not malformed" if action == NONSENSE else "admissible"

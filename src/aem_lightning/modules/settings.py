@@ -108,6 +108,8 @@ class WarmStartSettings:
 
     Attributes:
         required: The policy is made by this stage; it has no other weights.
+        base: The hub name or folder of the model that such a policy is made from; ``None`` makes it
+            from nothing but its architecture.
         demonstrations: Expert episodes to play.
         max_turns: Turns of a demonstration; ``None`` allows as many as the run does.
         slip: Share of random actions in them, from which the expert has to recover.
@@ -122,6 +124,7 @@ class WarmStartSettings:
     """
 
     required: bool = False
+    base: str | None = None
     demonstrations: Count = 1000
     max_turns: Count | None = None
     slip: Share = 0.0

@@ -117,9 +117,10 @@ class PromptEncoder:
         follow_up = self.prompt.next_message(step, turns).pieces
         return trajectory.rows[-1] + self._follow_up(follow_up, turns[-1].finish_reason)
 
-    def demonstrate(self, action: str) -> list[int]:
+    def demonstrate(self, action: str, thought: str = "") -> list[int]:
         """The ids of an expert's response, end token included."""
-        return [*self._tokens.encode(self.prompt.demonstrated(action).pieces), *self.stop_ids]
+        pieces = self.prompt.demonstrated(action, thought).pieces
+        return [*self._tokens.encode(pieces), *self.stop_ids]
 
     def constraint(self, step: EnvStep) -> Constraint | None:
         """What the response to ``step`` may be; ``None`` for anything.

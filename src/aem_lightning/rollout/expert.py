@@ -13,7 +13,10 @@ from aem_lightning.rollout.engine import Result
 
 
 class Expert(Protocol):
-    """A player that reads what the environment shows."""
+    """A player that reads what the environment shows.
+
+    It may also have a ``thought``: in a few words, why it chose its last action.
+    """
 
     def act(self, observation: str, admissible: Sequence[str]) -> str:
         """The next action."""
@@ -69,7 +72,8 @@ class ExpertResponder:
             earlier = turns[rng.randrange(len(turns))].admissible_actions if turns else admissible
             action = rng.choice(sorted(rng.choice((admissible, earlier)))) if admissible else action
             self.slips.add((key, len(turns)))
-        tokens = self.encoder.demonstrate(action)
+        # A slip comes after the expert's own thought: careless hands, not careless thinking.
+        tokens = self.encoder.demonstrate(action, getattr(self._experts[key], "thought", ""))
         return Result(
             key=key,
             tokens=tokens,

@@ -107,7 +107,8 @@ class Prompt:
         turn: The user message of every later turn under ``memory=transcript``.
         window: The whole user message of every later turn under ``memory=window``.
         history_item: One past turn inside ``history``.
-        demonstration: How an expert's ``{action}`` is written as a response.
+        demonstration: How an expert's ``{action}``, and its ``{thought}`` if it tells one, are
+            written as a response.
         system: The system message; ``None`` sends none (a chat template may still add its own).
         action: ``tagged`` finds the action in one pair of action tags, ``react`` in one line
             ``Action: ...`` before any line ``Observation: ...`` (what a model makes up for itself
@@ -144,7 +145,7 @@ class Prompt:
             "turn": _FIELDS,
             "window": _FIELDS,
             "history_item": _ITEM_FIELDS,
-            "demonstration": ("action",),
+            "demonstration": ("action", "thought"),
         }
         for name, allowed in templates.items():
             try:
@@ -164,9 +165,9 @@ class Prompt:
         """The user message that answers the last response, under ``memory=transcript``."""
         return fill_in(self.turn, self._fields(step, turns, 0))
 
-    def demonstrated(self, action: str) -> Message:
-        """An expert's ``action`` as a response."""
-        return fill_in(self.demonstration, {"action": action})
+    def demonstrated(self, action: str, thought: str = "") -> Message:
+        """An expert's ``action`` as a response, with the ``thought`` behind it."""
+        return fill_in(self.demonstration, {"action": action, "thought": thought})
 
     def window_message(self, step: EnvStep, turns: Sequence[Turn], history_length: int) -> Message:
         """The user message with the last ``history_length`` turns, under ``memory=window``."""

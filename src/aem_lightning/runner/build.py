@@ -166,7 +166,8 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     limits = {key: cfg[key] for key in ("max_context", "max_new_tokens")}
     limits["max_turns"] = settings.max_turns or cfg.max_turns
     policy_config = plain(cfg.policy)
-    if policy_config["model"] is None:
+    model = cfg.policy.model or settings.base
+    if model is None:
         policy_config.pop("lora")  # a tiny model is warm-started without adapters
     key = warm_start_key(
         policy_config,
@@ -177,11 +178,11 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     )
     name = f"{type(datamodule).__name__.lower()}_{key}"
     folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / name
-    if cfg.policy.model is None:
+    if model is None:
         architecture = Architecture(**plain(cfg.policy.architecture))
         base = tiny_base(datamodule, architecture, settings.seed)
     else:
-        base = load_policy(cfg, cfg.policy.model, lora=lora_of(cfg))
+        base = load_policy(cfg, model, lora=lora_of(cfg))
     trainer = {
         "accelerator": cfg.trainer.accelerator,
         "devices": 1,

@@ -182,7 +182,7 @@ def check_config(cfg: DictConfig) -> None:
             "policy.model=null, policy.warm_start.required=false: type policy.model=<hub name or "
             "folder>, or policy=tiny"
         )
-    elif cfg.policy.model is None and cfg.policy.architecture is None:
+    elif not (cfg.policy.model or cfg.policy.architecture or cfg.policy.warm_start.get("base")):
         problems.append("policy.architecture=null: no model can be made without: type policy=tiny")
     problems += [
         f"{group}=custom: whose? type {group}._target_=my_package.{name}, the class of an "

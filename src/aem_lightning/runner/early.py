@@ -50,7 +50,9 @@ def check_training(cfg: DictConfig) -> None:
     splits = _splits(cfg.datamodule.get("evaluation_splits"))
     finds: list[Callable[[], object]] = [partial(_find_data, cfg.datamodule, splits)]
     if cfg.stage != "check":  # which has no policy
-        finds.append(partial(_find_model, cfg.policy.model))
+        base = cfg.policy.warm_start.get("base") if cfg.policy.model is None else None
+        finds.append(partial(_find_model, "policy.model", cfg.policy.model))
+        finds.append(partial(_find_model, "policy.warm_start.base", base))
         finds.append(partial(read_template, cfg.policy.chat_template))
     missing = []
     for find in finds:
@@ -137,24 +139,24 @@ def read_template(template: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def _find_model(model: str | None) -> None:
+def _find_model(key: str, model: str | None) -> None:
     if model is None:
         return
     folder = Path(model).expanduser()
     if not os.path.isdir(folder):
         if is_path(model):
             raise FileNotFoundError(
-                f"policy.model={model}: there is no such folder. Give the folder of a model, or "
-                "its name on the Hugging Face hub, or type policy=tiny"
+                f"{key}={model}: there is no such folder. Give the folder of a model, or its "
+                "name on the Hugging Face hub, or type policy=tiny; `make model` makes SmolLM2's"
             )
     elif (folder / CONFIG).is_file():  # transformers would put it on its model without a word
         raise FileNotFoundError(
-            f"policy.model={model}: an adapter, not a model. python eval.py adapter={model} plays "
+            f"{key}={model}: an adapter, not a model. python eval.py adapter={model} plays "
             "it; give the folder of a model to train"
         )
     elif not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"policy.model={model}: there is no model in it (no config.json). Give a folder that "
+            f"{key}={model}: there is no model in it (no config.json). Give a folder that "
             "save_pretrained wrote"
         )
 

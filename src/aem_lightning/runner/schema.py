@@ -33,7 +33,7 @@ def wrong_settings(
         of: A dataclass, or a class whose keyword arguments they are.
         given: The values, plain ones.
         key: Where they stand in the config; empty for its top, where other keys are allowed.
-        whole: Fields that have a default have to be given too.
+        whole: Fields that have a default have to be given too, unless it is ``None``.
     """
     fields, _ = arguments_of(of)
     if not is_dataclass(of):  # the others are not for a config
@@ -46,7 +46,7 @@ def wrong_settings(
         if given.get(name, MISSING) != MISSING:
             value, kind = given[name], field.annotation
             yield from wrong_value(where, value, kind, field.default, whole=whole)
-        elif whole or field.default is field.empty:
+        elif field.default is field.empty or (whole and field.default is not None):
             yield f"{where} is not given: type {_plus(name, given)}{where}=..."
 
 

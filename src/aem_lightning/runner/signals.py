@@ -55,7 +55,13 @@ class StopSignals:
         self._ticks = 0
 
     def install(self, *others: int) -> None:
-        """Take over the signals, ``others`` too; what was ignored (``nohup``) stays so."""
+        """Take over the signals, ``others`` too; what was ignored (``nohup``) stays so.
+
+        The alarm that `release` sets needs its handler now: at its end a trainer gives every signal
+        the handler that it found at its start, and an alarm without one ends the process.
+        """
+        self._former.setdefault(signal.SIGALRM, signal.getsignal(signal.SIGALRM))
+        signal.signal(signal.SIGALRM, self._tick)
         for number in (*ENDING, *others):
             former = signal.getsignal(number)
             if former is not signal.SIG_IGN:
@@ -64,9 +70,9 @@ class StopSignals:
 
     def restore(self) -> None:
         """Give the signals back."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, former in self._former.items():
             signal.signal(number, former)  # type: ignore[arg-type]  # what getsignal gave
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def release(self) -> None:
         """Nothing is half done here.
@@ -76,8 +82,6 @@ class StopSignals:
         """
         self.held = False
         if self._received is not None and not ranks.rank():
-            self._former.setdefault(signal.SIGALRM, signal.getsignal(signal.SIGALRM))
-            signal.signal(signal.SIGALRM, self._tick)
             signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
             raise Stopped(self._received[0], self.told)
 
@@ -97,6 +101,9 @@ class StopSignals:
 
         Python drops what is raised in the callback of a weak reference, as imports have them.
         """
+        former = self._former.get(signal.SIGALRM)
+        if self._received is None and callable(former):
+            former(number, frame)  # an alarm of somebody else's
         if self._received is None or self.held:
             return
         error = sys.exception()

@@ -26,7 +26,8 @@ class SearchingExpert:
 
     It visits the receptacles in an order of its own, opens what is closed, remembers what it saw,
     and does what the goal asks once it sees the target. It takes every turn's observation as news,
-    so others may act in between. It never sends an action that is not admissible.
+    so others may act in between. It never sends an action that is not admissible. ``thought`` says
+    in one or two short sentences what it believes and wants, in the words that the game uses.
 
     Args:
         game_params: The goal: ``task_type``, ``object_target``, ``parent_target``,
@@ -48,6 +49,7 @@ class SearchingExpert:
         self._held: str | None = None
         self._treated: dict[str, set[str]] = {}
         self._chosen: str | None = None  # the receptacle of the destination's class that it fills
+        self.thought = ""
 
     def act(self, observation: str, admissible: Sequence[str]) -> str:
         """The action that answers ``observation``, of those that are accepted now."""
@@ -88,8 +90,9 @@ class SearchingExpert:
         for place in sorted(self._contents, key=lambda place: place != self._place):
             for thing in self._contents[place]:
                 if _kind(thing) == self._target and not self._is_delivered(thing, place):
+                    self.thought = f"I need the {self._target}. I saw {thing} at {place}."
                     return self._at(place, f"take {thing} from {place}", allowed)
-        return self._search(allowed)
+        return self._search(self._target, allowed)
 
     def _is_delivered(self, thing: str, place: str) -> bool:
         """Whether ``thing`` lies where the goal wants it (pick-two: both in one receptacle)."""
@@ -110,20 +113,24 @@ class SearchingExpert:
             return self._look_under_lamp(allowed)
         if self._treatment and self._treatment not in self._treated.get(held, ()):
             tool = self._nearest(self._tool)
+            self.thought = f"I hold {held}. I have to {self._treatment} it with {tool} first."
             return self._at(tool, f"{self._treatment} {held} with {tool}", allowed, inside=False)
         if self._chosen is None:
             self._chosen = self._nearest(self._destination)
+        self.thought = f"I hold {held}. I have to bring it to {self._chosen}."
         return self._at(self._chosen, f"move {held} to {self._chosen}", allowed)
 
     def _look_under_lamp(self, allowed: frozenset[str]) -> str:
         for place, things in self._contents.items():
             for thing in things:
                 if _kind(thing) == self._lamp:
+                    self.thought = f"I hold {self._held}. I need {thing}, which I saw at {place}."
                     return self._at(place, f"use {thing}", allowed, inside=False)
-        return self._search(allowed)
+        return self._search(self._lamp, allowed)
 
     def _put_down(self, held: str, allowed: frozenset[str]) -> str:
         """Get rid of what the goal does not need: here, or at the next place that takes it."""
+        self.thought = f"I do not need {held}. I need the {self._target}."
         here = f"move {held} to {self._place}"
         if here in allowed:
             return here
@@ -131,15 +138,19 @@ class SearchingExpert:
             return f"open {self._place}"
         return f"go to {self._order[self._rng.randrange(len(self._order))]}"
 
-    def _search(self, allowed: frozenset[str]) -> str:
-        """Look into the place at hand, else go to the next one of the order."""
+    def _search(self, kind: str, allowed: frozenset[str]) -> str:
+        """Look for a thing of a class in the place at hand, else go to the next of the order."""
         if self._place and self._place not in self._searched and f"open {self._place}" in allowed:
+            self.thought = f"I look for the {kind}. {self._place} is closed."
             return f"open {self._place}"
         left = [place for place in self._order if place not in self._searched]
         if not left:  # something was moved behind its back: start over
             self._searched.clear()
             left = self._order
-        return f"go to {left[0]}" if left else "look"
+        if not left:
+            return "look"
+        self.thought = f"I look for the {kind}. I have not seen {left[0]} yet."
+        return f"go to {left[0]}"
 
     def _at(
         self, place: str | None, action: str, allowed: frozenset[str], *, inside: bool = True
@@ -154,7 +165,7 @@ class SearchingExpert:
         if inside and f"open {place}" in allowed:
             return f"open {place}"
         self._contents.pop(place, None)  # it is not as remembered
-        return self._search(allowed)
+        return self._search(self._lamp if self._held else self._target, allowed)
 
     def _nearest(self, kind: str) -> str | None:
         """The first receptacle of a class, the one at hand before others."""
