@@ -153,10 +153,10 @@ class PromptEncoder:
 
     def demonstrate(self, action: str) -> list[int]:
         """The ids of an expert's response, end token included."""
-        message = self.prompt.demonstrated(action)
-        if self._opened and message.startswith(self._opened):
-            message = message.partition(self._opened)[2]
-        return [*self._tokens.encode(message.pieces), self.end_id]
+        pieces = list(self.prompt.demonstrated(action).pieces)
+        if self._opened and pieces and not pieces[0].is_content:  # the tag stands in the prompt
+            pieces[0] = pieces[0]._replace(text=pieces[0].text.removeprefix(self._opened))
+        return [*self._tokens.encode(pieces), self.end_id]
 
     def constraint(self, step: EnvStep) -> Constraint | None:
         """What the response to ``step`` may be; ``None`` for anything.
@@ -334,8 +334,6 @@ class PromptEncoder:
             pieces += [*message.strip().pieces, Piece(text, False)]
         return pieces
 
-    def _encode_follow_up(
-        self, pieces: tuple[Piece, ...], after: str
-    ) -> list[int]:
+    def _encode_follow_up(self, pieces: tuple[Piece, ...], after: str) -> list[int]:
         """Ids between a sampled response and the next one."""
         return self._tokens.encode(self._framed(Message.of(pieces), after=after))

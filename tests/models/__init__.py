@@ -1,0 +1,1 @@
+"""What is known of models: measured, and written to docs/models.md by ``make models``."""
