@@ -115,13 +115,6 @@ def test_a_tokenizer_without_a_chat_template_is_an_error_that_says_what_to_type(
         PromptEncoder(byte_tokenizer(template=None), PLAIN)
 
 
-def test_an_end_token_that_the_template_never_writes_is_an_error():
-    tokenizer = byte_tokenizer()
-    tokenizer.eos_token = "<|endoftext|>"
-    with pytest.raises(ValueError, match=r"'<\|im_end\|>\\n', not with .* '<\|endoftext\|>'"):
-        PromptEncoder(tokenizer, PLAIN)
-
-
 def test_a_template_that_rewrites_earlier_turns_cannot_keep_a_transcript():
     rewriting = CHATML.replace(
         "{{ message.content }}", "{% if loop.last %}now: {% endif %}{{ message.content }}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
-from aem_lightning.rollout.prompt import THINK
+from aem_lightning.rollout.prompt import outside_thoughts
 
 OPEN, CLOSE = "<action>", "</action>"
 BLANK = re.compile(r"<[^<>]+>")
@@ -168,7 +168,6 @@ class TaggedCursor:
         decode = self.actions.decode
         if OPEN not in decode(self.tokens[-_TAIL:]).lower():
             return
-        visible = THINK.sub("", decode(self.tokens))
-        _, tag, begun = visible.partition(OPEN)
-        if tag and "<think>" not in visible.lower():
+        _, tag, begun = outside_thoughts(decode(self.tokens)).partition(OPEN)
+        if tag:
             self.inside = self.actions.endings(begun)

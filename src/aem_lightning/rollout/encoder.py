@@ -8,21 +8,26 @@ template rendered with the message itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+from jinja2.exceptions import TemplateError
 
 from aem_lightning.rollout.constraint import BLANK, Constraint, PlainActions, TaggedActions
-from aem_lightning.rollout.prompt import Message, Piece, Prompt
+from aem_lightning.rollout.prompt import Message, Piece, Prompt, outside_thoughts
 from aem_lightning.rollout.tokens import TextTokens
-from aem_lightning.types import EnvStep, FinishReason, Trajectory
+from aem_lightning.types import EnvStep, Trajectory, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Memory = Literal["window", "transcript"]
 ActionMode = Literal["free", "constrained"]
-_PROBE = "\ue000"  # private use: no template and no system message has it
+Thoughts = Literal["keep", "cut"]
+_PROBES = 0xE000  # private use: no template and no system message has what stands there
+_THINK = re.compile(r"\s*</?think>\s*")
 
 
 class Encoder(Protocol):
@@ -44,21 +49,28 @@ class PromptEncoder:
     """Turns what an environment shows into the token ids that the policy reads.
 
     ``memory=transcript``: the prompt of a turn is the row so far (prompt, sampled ids, prompt, ...)
-    plus the new user message, so an episode is one growing row. ``memory=window``: the prompt is
-    one fresh user message with the last ``history_length`` turns, so every turn is a row of its
-    own.
+    plus the new user message, so an episode is one growing row, thoughts included, also where the
+    template would drop earlier ones. With ``thoughts=cut`` the whole conversation is written anew
+    without earlier thoughts, so every turn is a row of its own. ``memory=window``: the prompt is
+    one fresh user message with the last ``history_length`` turns; every turn is a row, too.
+
+    A system message goes where the template puts it; where it takes none, or moves it from turn to
+    turn, it opens the first user message.
 
     Args:
-        tokenizer: A Hugging Face tokenizer with a chat template and an end-of-turn token.
+        tokenizer: A Hugging Face tokenizer with a chat template; `Policy` notes the end tokens of
+            the model's generation config in it, as ``generation_end_ids``.
         prompt: The message templates.
         memory: ``window`` or ``transcript``.
         history_length: Past turns inside a window prompt.
         action: ``free``, or ``constrained`` to the admissible actions, where an environment lists
             them.
+        thoughts: Of earlier replies under ``memory=transcript``: ``keep`` or ``cut``.
+        chat_template_kwargs: What the chat template is given beside the messages.
 
     Raises:
-        ValueError: Unknown ``memory`` or ``action``, no chat template, or a template that does not
-            close a reply with the end-of-sequence token.
+        ValueError: Unknown ``memory``, ``action`` or ``thoughts``, no chat template, one that
+            refuses a plain conversation, or no token that could end a reply.
     """
 
     def __init__(
@@ -68,8 +80,15 @@ class PromptEncoder:
         memory: Memory = "window",
         history_length: int = 2,
         action: ActionMode = "free",
+        thoughts: Thoughts = "keep",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, value, kind in (("memory", memory, Memory), ("action", action, ActionMode)):
+        choices = (
+            ("memory", memory, Memory),
+            ("action", action, ActionMode),
+            ("policy.thoughts", thoughts, Thoughts),
+        )
+        for name, value, kind in choices:
             if value not in get_args(kind):
                 allowed = ", ".join(f"{name}={choice}" for choice in get_args(kind))
                 raise ValueError(f"{name}={value!r} is unknown; allowed: {allowed}.")
@@ -91,9 +110,17 @@ class PromptEncoder:
         self.memory = memory
         self.history_length = history_length
         self.action = action
-        self._closing = self._closing_text()
-        turns = self._render(self._finished_conversation(), reply=False)
-        self._tokens = TextTokens(tokenizer, f"{tokenizer.get_chat_template()}{turns}")
+        self.thoughts = thoughts
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._merges_system = False
+        self._merges_system = self._refuses_system()
+        written = "".join(self._around(2, reply=False))
+        self._tokens = TextTokens(tokenizer, f"{tokenizer.get_chat_template()}{written}")
+        self.end_id = self._find_end()
+        tail = self._around(1)[-1]
+        # Some templates open the reasoning themselves; a reply is read with that tag.
+        opened = tail.rpartition("<think>")[1:]
+        self._opened = opened[0] if "</think>" not in opened[1] else ""
         self._frame = lru_cache(maxsize=64)(self._make_frame)
         # Observations repeat across the copies of a group, so their ids are worth keeping.
         self._follow_up = lru_cache(maxsize=8192)(self._encode_follow_up)
@@ -101,8 +128,10 @@ class PromptEncoder:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: the tokenizer's end-of-sequence token."""
-        return (int(self.tokenizer.eos_token_id),)
+        """Ids that end a response: the template's end of turn, the tokenizer's, the model's."""
+        named = getattr(self.tokenizer, "generation_end_ids", ())
+        found = (self.end_id, self.tokenizer.eos_token_id, *named)
+        return tuple(dict.fromkeys(int(number) for number in found if number is not None))
 
     def first(self, step: EnvStep) -> list[int]:
         """The prompt of the first turn."""
@@ -114,13 +143,20 @@ class PromptEncoder:
         if self.memory == "window":
             message = self.prompt.window_message(step, turns, self.history_length)
             return self._tokens.encode(self._framed(message))
-        follow_up = self.prompt.next_message(step, turns).pieces
-        return trajectory.rows[-1] + self._follow_up(follow_up, turns[-1].finish_reason)
+        if self.thoughts == "cut":
+            return self._tokens.encode(self._without_thoughts(step, turns))
+        row = trajectory.rows[-1]
+        ended = turns[-1].finish_reason == "stop"
+        # What ended the reply; nothing where a limit cut it.
+        after = str(self.tokenizer.convert_ids_to_tokens(row[-1])) if ended else ""
+        return row + self._follow_up(self.prompt.next_message(step, turns).pieces, after)
 
     def demonstrate(self, action: str, thought: str = "") -> list[int]:
         """The ids of an expert's response, end token included."""
-        pieces = self.prompt.demonstrated(action, thought).pieces
-        return [*self._tokens.encode(pieces), *self.stop_ids]
+        pieces = list(self.prompt.demonstrated(action, thought).pieces)
+        if self._opened and pieces and not pieces[0].is_content:  # the tag stands in the prompt
+            pieces[0] = pieces[0]._replace(text=pieces[0].text.removeprefix(self._opened))
+        return [*self._tokens.encode(pieces), self.end_id]
 
     def constraint(self, step: EnvStep) -> Constraint | None:
         """What the response to ``step`` may be; ``None`` for anything.
@@ -139,8 +175,14 @@ class PromptEncoder:
         return int(pad if pad is not None else self.tokenizer.eos_token_id)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """A response as text, without its end token and other special tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+        """A response as text, without its end token and other special tokens.
+
+        It begins with the tag that opens the reasoning, where that stands in the prompt.
+        """
+        tokens = list(tokens)
+        if tokens and tokens[-1] in self.stop_ids:  # some are no special token
+            tokens.pop()
+        return self._opened + str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def read(self, tokens: Sequence[int]) -> str:
         """Ids as the policy reads them, special tokens included."""
@@ -154,20 +196,99 @@ class PromptEncoder:
             return PlainActions(actions, tuple(tuple(self.demonstrate(a)) for a in actions))
         return TaggedActions(actions, self._encode_content, self.decode, self.stop_ids)
 
-    def _conversation(self, message: str) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self.prompt.system}] if self.prompt.system else []
-        return [*system, {"role": "user", "content": message}]
+    def _conversation(self, messages: Sequence[str]) -> list[dict[str, str]]:
+        """``messages`` of user and assistant in turn, behind the system message."""
+        system = self.prompt.system
+        first, *others = messages
+        if system and self._merges_system:
+            first = f"{system}\n\n{first}"
+        opening = [{"role": "system", "content": system}] if system else []
+        return [
+            *([] if self._merges_system else opening),
+            {"role": "user", "content": first},
+            *(
+                {"role": ("assistant", "user")[number % 2], "content": text}
+                for number, text in enumerate(others)
+            ),
+        ]
 
-    def _render(self, conversation: list[dict[str, str]], reply: bool = True) -> str:
+    def _render(self, messages: Sequence[str], reply: bool = True) -> str:
         text = self.tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=reply
+            self._conversation(messages),
+            tokenize=False,
+            add_generation_prompt=reply,
+            **self.chat_template_kwargs,
         )
         return str(text)
+
+    def _around(
+        self, count: int, start: str = "", end: str = "", *, reply: bool = True
+    ) -> list[str]:
+        """What the template writes before, between and behind ``count`` messages.
+
+        The last one has the blanks ``start`` and ``end``.
+
+        Raises:
+            ValueError: The template refuses the conversation, or leaves a message out.
+        """
+        probes = [chr(_PROBES + number) for number in range(count)]
+        try:
+            text = self._render([*probes[:-1], f"{start}{probes[-1]}{end}"], reply)
+        except TemplateError as error:
+            raise ValueError(
+                f"The chat template refuses a conversation of {count} messages, user and assistant "
+                f"in turn: {error}. Type policy.chat_template=/path/to/template.jinja"
+            ) from error
+        parts = []
+        for probe in probes:
+            before, found, text = text.partition(probe)
+            if not found:
+                raise ValueError(
+                    "The chat template does not write every message, in order. Type "
+                    "memory=window, or policy.chat_template=/path/to/template.jinja"
+                )
+            parts.append(before)
+        return [*parts, text]
+
+    def _refuses_system(self) -> bool:
+        """Whether the system message has to be a part of the first user message."""
+        if not self.prompt.system:
+            return False
+        try:
+            first, later = self._around(1), self._around(3)
+        except ValueError:
+            return True
+        return self.prompt.system not in first[0] or first[0] != later[0]
+
+    def _find_end(self) -> int:
+        """The token that closes a reply.
+
+        It is the first control token behind a last reply, or, where the template writes none, that
+        between a reply and the next message: the next role's own, or the end of sequence.
+        """
+        finished = self._around(2, reply=False)[-1]
+        for closing in (finished, *self._between()):
+            if found := self._tokens.controls(closing):
+                return found[0]
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The chat template writes no token behind a reply and the tokenizer has no "
+                "end-of-sequence token, so a reply would never end. Type "
+                "policy.chat_template=/path/to/template.jinja"
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    def _between(self) -> list[str]:
+        """What stands between a reply and the next message; nothing where there can be no next."""
+        try:
+            return [self._around(3)[2]]
+        except ValueError:
+            return []
 
     def _encode_content(self, text: str) -> list[int]:
         return self._tokens.encode([Piece(text, True)])
 
-    def _framed(self, message: Message, after: FinishReason | None = None) -> list[Piece]:
+    def _framed(self, message: Message, after: str | None = None) -> list[Piece]:
         """``message`` inside what the chat template writes around it.
 
         Blanks at its ends are the template's to keep or to strip.
@@ -177,47 +298,49 @@ class PromptEncoder:
         head, tail = self._frame(start, end, after)
         return [Piece(head, False), *body.pieces, Piece(tail, False)]
 
-    def _make_frame(self, start: str, end: str, after: FinishReason | None) -> tuple[str, str]:
+    def _make_frame(self, start: str, end: str, after: str | None) -> tuple[str, str]:
         """What is written before and behind a message with the blanks ``start`` and ``end``.
 
-        The message opens a conversation, or comes ``after`` a response.
+        The message opens a conversation, or comes behind a response which the token ``after``
+        ended, no token where it is empty.
         """
-        conversation = self._conversation(f"{start}{_PROBE}{end}")
-        written = ""
-        if after is not None:
-            conversation = [*self._finished_conversation(), conversation[-1]]
-            written = self._render(conversation[:-1], reply=False)
-        text = self._render(conversation)
-        if not text.startswith(written):
+        if after is None:
+            head, tail = self._around(1, start, end)
+            return head, tail
+        first, later = self._around(1), self._around(3, start, end)
+        # Thoughts may be left out of earlier replies, and with them the tags that open them.
+        asked, answered = (_THINK.sub("", text) for text in (first[1], later[1]))
+        if first[0] != later[0] or not (answered.startswith(asked) or asked.startswith(answered)):
             raise ValueError(
                 "The chat template rewrites earlier turns when a new one is added, so a transcript "
-                "cannot be kept as one row. Type memory=window, or give a template that only "
-                "appends."
+                "cannot be kept as one row. Type memory=window or policy.thoughts=cut, or give a "
+                "template that only appends."
             )
-        head, _, tail = text[len(written) :].rpartition(_PROBE)
-        closing = self._closing if after is not None else ""
-        if after == "stop":  # the sampled ids already hold the end token
-            closing = closing.lstrip().removeprefix(str(self.tokenizer.eos_token))
-        return closing + head, tail
+        head, tail = later[2:]
+        if after and head.lstrip().startswith(after):  # the sampled ids already hold it
+            head = head.lstrip().removeprefix(after)
+        return head, tail
 
-    def _finished_conversation(self) -> list[dict[str, str]]:
-        return [*self._conversation(_PROBE), {"role": "assistant", "content": _PROBE}]
+    def _without_thoughts(self, step: EnvStep, turns: Sequence[Turn]) -> list[Piece]:
+        """The conversation up to ``step``, earlier replies without their thoughts."""
+        messages: list[Message] = []
+        for number, turn in enumerate(turns):
+            info = {**step.info, "admissible_actions": turn.admissible_actions}
+            seen = EnvStep(turn.observation, info=info)
+            say = self.prompt.next_message(seen, turns[:number])
+            messages += [
+                say if number else self.prompt.first_message(seen),
+                Message.of([Piece(outside_thoughts(turn.response), True)]),
+            ]
+        last = self.prompt.next_message(step, turns)
+        body = last.strip()
+        start, _, end = last.partition(body) if body else (last, "", "")
+        around = self._around(len(messages) + 1, start, end)
+        pieces = [Piece(around[0], False)]
+        for message, text in zip([*messages, body], around[1:], strict=True):
+            pieces += [*message.strip().pieces, Piece(text, False)]
+        return pieces
 
-    def _closing_text(self) -> str:
-        """What the template writes after a reply: the end token, for some models a line break."""
-        text = self._render(self._finished_conversation(), reply=False)
-        closing = text[text.rindex(_PROBE) + len(_PROBE) :]
-        if not closing.lstrip().startswith(str(self.tokenizer.eos_token)):
-            raise ValueError(
-                f"The chat template closes a reply with {closing!r}, not with the end-of-sequence "
-                f"token {self.tokenizer.eos_token!r}: the policy would never stop. Set the "
-                "tokenizer's eos_token to the template's end-of-turn token, or give another "
-                "template: policy.chat_template=..."
-            )
-        return closing
-
-    def _encode_follow_up(
-        self, pieces: tuple[Piece, ...], finish_reason: FinishReason
-    ) -> list[int]:
+    def _encode_follow_up(self, pieces: tuple[Piece, ...], after: str) -> list[int]:
         """Ids between a sampled response and the next one."""
-        return self._tokens.encode(self._framed(Message.of(pieces), after=finish_reason))
+        return self._tokens.encode(self._framed(Message.of(pieces), after=after))

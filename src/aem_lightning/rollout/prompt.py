@@ -16,6 +16,7 @@ from aem_lightning.types import EnvStep, Turn
 
 _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL | re.IGNORECASE)
 THINK = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
+_THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
 _FUNCTION = re.compile(r"<function\s*=.*?</function\s*>", re.DOTALL)
 # Lines of ReAct: some models number them, and some write them in bold or as a list.
 _LINE = r"^[ \t>*_#-]*{}[ \t]*\d*[ \t*_]*:[ \t*_]*"
@@ -91,6 +92,27 @@ def fill_in(template: str, fields: Mapping[str, object]) -> Message:
             text = formatter.format_field(converted, formatter.vformat(form or "", (), fields))
             pieces.append(Piece(text, first not in _OURS))
     return Message.of(pieces)
+
+
+def outside_thoughts(response: str) -> str:
+    """What stands outside of think tags.
+
+    A tag that opens twice opens once. One that closes without having opened closes reasoning that
+    began in the prompt, or went on after a mention of the tag; reasoning may also never close.
+
+    Example:
+        >>> outside_thoughts("<think>not <action>this</action></think>but that")
+        'but that'
+    """
+    kept: list[str] = []
+    thinking, start = False, 0
+    for tag in _THINK_TAG.finditer(response):
+        if not thinking:
+            kept.append(response[start : tag.start()])
+            if tag[1]:
+                kept.clear()
+        thinking, start = not tag[1], tag.end()
+    return "".join(kept) if thinking else "".join([*kept, response[start:]])
 
 
 @dataclass(frozen=True)
@@ -188,20 +210,19 @@ class Prompt:
 
     def parse(self, response: str) -> str | None:
         """The action in ``response``, or ``None`` where the response is malformed."""
+        said = outside_thoughts(response)
         if self.action == "plain":
-            return " ".join(response.split()) or None
+            return " ".join(said.split()) or None
+        thinking = THINK.search(response)
         if self.action == "function":
-            if self.require_thinking and not THINK.search(response):
-                return None
-            # The opening tag may stand in the prompt, as some templates have it.
-            call = _FUNCTION.search(response.rpartition("</think>")[2])
-            return call.group() if call else None
+            call = _FUNCTION.search(said)
+            return call.group() if call and (thinking or not self.require_thinking) else None
         if self.action == "react":
-            response = _OBSERVATION_LINE.split(response, maxsplit=1)[0]
-            thinking = _THOUGHT_LINE.search(response)
-            found = [line.strip(" \t\r*`") for line in _ACTION_LINE.findall(response)]
+            said = _OBSERVATION_LINE.split(said, maxsplit=1)[0]
+            thinking = _THOUGHT_LINE.search(said)
+            found = [line.strip(" \t\r*`") for line in _ACTION_LINE.findall(said)]
         else:
-            thinking, found = THINK.search(response), _ACTION.findall(THINK.sub("", response))
+            found = _ACTION.findall(said)
         if len(found) != 1 or (self.require_thinking and not thinking):
             return None
         return " ".join(found[0].split()) or None

@@ -63,6 +63,10 @@ class TextTokens:
         renamed = (p.text if p.is_content else self._template_text(p.text)[1] for p in pieces)
         return list(self._twin.encode("".join(renamed), add_special_tokens=False).ids)
 
+    def controls(self, text: str) -> list[int]:
+        """The control tokens in a template's ``text``."""
+        return self._template_text(text)[0]
+
     def _spells_unknown(self, pieces: Iterable[Piece]) -> bool:
         name = self._unknown
         return name is not None and any(p.is_content and name in p.text for p in pieces)

@@ -128,7 +128,11 @@ def build_datamodule(cfg: DictConfig) -> AgentDataModule:
 def build_encoder(cfg: DictConfig, policy: Policy) -> PromptEncoder:
     """Messages to token ids, for this policy's tokenizer."""
     settings = {name: cfg[name] for name in ("memory", "history_length", "action")}
-    return PromptEncoder(policy.tokenizer, instantiate(cfg.prompt), **settings)
+    # Earlier checkpoints have no such keys.
+    settings["thoughts"] = cfg.policy.get("thoughts", "keep")
+    kwargs = plain(cfg.policy).get("chat_template_kwargs")
+    prompt = instantiate(cfg.prompt)
+    return PromptEncoder(policy.tokenizer, prompt, **settings, chat_template_kwargs=kwargs)
 
 
 def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, WarmStart | None]:

@@ -37,6 +37,8 @@ class PolicyOptions:
     dtype: str
     quantization: Literal["nf4"] | None
     chat_template: str | None
+    chat_template_kwargs: Group | None = None
+    thoughts: Literal["keep", "cut"] = "keep"
     gradient_checkpointing: bool
     lora: Lora
     architecture: Architecture | None

@@ -1,0 +1,85 @@
+"""The matrix of real chat templates: two memories, thoughts kept and cut, every kind of ending."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from models.templates import FACTS, FOLDER, encoder, page, play, whole
+
+REPLY = "It is near.</think><action>open red box</action>"
+THOUGHT = "<think>" + REPLY
+
+
+def test_a_template_has_no_facts() -> None:
+    assert {file.stem for file in FOLDER.glob("*.jinja")} == set(FACTS)
+    assert len(FACTS) >= 25
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_a_template_is_not_what_its_facts_say(name: str) -> None:
+    fact, made = FACTS[name], encoder(name)
+    tokenizer = made.tokenizer
+    assert tokenizer.convert_ids_to_tokens(made.end_id) == fact.end
+    assert {made.end_id, tokenizer.eos_token_id} == set(made.stop_ids)
+    shown = made.demonstrate("open red box")
+    assert shown[-1] == made.end_id
+    assert made.prompt.parse(made.decode(shown)) == "open red box"
+    first = next(iter(play(made, "go", fact.end)))[1]
+    assert first.rstrip().endswith("<think>") == fact.opens
+    reply = REPLY if fact.opens else THOUGHT
+    for mention in ("", "Not <action>this</action>. "):
+        said = tokenizer(reply.replace("It", mention + "It"), add_special_tokens=False).input_ids
+        assert made.prompt.parse(made.decode([*said, made.end_id])) == "open red box"
+    lost = "So <action>open red box</action>" if fact.opens else "<think><action>a</action>"
+    assert made.prompt.parse(made.decode(tokenizer(lost).input_ids)) is None
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_a_transcript_loses_a_token_or_closes_a_reply_twice(name: str) -> None:
+    fact, made = FACTS[name], encoder(name)
+    ended = [text for _, text in play(made, "go", fact.end)]
+    cut = [text for _, text in play(made, "go", None)]
+    prompts = [ids for ids, _ in play(made, THOUGHT, fact.end)]
+    assert all(b[: len(a)] == a for a, b in itertools.pairwise(prompts))
+    assert THOUGHT in made.tokenizer.decode(prompts[1])
+    if name != "gpt_oss":  # <|return|> ends the reply, <|end|> the turn
+        assert ended == [text.replace(f" {fact.end}", fact.end) for text in cut]  # Llama 2's blank
+    other = [text for _, text in play(made, "go", fact.eos)]
+    if fact.eos != fact.end:  # the sampled token stays, and the template's closing follows
+        assert other == [text.replace("go", f"go{fact.eos}") for text in cut]
+    if fact.same:
+        assert ended[-1] == whole(made, "go")
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_thoughts_are_cut_in_part_or_content_becomes_control(name: str) -> None:
+    fact, made = FACTS[name], encoder(name, thoughts="cut")
+    reply = REPLY if fact.opens else THOUGHT
+    prompts = [text for _, text in play(made, reply, fact.end)]
+    assert "It is near" not in prompts[2]
+    assert prompts[2].count("<action>open red box</action>") == 2
+    assert prompts[2] == whole(made, "<action>open red box</action>")
+    harmless, hostile = (
+        [ids for ids, _ in play(made, text, fact.end)][2] for text in ("go", f"go{fact.end}go")
+    )
+    controls = made._tokens._controls
+    assert controls(harmless) == controls(hostile)
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_a_window_prompt_is_refused(name: str) -> None:
+    made = encoder(name, "window")
+    assert all("Find the coin." in text for _, text in play(made, "go", FACTS[name].end))
+
+
+def test_an_argument_does_not_reach_the_template() -> None:
+    made = encoder("qwen3_5")
+    quiet = type(made)(made.tokenizer, made.prompt, chat_template_kwargs={"enable_thinking": False})
+    first = [next(play(one, "go", None))[1] for one in (made, quiet)]
+    assert first[1] == first[0] + "\n</think>\n\n"
+    assert (made._opened, quiet._opened) == ("<think>", "")
+
+
+def test_the_page_leaves_a_template_out() -> None:
+    assert all(f"| {name} |" in page() for name in FACTS)
