@@ -18,7 +18,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults fuzz test-adapters bench bench-quick lint format lint-fix type tensorboard clean
+.PHONY: help install train test coverage faults fuzz test-adapters test-lucene bench bench-quick lint format lint-fix type tensorboard clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,11 @@ fuzz: install ## 2,000 random command lines: each runs or names its key. ARGS="-
 test-adapters: install ## Install what only the adapters and SWE-bench's images need, and test against it
 	@"$(BIN)/python" -m pip install -q -c constraints.txt -e '.[adapters,swebench]'
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest tests/unit/test_adapters.py tests/unit/test_swe_official.py $(ARGS)
+
+test-lucene: install ## Hold WebShop's search against Lucene itself: needs Java 17, fetches 140 MB
+	@"$(BIN)/python" -m pip install -q -c constraints.txt JPype1
+	@"$(BIN)/python" -m pip download -q --no-deps -d data/lucene pyserini==0.22.1
+	@"$(BIN)/python" scripts/compare_lucene.py data/lucene/pyserini-0.22.1-py3-none-any.whl $(ARGS)
 
 bench: install ## Measure us beside our peers, into RESULTS (default logs/bench): ARGS="--model 30m" is for the rollout
 	@mkdir -p "$(RESULTS)"
