@@ -73,6 +73,11 @@ test-vllm: install ## Train and evaluate through real servers, on a CPU: 3 GB in
 	@OMP_NUM_THREADS=1 VLLM_VENV="$(abspath $(VLLM_VENV))" SMOLLM2="$(abspath $(MODEL))" \
 		"$(BIN)/python" -m pytest -n 0 -s -m vllm tests/servers $(ARGS)
 
+test-lucene: install ## Hold WebShop's search against Lucene itself: needs Java 17, fetches 140 MB
+	@"$(BIN)/python" -m pip install -q -c constraints.txt JPype1
+	@"$(BIN)/python" -m pip download -q --no-deps -d data/lucene pyserini==0.22.1
+	@"$(BIN)/python" scripts/compare_lucene.py data/lucene/pyserini-0.22.1-py3-none-any.whl $(ARGS)
+
 bench: install ## Measure us beside our peers, into RESULTS (default logs/bench): ARGS="--model 30m" is for the rollout
 	@mkdir -p "$(RESULTS)"
 	@cd benchmarks && for name in rollout update growth environment webshop step; do \

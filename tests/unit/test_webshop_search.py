@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 from aem_lightning.envs.webshop.analyzer import Analyzer
 from aem_lightning.envs.webshop.index import LENGTHS, Chunk, Index, invert, length_code, merge
 from aem_lightning.envs.webshop.porter import stem
+from aem_lightning.envs.webshop.products import indexed_text, read_product
+from aem_lightning.envs.webshop.word_breaks import words
 
 LUCENE = Path(__file__).parents[1] / "vectors" / "lucene.json"
 
@@ -76,6 +79,10 @@ def test_a_query_without_words_finds_nothing(index):
         ("men's wi-fi a/c", ["men", "wi", "fi", "c"]),
         ("毛巾 towel²", ["毛", "巾", "towel"]),
         ("1,000 o'neill rock'n'roll", ["1,000", "o'neil", "rock'n'rol"]),
+        (
+            "size\uff1alarge 1\u20442 \u00ae\u2605\u2714 \u2776\uff9f",
+            ["size\uff1alarg", "1\u20442", "\u00ae", "\u2605", "\u2714"],
+        ),
     ],
 )
 def test_text_is_split_as_lucene_splits_it(text, terms):
@@ -101,3 +108,39 @@ def test_lengths_are_kept_exactly_up_to_forty_and_then_in_eighths():
     assert LENGTHS[length_code(1000)] == 984
     codes = [length_code(n) for n in range(5000)]
     assert codes == sorted(codes)
+
+
+def test_words_of_every_class_are_those_of_lucene():
+    vectors = Path(__file__).parents[1] / "vectors" / "lucene_words.json"
+    for text, found in json.loads(vectors.read_text(encoding="utf-8")).items():
+        assert words(text) == found, ascii(text)
+
+
+def test_a_long_word_is_cut_where_lucene_cuts_it():
+    assert [len(word) for word in words(f"{'a' * 300} b")] == [255, 45, 1]
+    assert words("_" * 300 + "a") == ["_" * 254 + "a"]
+    assert [len(word) for word in words("\U00010400" * 200)] == [127, 73]  # two units each
+
+
+GENUINE = Path(__file__).parents[3] / "shared" / "real" / "webshop"
+
+
+@pytest.mark.skipif(not GENUINE.is_dir(), reason="the official products are not at hand")
+def test_genuine_products_are_ranked_as_lucene_ranks_them(tmp_path):
+    rows = json.loads(gzip.decompress((GENUINE / "items_shuffle_1000.json.gz").read_bytes()))
+    texts = {row["asin"]: indexed_text(read_product(row, None, [], 0)) for row in rows}
+    ids = list(texts)
+    index = index_of(tmp_path, ids, list(texts.values()))
+    for line in (GENUINE / "lucene_top50.tsv").read_text(encoding="utf-8").splitlines():
+        query, hits = line.split("\t")
+        expected = [(asin, float(score)) for asin, score in (h.split(":") for h in hits.split())]
+        found = index.search(query, 50)
+        np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], atol=1e-4)
+        ours, theirs = {}, {}  # products of one score have no order
+        for (number, score), (asin, _) in zip(found, expected, strict=True):
+            ours.setdefault(round(score, 3), set()).add(ids[number])
+            theirs.setdefault(round(score, 3), set()).add(asin)
+        last = round(found[-1][1], 3)  # which of those with the last score are shown is chance
+        assert {k: v for k, v in ours.items() if k != last} == {
+            k: v for k, v in theirs.items() if k != last
+        }

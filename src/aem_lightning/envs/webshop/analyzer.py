@@ -1,31 +1,22 @@
-"""Text to index terms, as Lucene 8's English analyzer makes them.
+"""Text to index terms, as Lucene's English analyzer makes them.
 
-Words by the Unicode rules (UAX #29), a possessive 's taken off, lower case, without 33 stop words,
-stemmed. ``7.5``, ``u.s.a`` and ``100x45x45cm`` stay whole; hyphens, slashes and quotes separate;
-every ideograph is a word of its own.
+Words by the Unicode rules (`word_breaks`), a possessive 's taken off, lower case, without 33 stop
+words, stemmed. ``7.5``, ``u.s.a`` and ``100x45x45cm`` stay whole; hyphens, slashes and quotes
+separate; every ideograph is a word of its own.
 """
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 
 from aem_lightning.envs.webshop.porter import stem
+from aem_lightning.envs.webshop.word_breaks import words
 
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then "
     "there these they this to was will with".split()
 )
-_LETTER = r"[^\W\d_]"
-# Full stops, colons and apostrophes join letters; full stops, commas and the like join digits.
-_WORD = re.compile(
-    rf"\w+(?:(?:(?<={_LETTER})[.':\u00b7\u2018\u2019\u2024\u2027](?={_LETTER})"
-    rf"|(?<=\d)[.,;'\u2018\u2019\u2024](?=\d))\w+)*"
-)
-_IDEOGRAPH = re.compile("[\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
-# Python counts superscripts and fractions as word characters, UAX #29 does not.
-_NO_WORD = re.compile("[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215f]")
-_POSSESSIVE = ("'s", "\u2019s", "'S", "\u2019S")
+_POSSESSIVE = tuple(quote + s for quote in "'\u2019\uff07" for s in "sS")
 
 
 class Analyzer:
@@ -33,9 +24,7 @@ class Analyzer:
 
     def __call__(self, text: str) -> list[str]:
         """The terms of ``text``, in their order, repetitions included."""
-        if not text.isascii():
-            text = _IDEOGRAPH.sub(r" \g<0> ", _NO_WORD.sub(" ", text))
-        return list(filter(None, map(_term, _WORD.findall(text))))
+        return list(filter(None, map(_term, words(text))))
 
 
 @lru_cache(maxsize=500_000)
@@ -43,5 +32,15 @@ def _term(word: str) -> str:
     """The term of one word; empty where it has none."""
     if word.endswith(_POSSESSIVE):
         word = word[:-2]
-    word = word.lower()
-    return "" if word in STOP_WORDS or not word.strip("_") else stem(word)
+    # A letter at a time, as Java does it: Python looks at neighbours, and makes two of one.
+    word = word.lower() if word.isascii() else "".join(letter.lower()[0] for letter in word)
+    if word in STOP_WORDS:
+        return ""
+    if word.isascii():
+        return stem(word)
+    # To Java a character beyond the first 65,536 is two.
+    units = word.encode("utf-16-le")
+    pairs = "".join(
+        chr(int.from_bytes(units[i : i + 2], "little")) for i in range(0, len(units), 2)
+    )
+    return stem(pairs).encode("utf-16-le", "surrogatepass").decode("utf-16-le")

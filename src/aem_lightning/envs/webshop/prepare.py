@@ -37,7 +37,7 @@ from aem_lightning.envs.webshop.records import DATA, Records, write_records
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 STATE, SIDE = "state.json", "side.sqlite"
 
 
