@@ -50,7 +50,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         ends = getattr(model.generation_config, "eos_token_id", None)
         # Where encoders find them: a tokenizer knows of one end token alone.
-        tokenizer.generation_end_ids = ends if isinstance(ends, list) else [ends]  # type: ignore[attr-defined]
+        tokenizer.generation_end_ids = ends if isinstance(ends, list) else [ends]
         self.causal_lm: PreTrainedModel = model
         self.peft: PeftModel | None = None
         if lora is not None:
