@@ -28,7 +28,7 @@ from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_bat
 from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform, why_all_broke
 from aem_lightning.modules.finite import FiniteCheck, check_weights
 from aem_lightning.modules.memory import TokenBudget
-from aem_lightning.modules.policy import Policy, check_adapters
+from aem_lightning.modules.policy import Policy
 from aem_lightning.modules.reporting import environment_metrics, over_ranks, rollout_metrics, shown
 from aem_lightning.modules.resuming import advanced, resume, stored_state, take_up
 from aem_lightning.modules.scoring import Objective, fill_values, score_rows
@@ -393,8 +393,6 @@ class AgentModule(L.LightningModule):
         checkpoint["aem_lightning"] = stored_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        expected = {f"policy.{name}": p.shape for name, p in self.policy.trainable().items()}
-        check_adapters(expected, checkpoint["state_dict"])
-        take_up(self, checkpoint["aem_lightning"])
+        take_up(self, checkpoint)
         if self._trainer is not None and self._trainer.state.fn == "fit":
             resume(self, checkpoint)

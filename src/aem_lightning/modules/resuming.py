@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from aem_lightning.files import write_atomically
+from aem_lightning.modules.lora import check_adapters
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,15 @@ def stored_state(agent: Any) -> dict[str, Any]:
     return {name: getattr(agent, name) for name in names} | {"optimizers": classes}
 
 
-def take_up(agent: Any, ours: Mapping[str, Any]) -> None:
-    """Give ``agent`` what `stored_state` has put into a checkpoint; earlier versions kept less."""
+def take_up(agent: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Give ``agent`` what `stored_state` has put into a checkpoint; earlier versions kept less.
+
+    Raises:
+        ValueError: The adapters in it do not fit the agent's policy.
+    """
+    expected = {f"policy.{name}": p.shape for name, p in agent.policy.trainable().items()}
+    check_adapters(expected, checkpoint["state_dict"])
+    ours = checkpoint["aem_lightning"]
     agent.iteration = ours["iteration"]
     before = ours["iteration"] * ours["config"].get("tasks_per_iteration", 0)
     agent.tasks_played = ours.get("tasks_played", before)

@@ -33,7 +33,7 @@ from aem_lightning.rollout.plain_model import PlainModel
 from aem_lightning.rollout.sampling import allowed_tokens, draw, request_uniforms
 from aem_lightning.rollout.slot_model import SlotModel, waves
 from aem_lightning.rollout.slots import Job, Slot, check_request, common_prefix
-from aem_lightning.types import Count, FinishReason, Places
+from aem_lightning.types import Count, Places
 
 logger = logging.getLogger(__name__)
 
@@ -363,7 +363,9 @@ class SlotEngine:
                 )
             job.take(int(token), logprob, entropy)
             if reason := job.finish_reason():
-                done.append((job.order, self._finish(row, job, reason)))
+                done.append((job.order, job.result(reason, self.version)))
+                self._slots[row].job = None
+                self._slots[row].used = next(self._clock)
             else:
                 stay.append(row)
         self._running = stay
@@ -372,19 +374,6 @@ class SlotEngine:
             last = [[self._job(row).tokens[-1]] for row in self._running]
             self._logits = self._forward(self._running, last)
         return done
-
-    def _finish(self, row: int, job: Job, reason: FinishReason) -> Result:
-        self._slots[row].job = None
-        self._slots[row].used = next(self._clock)
-        return Result(
-            key=job.request.key,
-            tokens=job.tokens,
-            logprobs=job.logprobs,
-            entropies=job.entropies,
-            finish_reason=reason,
-            version=self.version,
-            reused=job.reused,
-        )
 
     def _forward(self, rows: Sequence[int], chunks: Sequence[list[int]]) -> Tensor:
         """Append a chunk to each row (ascending); logits after the last of each, [b, V]."""

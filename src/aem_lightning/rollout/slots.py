@@ -6,7 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 from aem_lightning.rollout.constraint import Cursor
-from aem_lightning.rollout.engine import Request
+from aem_lightning.rollout.engine import Request, Result
 from aem_lightning.types import FinishReason
 
 
@@ -40,6 +40,18 @@ class Job:
         if self.tokens[-1] in sampling.stop_ids:
             return "stop"
         return "length" if len(self.tokens) >= sampling.max_new_tokens else None
+
+    def result(self, reason: FinishReason, version: int) -> Result:
+        """What has been drawn, as the engine's user gets it."""
+        return Result(
+            key=self.request.key,
+            tokens=self.tokens,
+            logprobs=self.logprobs,
+            entropies=self.entropies,
+            finish_reason=reason,
+            version=version,
+            reused=self.reused,
+        )
 
 
 @dataclass(slots=True)
