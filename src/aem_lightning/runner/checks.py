@@ -114,7 +114,7 @@ class ModelOptions:
     """What an evaluation of a model takes beside the keys of ``configs/train.yaml``."""
 
     adapter: str | None = None
-    repeats: Count = 1
+    repeats: Count | None = None  # once
     splits: Sequence[str] | None = None
 
 

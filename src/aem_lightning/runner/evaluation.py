@@ -149,7 +149,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     is_run = cfg.get("policy") is None
     opened = restored if is_run else loaded
     with held(Path(cfg.paths.output_dir)), opened(cfg) as agent:
-        agent.module.repeats = cfg.get("repeats", 1)
+        agent.module.repeats = cfg.get("repeats") or 1
         checkpoint = agent.path if is_run else None
         report = about(agent.module, agent.config, cfg.get("adapter"), checkpoint)
         trainer = build_trainer(agent.config)
@@ -237,7 +237,7 @@ def _training_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
 
 
 def _check_repeats(config: DictConfig, cfg: DictConfig) -> None:
-    repeats, temperature = cfg.get("repeats", 1), config.eval_temperature
+    repeats, temperature = (cfg.get("repeats") or 1), config.eval_temperature
     if repeats > 1 and temperature == 0:
         refuse(
             [
