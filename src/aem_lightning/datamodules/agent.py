@@ -181,7 +181,7 @@ class AgentDataModule(LightningDataModule):
         )
 
     def vocabulary(self) -> list[str]:
-        """Texts that hold every word the environment can say, for a word-level tokenizer."""
+        """Texts that hold every word the environment can say: one token each for `policy=tiny`."""
         return []
 
     def task_types(self) -> list[str]:

@@ -244,8 +244,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer as it was saved.
 
     ``AutoTokenizer`` goes by the model's architecture and rebuilds a Qwen2 tokenizer around any
-    vocabulary, which would cut a word-level one into bytes; a generic tokenizer says so in its own
-    config.
+    vocabulary, which would cut the tiny policy's words into bytes; a generic tokenizer says so in
+    its own config.
     """
     generic = get_tokenizer_config(model).get("tokenizer_class")
     tokenizer: PreTrainedTokenizerBase

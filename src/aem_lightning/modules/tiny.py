@@ -1,12 +1,13 @@
-"""A small policy from nothing: a Qwen2 model with random weights, and a word-level tokenizer."""
+"""A small policy from nothing: a random Qwen2 model, and a tokenizer that loses nothing."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from aem_lightning.modules.settings import Architecture
@@ -19,19 +20,36 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}" + END + "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# A word, or a run of other marks, with the blanks before it: so blanks cost no tokens.
+SPACED_WORD = r"\s*\w+|\s*[^\w\s]+|\s+"
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A lower-casing tokenizer with a chat template; its vocabulary is the words of ``texts``."""
-    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    special = [PAD, UNKNOWN, END, *ROLES]
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=2**16, min_frequency=1, special_tokens=special, show_progress=False
+    """A byte-level tokenizer with a chat template: ``decode(encode(x)) == x`` for every text.
+
+    What it knows as one token are the words of ``texts``, with the blanks before them; any other
+    word is spelled in bytes.
+    """
+    known = set(texts)
+    known |= {text.strip() for text in known}  # as messages are
+    # Texts may be bare lists of words, which sentences have behind a blank.
+    known |= {f" {word}" for text in known for word in re.findall(r"\w+", text)}
+    cut = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPACED_WORD), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
-    tokenizer.train_from_iterator(sorted(set(texts)), trainer)
+    words = {word for text in known for word, _ in cut.pre_tokenize_str(text)}
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    special = [PAD, UNKNOWN, END, *ROLES]
+    names = [*special, *sorted(alphabet), *sorted(words - alphabet)]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    # Without merges: a word is one token, or bytes.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = cut
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(list(TAGS))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, unk_token=UNKNOWN

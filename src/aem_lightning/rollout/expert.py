@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -74,6 +75,7 @@ class ExpertResponder:
             self.slips.add((key, len(turns)))
         # A slip comes after the expert's own thought: careless hands, not careless thinking.
         tokens = self.encoder.demonstrate(action, getattr(self._experts[key], "thought", ""))
+        check_round_trip(self.encoder, action, tokens)
         return Result(
             key=key,
             tokens=tokens,
@@ -83,3 +85,34 @@ class ExpertResponder:
             version=0,
             reused=0,
         )
+
+
+def check_round_trip(encoder: PromptEncoder, action: str, tokens: Sequence[int]) -> None:
+    """Prove that the environment reads ``action`` out of ``tokens``, which were made of it.
+
+    A run of blanks inside a line may come back as one: to environments of words they are the same.
+
+    Raises:
+        ValueError: The tokenizer changes the action, or the prompt does not find it again.
+    """
+    prompt = encoder.prompt
+    written = str(prompt.demonstrated(action))
+    meant, read = prompt.parse(written), prompt.parse(encoder.decode(tokens))
+    if meant is None or _with_single_blanks(meant) != _with_single_blanks(action):
+        raise ValueError(
+            f"The expert's action {action!r} cannot be said in this prompt: in {written!r} "
+            f"prompt.action={prompt.action} reads {meant!r}. Type another prompt=..., or another "
+            "prompt.demonstration=..."
+        )
+    if read != meant:
+        name = encoder.tokenizer.name_or_path or type(encoder.tokenizer).__name__
+        raise ValueError(
+            f"The tokenizer of {name!r} loses a part of the expert's action {action!r}: it comes "
+            f"back as {read!r}, so the policy could never say it. Type policy.model=<folder> of a "
+            "model whose tokenizer keeps every text (a byte-level one), or policy=tiny "
+            "policy.model=null, whose own one does."
+        )
+
+
+def _with_single_blanks(text: str) -> str:
+    return re.sub(" +", " ", text.strip())

@@ -184,7 +184,7 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / name
     if model is None:
         architecture = Architecture(**plain(cfg.policy.architecture))
-        base = tiny_base(datamodule, architecture, settings.seed)
+        base = tiny_base(datamodule, architecture, settings.seed, instantiate(cfg.prompt))
     else:
         base = load_policy(cfg, model, lora=lora_of(cfg))
     trainer = {

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import lightning as L
@@ -37,6 +38,7 @@ from aem_lightning.rollout import (
     Collector,
     Episode,
     ExpertResponder,
+    Prompt,
     PromptEncoder,
     RewardShaping,
     stable_seed,
@@ -46,7 +48,7 @@ from aem_lightning.types import Trajectory
 log = logging.getLogger(__name__)
 
 # Raise it when the stage changes what it makes: older folders are then not taken for new ones.
-FORMAT = 4
+FORMAT = 5
 RESULT = "warm_start.json"
 
 
@@ -66,10 +68,31 @@ def warm_start_key(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def tiny_base(datamodule: AgentDataModule, architecture: Architecture, seed: int) -> Policy:
-    """A policy with random weights, whose words are the environment's."""
-    tokenizer = build_tokenizer(datamodule.vocabulary())
+def tiny_base(
+    datamodule: AgentDataModule,
+    architecture: Architecture,
+    seed: int,
+    prompt: Prompt | None = None,
+) -> Policy:
+    """A policy with random weights, whose words are the environment's and the prompt's."""
+    tokenizer = build_tokenizer([*datamodule.vocabulary(), *_template_texts(prompt)])
     return Policy(build_tiny_model(tokenizer, architecture, seed), tokenizer)
+
+
+def _template_texts(prompt: Prompt | None) -> list[str]:
+    """What the templates of ``prompt`` write themselves, cut where a field is filled in."""
+    if prompt is None:
+        return []
+    templates = (prompt.opening, prompt.turn, prompt.window, prompt.history_item)
+    return [
+        prompt.role,
+        prompt.system or "",
+        *(
+            literal
+            for template in (*templates, prompt.demonstration)
+            for literal, *_ in Formatter().parse(template)
+        ),
+    ]
 
 
 def play_demonstrations(

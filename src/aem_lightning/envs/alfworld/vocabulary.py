@@ -1,4 +1,4 @@
-"""Texts with every word that the ALFWorld engine can say, for building a word-level tokenizer."""
+"""Texts with every word that the ALFWorld engine can say, for building a tokenizer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def vocabulary_texts() -> list[str]:
     for task_type in TASK_TYPES:
         for template in kit.goals[task_type]["templates"]:
             goal = template.format(obj="apple", recep="fridge", toggle="desklamp", mrecep="")
-            texts.append(f"Your task is to: {goal}.")
+            texts.append(f"a.\n\nYour task is to: {goal}.")
     for reply in REPLY.findall(kit.grammar.replace('\\"', "'")):
         texts.append(CODE.sub(" a ", reply.replace("\\n", "\n").replace("UNKNOWN GOAL", "")))
     texts.append("Nothing happens.")

@@ -1,7 +1,7 @@
 """A way to play in words alone: look at a function, put one token in the place of another, finish.
 
-For policies with a word-level tokenizer, which can write neither tags nor indented code. What can
-be said is listed, so actions are admissible or not.
+For small policies, which do not learn to write calls and indented code. What can be said is listed,
+so actions are admissible or not.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def swap_action(line: int, old: str, new: str) -> str:
 
 
 def spoken(text: str) -> str:
-    """A text as a word-level tokenizer says it: lower case, a blank between any two tokens."""
+    """A text in words: lower case, a blank between any two tokens."""
     return " ".join(TOKEN.findall(text.lower()))
 
 

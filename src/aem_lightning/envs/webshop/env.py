@@ -64,7 +64,7 @@ class WebShopEnv:
         separator: What stands between the strings of ``text``.
         results_per_page: Products on a page of results; upstream's is 10.
         exact_actions: Take actions in upstream's exact form only. Otherwise blanks around name and
-            argument are taken off, as word-level tokenizers write them.
+            argument are taken off.
         suggest_search: List a search for the instruction, without its price cap, in place of the
             hint: for ``action=constrained``, which can only choose among what is listed.
 

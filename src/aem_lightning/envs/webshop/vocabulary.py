@@ -1,4 +1,4 @@
-"""Texts with every word that a catalogue's pages can show, for building a word-level tokenizer."""
+"""Texts with every word that a catalogue's pages can show, for building a tokenizer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def vocabulary_texts(catalogue: Catalogue, separator: str = " [SEP] ") -> list[s
         ]
     texts = [separator, SEARCH_HINT, " ".join(map(str, range(FOUND + 1)))]
     texts += [text for page in shown for text in _texts(page)]
-    texts += [catalogue.goal(number).instruction for number in range(catalogue.num_goals)]
+    goals = [catalogue.goal(number).instruction for number in range(catalogue.num_goals)]
+    # A search may begin with any of their words.
+    texts += [*goals, *(f"search[{word}]" for goal in goals for word in goal.split())]
     return sorted(set(texts))
 
 
