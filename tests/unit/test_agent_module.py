@@ -192,7 +192,8 @@ def test_entropies_that_the_engine_cannot_see_come_from_the_trainer():
     seen, blind = agents
     assert [seen.entropy_source, blind.entropy_source] == ["engine", "trainer"]
     torch.testing.assert_close(seen.batch.entropy, blind.batch.entropy, atol=1e-4, rtol=0)
-    torch.testing.assert_close(seen.alpha, blind.alpha, atol=1e-3, rtol=0)
+    # α is a function of entropies over their range in the group, and groups under 0.1 are gated.
+    torch.testing.assert_close(seen.alpha, blind.alpha, atol=2e-4 / 0.1, rtol=0)
 
 
 def test_a_scheduler_moves_once_an_iteration():
@@ -267,9 +268,10 @@ def test_the_iterations_scalars_are_rates_over_episodes_and_turns(trained):
     _, _, recorder = trained
     done = recorder.iterations[0]
     turns = [turn for t in done.trajectories for turn in t.turns]
+    malformed = sum(turn.action is None for turn in turns[1:]) + 1
     turns[0].action = None
     metrics = rollout_metrics(done)
-    assert metrics["rollout/malformed_rate"] == 1 / len(turns)
+    assert metrics["rollout/malformed_rate"] == malformed / len(turns)
     assert metrics["rollout/infra_errors"] == 0.0
     assert metrics["rollout/truncated_rate"] == sum(t.truncated for t in done.trajectories) / 8
     tokens = sum(turn.length for turn in turns)

@@ -349,7 +349,7 @@ def test_an_expert_plays_through_the_prompts_of_the_policy(memory):
     assert (detour.won, len(detour.turns)) == (True, 2)
     turn = detour.turns[-1]
     assert turn.action == "open green box"
-    assert turn.response == "<think> </think> <action> open green box </action>"
+    assert turn.response == "<think></think><action>open green box</action>"
     assert turn.logprobs == [0.0] * turn.length
     assert turn.entropies is None
     again = collector.collect(make_groups([coin_task(2)], 2))

@@ -220,7 +220,7 @@ def test_the_span_of_an_action_holds_too_much_or_too_little():
         return tokenizer.decode(tokens)
 
     start, end = action_span(turn, ids, decode)
-    assert decode(ids[start:end]) == "open red box"
+    assert decode(ids[start:end]).strip() == "open red box"
     assert start > ids.index(tokenizer.convert_tokens_to_ids("</think>"))
     assert action_span(replace(turn, action=None), ids, decode) == (0, len(ids))
     played = Trajectory(Task("t"), 0, 0, [turn], [[0, 0, *ids]])

@@ -371,7 +371,7 @@ def test_a_transcript_is_not_what_the_model_read(toy_model: str, config: Config)
         for turn, prompt in zip(record["turns"], prompts(record), strict=True):
             assert prompt is not None
             assert prompt["ids"][: len(row)] == row, "a transcript's prompt extends the row before"
-            assert prompt["text"].startswith("<|user|> a coin glints near the")
+            assert prompt["text"].startswith("<|user|>A coin glints near the")
             assert prompt["text"].endswith("<|assistant|>")
             assert len(turn["ids"]) == turn["tokens"]
             row = prompt["ids"] + turn["ids"]

@@ -89,7 +89,7 @@ def adamw(**changes):
         (
             {"rewards": Rewards(lambda n: 1e38 * (n % 2)), "estimator": RLOO()},
             "update",
-            "loss",
+            "loss or gradient norm",  # whichever sum is too large first
             "smaller rewards",
         ),
         ({"modulation": BrokenAlpha()}, "modulation", "alpha", "modulation=none"),
@@ -104,7 +104,8 @@ def adamw(**changes):
 )
 def test_a_number_reaches_the_weights_or_is_not_named(parts, stage, tensor, told):
     error = broken(**parts)
-    assert (error.stage, error.tensor) == (stage, tensor)
+    assert error.stage == stage
+    assert error.tensor in tensor.split(" or ")
     assert error.place.startswith("episode ")
     assert "(task 'train/" in error.place
     assert ", turn " in error.place

@@ -52,14 +52,15 @@ STILL = {
 
 
 def test_the_value_head_does_not_learn_the_returns():
-    done = fit(ppo_agent(**STILL), epochs=5)
+    done = fit(ppo_agent(**STILL), epochs=10)
     losses = [iteration.metrics["policy/value_loss"] for iteration in done]
     assert losses[-1] < 0.3 * losses[0]
     first, last = done[0].batch, done[-1].batch
     assert not first.values.any()
-    inside = last.response_index >= 0
-    mean = last.value_targets[inside].mean().item()
-    assert last.values[inside].mean().item() == pytest.approx(mean, rel=0.1)
+    mean = last.value_targets[last.response_index >= 0].mean().item()
+    batches = [iteration.batch for iteration in done[-6:]]  # Adam swings about it
+    values = torch.cat([batch.values[batch.response_index >= 0] for batch in batches])
+    assert values.mean().item() == pytest.approx(mean, rel=0.1)
     assert done[0].advantages.abs().max() > 0
 
 

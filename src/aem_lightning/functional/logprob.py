@@ -79,8 +79,9 @@ def logprob_entropy_through(
 ) -> tuple[Tensor, Tensor]:
     """`token_logprob_entropy` through any ``head``, hidden states [c, d] to logits [c, V].
 
-    Autograd goes through the head, chunk by chunk, and computes each again in the backward pass:
-    the peak is a few [chunk, V] tensors here too. A token whose logit is -inf adds no entropy.
+    Hidden states [T, d] and targets [T] are cut into chunks of c tokens. Autograd goes through the
+    head and computes each chunk again in the backward pass (arXiv 2411.09009 cuts a head so): the
+    peak is a few [chunk, V] tensors here too. A token whose logit is -inf adds no entropy.
 
     Example:
         >>> head = lambda hidden: 2 * hidden

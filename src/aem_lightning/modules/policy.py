@@ -44,9 +44,10 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        ends = getattr(model.generation_config, "eos_token_id", None)
-        # Where encoders find them: a tokenizer knows of one end token alone.
-        tokenizer.generation_end_ids = ends if isinstance(ends, list) else [ends]
+        if tokenizer is not None:  # else nothing is written or read, only scored
+            ends = getattr(model.generation_config, "eos_token_id", None)
+            # Where encoders find them: a tokenizer knows of one end token alone.
+            tokenizer.generation_end_ids = ends if isinstance(ends, list) else [ends]
         self.causal_lm: PreTrainedModel = model
         self.peft: PeftModel | None = None
         if lora is not None:
