@@ -172,7 +172,8 @@ def page() -> str:
     lines = [
         "## Chat templates",
         "",
-        "Facts of each template, made anew as a small one (`tests/templates`), with a tokenizer of "
+        "What is known of each template, made anew as a small one (`tests/templates`) and not held "
+        "against the genuine file, with a tokenizer of "
         "bytes and control tokens. *As written*: a transcript without thoughts is, token by token, "
         "what the template writes of the conversation; elsewhere it appends, and keeps in a row "
         "what the policy read and wrote (`policy.thoughts=cut`: a row a turn, without earlier "
