@@ -142,7 +142,9 @@ class Trial:
                 "action is malformed"
             )
         for action in (NONSENSE, *(start[1].get("admissible_actions") or ())):
-            response = self._prompt.demonstration.format(action=action, thought="")
+            write = getattr(self._prompt, "demonstrated", None)  # a call has its own spelling
+            plain = self._prompt.demonstration.format(action=action, thought="")
+            response = str(write(action)) if write else plain
             found = self._prompt.parse(response)
             if found != action:
                 kind = "inadmissible, not malformed" if action == NONSENSE else "admissible"

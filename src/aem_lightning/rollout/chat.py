@@ -24,9 +24,19 @@ class TextEncoder:
     """Stands where an encoder stands, for a model whose tokens are out of sight.
 
     Prompts are empty, since `ChatResponder` writes them as messages; an id is a character.
+
+    Raises:
+        ValueError: ``prompt.action`` is ``tool_call``.
     """
 
     prompt: Prompt
+
+    def __post_init__(self) -> None:
+        if self.prompt.action == "tool_call":
+            raise ValueError(
+                "prompt.action=tool_call needs the model's own chat template, and policy=api talks "
+                "to an endpoint in messages. Type another prompt: prompt=think_action."
+            )
 
     def first(self, step: EnvStep) -> list[int]:
         """Nothing: the prompt is a message."""

@@ -112,10 +112,16 @@ class PromptEncoder:
         self.action = action
         self.thoughts = thoughts
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._tools = (
+            [_plain(tool) for tool in prompt.tools] if prompt.action == "tool_call" else None
+        )
         self._merges_system = False
+        if self._tools:
+            self._refuse_toolless()
         self._merges_system = self._refuses_system()
         written = "".join(self._around(2, reply=False))
-        self._tokens = TextTokens(tokenizer, f"{tokenizer.get_chat_template()}{written}")
+        template = tokenizer.get_chat_template(tools=self._tools)
+        self._tokens = TextTokens(tokenizer, f"{template}{written}")
         self.end_id = self._find_end()
         tail = self._around(1)[-1]
         # Some templates open the reasoning themselves; a reply is read with that tag.
@@ -217,7 +223,7 @@ class PromptEncoder:
             self._conversation(messages),
             tokenize=False,
             add_generation_prompt=reply,
-            **self.chat_template_kwargs,
+            **{"tools": self._tools, **self.chat_template_kwargs},
         )
         return str(text)
 
@@ -249,6 +255,22 @@ class PromptEncoder:
                 )
             parts.append(before)
         return [*parts, text]
+
+    def _refuse_toolless(self) -> None:
+        """Refuse a chat template that leaves the tools out.
+
+        Raises:
+            ValueError: It writes the same without them.
+        """
+        tools, shown = self._tools, self._around(1)
+        self._tools = None
+        hidden, self._tools = self._around(1), tools
+        if shown == hidden:
+            raise ValueError(
+                "prompt.action=tool_call is given, and this chat template has no place for tools. "
+                "Type another prompt (prompt=think_action), or give a template that writes "
+                "`tools`: policy.chat_template=/path/to/template.jinja"
+            )
 
     def _refuses_system(self) -> bool:
         """Whether the system message has to be a part of the first user message."""
@@ -344,3 +366,12 @@ class PromptEncoder:
     def _encode_follow_up(self, pieces: tuple[Piece, ...], after: str) -> list[int]:
         """Ids between a sampled response and the next one."""
         return self._tokens.encode(self._framed(Message.of(pieces), after=after))
+
+
+def _plain(value: Any) -> Any:
+    """A config's mappings and lists as those that a chat template writes as JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value

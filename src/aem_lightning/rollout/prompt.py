@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from aem_lightning.rollout import tool_call
 from aem_lightning.types import EnvStep, Turn
 
 _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL | re.IGNORECASE)
@@ -33,7 +34,7 @@ _FIELDS = (
     "history",
 )
 _ITEM_FIELDS = ("step", "observation", "action", "response")
-FORMATS = ("tagged", "plain", "react", "function")
+FORMATS = ("tagged", "plain", "react", "function", "tool_call")
 _OURS = frozenset({"role", "steps_taken", "history_length", "step"})  # fields that a config fills
 
 
@@ -136,14 +137,18 @@ class Prompt:
             ``Action: ...`` before any line ``Observation: ...`` (what a model makes up for itself
             is not read), ``plain`` takes the whole reply, ``function`` the first
             ``<function=...>...</function>`` behind the reasoning, blanks and line breaks as they
-            are.
+            are, ``tool_call`` one native call of a tool, as JSON: the text that it hands over, or,
+            where there is more than one text argument to choose, the call itself.
+        tools: With ``tool_call``: the tools as JSON schemas, as chat templates take them; the
+            default is one, ``act(action)``.
         require_thinking: With ``tagged``, a reply without think tags is malformed too; with
             ``react``, one without a line ``Thought: ...``.
         role: Who the policy is in this environment: the sentence that a format written for every
             environment lacks.
 
     Raises:
-        ValueError: A template uses a field that does not exist, or ``action`` is unknown.
+        ValueError: A template uses a field that does not exist, ``action`` is unknown, or
+            ``tools`` are none.
     """
 
     opening: str
@@ -152,9 +157,10 @@ class Prompt:
     history_item: str = "[Observation {step}: '{observation}', Action {step}: '{action}']"
     demonstration: str = "{action}"
     system: str | None = None
-    action: Literal["tagged", "react", "plain", "function"] = "tagged"
+    action: Literal["tagged", "react", "plain", "function", "tool_call"] = "tagged"
     require_thinking: bool = False
     role: str = ""
+    tools: Sequence[Mapping[str, Any]] = (tool_call.ACT,)
 
     def __post_init__(self) -> None:
         if self.action not in FORMATS:
@@ -162,6 +168,8 @@ class Prompt:
                 f"prompt.action={self.action!r} is unknown; allowed: "
                 f"{', '.join(map(repr, FORMATS))}."
             )
+        if self.action == "tool_call":
+            tool_call.check_tools(self.tools)
         templates = {
             "opening": _FIELDS,
             "turn": _FIELDS,
@@ -188,8 +196,15 @@ class Prompt:
         return fill_in(self.turn, self._fields(step, turns, 0))
 
     def demonstrated(self, action: str, thought: str = "") -> Message:
-        """An expert's ``action`` as a response, with the ``thought`` behind it."""
-        return fill_in(self.demonstration, {"action": action, "thought": thought})
+        """An expert's ``action`` as a response, with the ``thought`` behind it.
+
+        With ``action=tool_call`` the field ``{action}`` is the whole call.
+        """
+        shown = action
+        if self.action == "tool_call":
+            before, text, after = tool_call.written(action, self.tools)
+            shown = Message.of([Piece(before, False), Piece(text, True), Piece(after, False)])
+        return fill_in(self.demonstration, {"action": shown, "thought": thought})
 
     def window_message(self, step: EnvStep, turns: Sequence[Turn], history_length: int) -> Message:
         """The user message with the last ``history_length`` turns, under ``memory=window``."""
@@ -214,6 +229,12 @@ class Prompt:
         if self.action == "plain":
             return " ".join(said.split()) or None
         thinking = THINK.search(response)
+        if self.action == "tool_call":
+            try:
+                called = tool_call.read(said, self.tools)
+            except tool_call.MalformedCallError:
+                return None
+            return called if thinking or not self.require_thinking else None
         if self.action == "function":
             call = _FUNCTION.search(said)
             return call.group() if call and (thinking or not self.require_thinking) else None
@@ -226,6 +247,18 @@ class Prompt:
         if len(found) != 1 or (self.require_thinking and not thinking):
             return None
         return " ".join(found[0].split()) or None
+
+    def malformed(self, response: str) -> str:
+        """Why ``response`` holds no action; nothing where it does."""
+        if self.parse(response) is not None:
+            return ""
+        if self.action == "tool_call":
+            try:
+                tool_call.read(outside_thoughts(response), self.tools)
+            except tool_call.MalformedCallError as error:
+                return str(error)
+            return "no thought"
+        return "no action"
 
     def _fields(
         self,

@@ -1,0 +1,145 @@
+"""Native tool calls: what is read as a call, why not, and which templates may show tools."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hydra.utils import instantiate
+from models.templates import FOLDER
+from runs import composed
+from tiny_play import CHATML, byte_tokenizer
+
+from aem_lightning.rollout import Prompt, PromptEncoder
+from aem_lightning.rollout.chat import TextEncoder
+from aem_lightning.types import EnvStep
+
+TEXTS = {"opening": "{observation}", "turn": "{observation}", "window": "{history}"}
+ACT = Prompt(**TEXTS, action="tool_call")
+SCHEMAS = {"path": {"type": "string"}, "line": {"type": "integer"}}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": name,
+            "parameters": {"type": "object", "properties": SCHEMAS, "required": ["path"]},
+        },
+    }
+    for name in ("view", "edit")
+]
+SEVERAL = replace(ACT, tools=TOOLS)
+GOOD = '<tool_call>\n{"name": "act", "arguments": {"action": "go"}}\n</tool_call>'
+
+
+def call(**fields: object) -> str:
+    return f"<tool_call>{json.dumps(fields)}</tool_call>"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        GOOD,
+        f"I go there. {GOOD}",
+        f"<think>maybe {call(name='act', arguments={'action': 'no'})}</think>{GOOD}",
+        '{"name": "act", "parameters": {"action": "go"}}',
+        '<|python_tag|>{"name": "act", "arguments": {"action": "go"}}',
+    ],
+)
+def test_a_call_is_not_read(reply: str) -> None:
+    assert ACT.parse(reply) == "go"
+    assert ACT.malformed(reply) == ""
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("go", "no call"),
+        (f"<think>{GOOD}</think>", "no call"),
+        (f"<think>{GOOD}", "no call"),
+        (GOOD.removesuffix("</tool_call>"), "no call"),
+        (GOOD + GOOD, "several calls"),
+        ("<tool_call>{'name': 'act'}</tool_call>", "not JSON"),
+        ('<tool_call>{"name": "act", "arguments": {"action": "\\ud800"}}</tool_call>', "not JSON"),
+        (f"<tool_call>{'[' * 200_000}</tool_call>", "not JSON"),
+        ("<tool_call>[1]</tool_call>", "not an object"),
+        (call(name="fly", arguments={"action": "go"}), "unknown tool 'fly'"),
+        (call(name=["act"]), "unknown tool ['act']"),
+        (call(name="act"), "missing argument 'action'"),
+        (call(name="act", arguments="go"), "arguments are no object"),
+        (call(name="act", arguments={"action": 3}), "argument 'action' is not of type string"),
+        (call(name="act", arguments={"action": "a", "b": "c"}), "unknown argument 'b'"),
+        (call(name="act", arguments={"action": " "}), "empty argument 'action'"),
+    ],
+)
+def test_a_malformed_call_is_read_or_takes_another_reason(reply: str, reason: str) -> None:
+    assert ACT.parse(reply) is None
+    assert ACT.malformed(reply) == reason
+
+
+ACTIONS = (
+    "click[Buy Now]",
+    'say "a\\b" {x}',
+    "frage nach Äpfeln 🍎",
+    "write </tool_call><think>",
+    "two\nlines",
+)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_demonstration_loses_its_action(action: str) -> None:
+    for demonstration in ("{action}", "<think>{thought}</think>{action}"):
+        prompt = replace(ACT, demonstration=demonstration)
+        assert prompt.parse(prompt.demonstrated(action, "so")) == action
+
+
+def test_one_of_several_tools_is_not_the_whole_call() -> None:
+    chosen = {"name": "edit", "arguments": {"path": "a.py", "line": 3}}
+    assert json.loads(str(SEVERAL.parse(call(**chosen)))) == chosen
+    shown = json.dumps(chosen)
+    assert SEVERAL.parse(SEVERAL.demonstrated(shown)) == shown
+    wrong = call(name="edit", arguments={"path": "a.py", "line": True})
+    assert SEVERAL.malformed(wrong) == "argument 'line' is not of type integer"
+
+
+@pytest.mark.parametrize("tools", [[], [{"name": "act"}], [TOOLS[0], TOOLS[0]]])
+def test_tools_that_are_none_are_taken(tools: list[object]) -> None:
+    with pytest.raises(ValueError, match=r"prompt\.tools has to list tools"):
+        replace(ACT, tools=tools)
+
+
+def test_a_template_does_not_show_the_tools_or_the_call_is_lost_in_ids() -> None:
+    qwen = byte_tokenizer((FOLDER / "qwen2_5.jinja").read_text())
+    hermes = byte_tokenizer(
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML
+    )
+    for tokenizer in (qwen, hermes):
+        for prompt, name in ((ACT, "act"), (SEVERAL, "edit")):
+            made = PromptEncoder(tokenizer, prompt)
+            assert f'"name": "{name}"' in made.read(made.first(EnvStep("a room")))
+        made = PromptEncoder(tokenizer, ACT)
+        for action in ACTIONS:
+            assert ACT.parse(made.decode(made.demonstrate(action))) == action
+        without = PromptEncoder(tokenizer, replace(ACT, action="plain"))
+        assert '"act"' not in without.read(without.first(EnvStep("a room")))
+
+
+def test_what_cannot_show_tools_takes_them() -> None:
+    with pytest.raises(ValueError, match="no place for tools"):
+        PromptEncoder(byte_tokenizer(), ACT)
+    with pytest.raises(ValueError, match=r"action=constrained.*prompt\.action=tool_call"):
+        PromptEncoder(byte_tokenizer(), ACT, action="constrained")
+    with pytest.raises(ValueError, match=r"prompt\.action=tool_call.*policy=api"):
+        TextEncoder(ACT)
+
+
+def test_tool_calls_cannot_be_typed() -> None:
+    words = ["experiment=quickstart", "prompt.action=tool_call"]
+    prompt = instantiate(composed(words).prompt)
+    assert prompt.parse(prompt.demonstrated("go to desk 1")) == "go to desk 1"
+    parameters = "parameters:{type:object,properties:{path:{type:string}},required:[path]}"
+    tools = f"+prompt.tools=[{{type:function,function:{{name:edit,{parameters}}}}}]"
+    own = instantiate(composed([*words, tools]).prompt)
+    made = PromptEncoder(byte_tokenizer((FOLDER / "qwen2_5.jinja").read_text()), own)
+    assert '"name": "edit"' in made.read(made.first(EnvStep("a room")))
