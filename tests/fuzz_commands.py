@@ -53,7 +53,7 @@ TRAIN = (
     "algorithm=gigpo loss=adaptive_entropy scheduler=linear",
     "algorithm=ppo loss=kl_cov logger=[tensorboard,csv] callbacks=curriculum",
     "algorithm=rloo loss=clip_cov modulation=empg engine=vllm",
-    "datamodule=webshop_generated prompt=webshop_plain advantage=reinforcepp",
+    "datamodule=webshop_generated prompt=plain advantage=reinforcepp",
     "datamodule=swe_embedded prompt=swe_functions",
     "datamodule=gymnasium datamodule.env_id=x:y prompt=react stage=warm_start",
 )

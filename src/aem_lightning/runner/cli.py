@@ -111,12 +111,10 @@ def _keep_traceback() -> str:
 def accept_plus(arguments: Sequence[str]) -> list[str]:
     """The arguments with ``profile=true`` for ``+profile=true``, ``logger=[]`` for ``logger=null``.
 
-    Hydra takes a plus for keys that a config lacks, and no other; and for a group no null. The
-    paper's rewards go by the name of ALFWorld, too.
+    Hydra takes a plus for keys that a config lacks, and no other; and for a group no null.
     """
-    said = {f"{group}=null": f"{group}=[]" for group in ("callbacks", "logger")}
-    said["rewards=alfworld"] = "rewards=paper"
-    return [a.removeprefix("+") if a.startswith("+profile=") else said.get(a, a) for a in arguments]
+    none = {f"{group}=null": f"{group}=[]" for group in ("callbacks", "logger")}
+    return [a.removeprefix("+") if a.startswith("+profile=") else none.get(a, a) for a in arguments]
 
 
 def quiet_libraries() -> None:
