@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def token_logprob_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 512
@@ -120,7 +122,7 @@ def wide_product(hidden: Tensor, weight: Tensor) -> Tensor:
     A GPU adds the products of half precision up in float32; rounded back before they are read,
     log-probabilities would be off by a hundredth.
     """
-    half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+    half = hidden.dtype == weight.dtype and hidden.dtype in HALF
     if half and hidden.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     product = linear(hidden, weight)

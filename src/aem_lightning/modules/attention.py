@@ -16,12 +16,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function as _causal
 
+from aem_lightning.functional.logprob import HALF
 from aem_lightning.modules.settings import Packing
 from aem_lightning.rollout.head import decoder_of, probe_rows
+from aem_lightning.rollout.sampling import evaluated
 from aem_lightning.rollout.slot_cache import compute_dtype
 
 PACKED = "aem_packed"
-_HALF = (torch.float16, torch.bfloat16)
 CAUSAL: object = _causal
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _KERNEL_SIZES = range(8, 257, 8)  # of a head, for FlashAttention
@@ -123,30 +124,25 @@ def packing_obstacle(model: PreTrainedModel) -> str | None:
     return _trial(model)
 
 
-@torch.no_grad()
 def _trial(model: PreTrainedModel) -> str | None:
     """What is wrong with a packed row of two short sequences, against the model on each alone."""
-    config = decoder_of(model).config
-    before = config._attn_implementation
-    rows = [torch.tensor([ids], device=model.device) for ids in probe_rows(model, 2, 72)]
-    training = [module for module in model.modules() if module.training]
+    decoder = decoder_of(model)
+    before = decoder.config._attn_implementation
     try:
-        for module in training:
-            module.training = False
-        own = torch.cat(
-            [decoder_of(model)(input_ids=row, use_cache=False).last_hidden_state for row in rows], 1
-        ).float()
-        packed = packed_hidden(model, torch.cat(rows, 1), [row.shape[1] for row in rows]).float()
+        with evaluated(model):
+            rows = [torch.tensor([ids], device=model.device) for ids in probe_rows(model, 2, 72)]
+            alone = [decoder(input_ids=row, use_cache=False).last_hidden_state for row in rows]
+            lengths = [row.shape[1] for row in rows]
+            own = torch.cat(alone, 1).float()
+            packed = packed_hidden(model, torch.cat(rows, 1), lengths).float()
     except (RuntimeError, TypeError, ValueError) as error:  # whatever a family makes of its mask
         return f"{type(model).__name__} does not take it ({error})".partition("\n")[0]
     finally:
-        config._attn_implementation = before
-        for module in training:
-            module.training = True
+        decoder.config._attn_implementation = before
     off = float((packed - own).abs().mean() / own.abs().mean())
     # Rounding is a ten-thousandth of this, in half precision a hundredth; a neighbour that is seen,
     # or a window that is not kept, is a tenth and more.
-    if off <= (0.05 if compute_dtype(model.device, model.dtype) in _HALF else 1e-3):
+    if off <= (0.05 if compute_dtype(model.device, model.dtype) in HALF else 1e-3):
         return None
     return f"{type(model).__name__} comes out otherwise there: its states are off by {off:.0%}"
 
@@ -217,7 +213,7 @@ def packed_attention(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("its attention has a soft cap or sinks")
     kind = compute_dtype(query.device, value.dtype)
-    if kind in _HALF:
+    if kind in HALF:
         # Under autocast, rotary embeddings leave float32 queries and keys beside half values.
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
     varlen = _kernel(query.device, kind, query.shape[-1])
@@ -308,7 +304,7 @@ def variable_length_attention() -> Callable[..., Any] | None:
 
 def _kernel(device: torch.device, kind: torch.dtype, size: int) -> Callable[..., Any] | None:
     """FlashAttention for heads of ``size``, where there is one: not on GPUs before Ampere."""
-    if device.type != "cuda" or kind not in _HALF or size not in _KERNEL_SIZES:
+    if device.type != "cuda" or kind not in HALF or size not in _KERNEL_SIZES:
         return None
     is_new = torch.cuda.get_device_capability(device) >= (8, 0)
     return variable_length_attention() if is_new else None

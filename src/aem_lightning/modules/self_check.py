@@ -18,6 +18,7 @@ from aem_lightning.modules.attention import is_packed
 from aem_lightning.modules.policy import Policy
 from aem_lightning.modules.settings import Packing
 from aem_lightning.rollout import Request, RolloutEngine, Sampling
+from aem_lightning.rollout.head import widest_window
 from aem_lightning.rollout.sampling import evaluated
 from aem_lightning.rollout.slot_cache import compute_dtype
 
@@ -118,8 +119,7 @@ def _rows(policy: Policy, engine: RolloutEngine | None) -> list[list[int]]:
     """Tokens of the texts: past the model's window where that costs little, the second shorter."""
     model: Any = policy.causal_lm
     config = policy.head.decoder.config
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    wanted = _TOKENS + max([window for window in windows if isinstance(window, int)], default=0)
+    wanted = _TOKENS + widest_window(config)
     device = model.device.type
     vocabulary = len(model.get_input_embeddings().weight)
     # Two rows, by the model itself, padded, packed and by the engine.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-HALF = (torch.bfloat16, torch.float16)
+from aem_lightning.functional.logprob import HALF
 
 
 class AdapterCopies:

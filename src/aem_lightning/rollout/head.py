@@ -102,15 +102,18 @@ def decoder_of(causal_lm: Any) -> Any:
     return found[0]
 
 
+def widest_window(config: Any) -> int:
+    """Tokens that the layers of a decoder with windows or chunks see at most; 0 without any."""
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return max((window for window in windows if isinstance(window, int)), default=0)
+
+
 def probe_rows(causal_lm: Any, count: int, longest: int) -> list[list[int]]:
     """Rows of token ids for a trial of ``causal_lm``, each one shorter than the one before.
 
     They go past its window where that is short, and are never longer than ``longest``.
     """
-    config = decoder_of(causal_lm).config
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    widest = max([window for window in windows if isinstance(window, int)], default=0)
-    length = min(longest, 8 + min(widest, 64))
+    length = min(longest, 8 + min(widest_window(decoder_of(causal_lm).config), 64))
     vocabulary = causal_lm.get_input_embeddings().weight.shape[0]
     return [
         [(5 + 7 * i + 3 * row) % 251 % vocabulary for i in range(length - row)]

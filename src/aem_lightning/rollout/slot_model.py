@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from aem_lightning.functional.logprob import HALF
 from aem_lightning.rollout.adapters import AdapterCopies
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.head import Head, probe_rows
@@ -132,7 +133,7 @@ class SlotModel:
             raise ValueError(_refusal(self._base, reason)) from error
         wanted = torch.stack([output.logits[0, -1].float() for output in own])
         gap = (found.log_softmax(-1) - wanted.log_softmax(-1)).abs()
-        half = self._kind in (torch.float16, torch.bfloat16)
+        half = self._kind in HALF
         # Half precision rounds logits by hundredths; another mask or scale is off by far more.
         if (figure := float(gap.mean() if half else gap.max())) > (0.25 if half else 1e-3):
             reason = f"its log-probabilities come out {figure:.2g} nats off the model's own"

@@ -100,7 +100,8 @@ class _Grammar:
     """
 
     def __init__(self, table: dict[str, str]) -> None:
-        names = {letter: set(kind.split()) for letter, kind in zip(ascii_letters, table)}  # noqa: B905  (fewer classes than letters)
+        pairs = zip(ascii_letters, table, strict=False)  # there are fewer classes than letters
+        names = {letter: set(kind.split()) for letter, kind in pairs}
         ranges = []
         for letter, spans in zip(names, table.values(), strict=True):
             for span in spans.split():
