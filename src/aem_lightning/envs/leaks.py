@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from aem_lightning.envs.base import TextEnv
 from aem_lightning.types import Task
@@ -38,18 +39,19 @@ def find_leaks(
     """What grows over the second half of ``resets`` resets, each with one step after it.
 
     The first half is for caches to fill. Whatever grows by one in two resets or more, and by
-    ``NOISE`` at least, is a leak, if it does so again over as many more resets: other threads of
-    the process come and go too. Memory is counted in blocks of the interpreter, so what a C
-    library keeps does not show, nor what is kept over fewer than 100 resets. ``count`` says what
-    the environment's process holds.
+    ``NOISE`` at least, is a leak, if it does so again and again over as many more resets: other
+    threads of the process come and go too, and the interpreter's own blocks with them. Memory is
+    counted in these blocks, so what a C library keeps does not show, nor what is kept over fewer
+    than 100 resets. ``count`` says what the environment's process holds.
     """
     half = resets // 2
     numbers = range(half)
     before, after = (_play(env, tasks, seed, numbers, count) for _ in range(2))
     leaks = _grown(before, after, half)
     if leaks:
-        later, last = (_play(env, tasks, seed, numbers, count) for _ in range(2))
-        leaks &= _grown(later, last, half)
+        counts = [after, *(_play(env, tasks, seed, numbers, count) for _ in range(2))]
+        for earlier, later in pairwise(counts):
+            leaks &= _grown(earlier, later, half)
     return [
         f"reset() left {after[name] - before[name]:g} more {name} behind in {half} episodes "
         f"({before[name]:g}, then {after[name]:g}); expected: no growth, since one environment "
