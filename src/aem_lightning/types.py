@@ -215,6 +215,7 @@ class RolloutBatch:
     ``group``                 [N]     the group of a trajectory
     ``returns``               [N]     the undiscounted sum of its rewards
     ``judged``                [N]     bool: False where the return says nothing about the policy
+    ``won``                   [N]     bool: the environment called it a success
     ``loss_mask``             [N]     bool: False keeps the trajectory out of the loss and of the
                                       statistics over responses; implies nothing about its return
     ========================= ======= ============================================================
@@ -242,6 +243,7 @@ class RolloutBatch:
     action_mask: Tensor | None = None
     values: Tensor | None = None
     value_targets: Tensor | None = None
+    won: Tensor | None = None
 
     @property
     def num_responses(self) -> int:

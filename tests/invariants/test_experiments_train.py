@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import CONFIGS, ROOT, SHORT, SMALL, Keep, built, composed, equal_bits, weights
 
+from aem_lightning.runner.checks import ConfigError, check_config
 from aem_lightning.types import Iteration
 
 ALGORITHMS = sorted(path.stem for path in (CONFIGS / "algorithm").glob("*.yaml"))
@@ -45,6 +46,8 @@ OPTIONS = (
     ("modulation.scope=anchor_state", "anchor_similarity=0.8"),
     ("modulation.scope=trajectory", "modulation.mean=token"),
     ("modulation.tokens=action",),
+    ("modulation.proxy=relative_surprisal",),
+    ("modulation=repo_r", "filter=variance"),
     ("advantage.statistics=step",),
     (
         "callbacks=curriculum",
@@ -78,16 +81,39 @@ def trained(folder: Path, model: str, *overrides: str) -> list[Iteration]:
     return updates
 
 
-@pytest.mark.parametrize("modulation", ["none", "aem"])
+def refusal(words: list[str]) -> str | None:
+    """Why a config is refused before anything is made."""
+    try:
+        check_config(composed(words))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_an_algorithm_does_not_train(
-    algorithm: str, modulation: str, toy_model: str, tmp_path: Path
-) -> None:
-    if algorithm == "empg":
-        modulation = {"none": "empg", "aem": "empg_aem"}[modulation]
+def test_an_algorithm_does_not_train(algorithm: str, toy_model: str, tmp_path: Path) -> None:
+    modulation = "empg_aem" if algorithm == "empg" else "aem"
     words = (f"algorithm={algorithm}", f"modulation={modulation}")
     for done in trained(tmp_path, toy_model, *words):
-        assert torch.equal(done.alpha, torch.ones_like(done.alpha)) == (modulation == "none")
+        assert not torch.equal(done.alpha, torch.ones_like(done.alpha))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("loss", ["clipped", "cispo", "dppo"])
+@pytest.mark.parametrize("modulation", ["none", "aem", "empg", "repo_r"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_combination_trains_or_is_refused_with_a_reason(
+    algorithm: str, modulation: str, loss: str, toy_model: str, tmp_path: Path
+) -> None:
+    words = [f"algorithm={algorithm}", f"modulation={modulation}"]
+    if algorithm not in ("cispo", "dppo"):  # they are losses
+        words.append(f"loss={loss}")
+    why = refusal([*SHRUNK, *words, f"paths.output_dir={tmp_path}"])
+    if why is None:
+        assert trained(tmp_path, toy_model, *words, "iterations=1", "iterations_per_epoch=1")
+    else:
+        assert {algorithm, modulation} & {"empg", "ppo"} or loss != "clipped", why
+        assert "type " in why
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options[0])

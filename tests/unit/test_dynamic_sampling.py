@@ -11,7 +11,7 @@ from aem_lightning.modules.dynamic_sampling import (
     GroupSource,
     draw_tasks,
     mixed_groups,
-    split_uniform,
+    split_groups,
 )
 from aem_lightning.modules.reporting import rollout_metrics
 from aem_lightning.rollout import Collector, PromptEncoder, RewardShaping, make_groups
@@ -62,7 +62,7 @@ def test_a_mixed_batch_is_collected_again():
     played = made.collect(TASKS[:3], rounds=10)
     assert len(log) == 1
     assert log[0][0] == ("train", 7)
-    assert split_uniform(played, 10) == (played, [])
+    assert split_groups(played, RolloutSettings(collection_rounds=10)) == (played, [])
 
 
 def test_uniform_groups_are_not_replaced_by_as_many_new_tasks():
@@ -74,7 +74,7 @@ def test_uniform_groups_are_not_replaced_by_as_many_new_tasks():
     numbers = [group for _, groups in log for _, group in groups]
     assert numbers == list(range(len(seen)))
     assert len({seed for seed, _ in log}) == len(log), "two rounds sample with one seed"
-    kept, dropped = split_uniform(played, 30)
+    kept, dropped = split_groups(played, RolloutSettings(collection_rounds=30))
     assert len({t.group for t in kept}) == 4
     assert not mixed_groups(dropped)
     assert len(kept) + len(dropped) == len(played) == 2 * len(seen)
@@ -90,7 +90,7 @@ def test_collection_goes_on_without_end_where_every_group_is_uniform():
     made, log = source(set())
     played = made.collect(TASKS[:2], rounds=10)
     assert len(log) == 10
-    kept, dropped = split_uniform(played, 10)
+    kept, dropped = split_groups(played, RolloutSettings(collection_rounds=10))
     assert {t.round for t in kept} == {0}
     assert len(kept) == 4
     assert len(dropped) == 36

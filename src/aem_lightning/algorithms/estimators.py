@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, Protocol, get_args
 
 from torch import Tensor
@@ -12,8 +11,12 @@ from torch import Tensor
 from aem_lightning.algorithms.ranks import over_ranks
 from aem_lightning.functional import (
     gigpo_step_advantages,
+    graph_rewards,
     grpo_advantages,
+    hgpo_advantages,
+    maxrl_advantages,
     overlong_penalty,
+    qae_advantages,
     rloo_advantages,
     step_returns,
     whiten,
@@ -96,8 +99,13 @@ class GRPO:
 
     def __call__(self, batch: RolloutBatch) -> Tensor:
         returns = batch.returns if self.overlong is None else self.overlong(batch)  # [N]
-        estimate = partial(grpo_advantages, normalize_std=self.normalize_std, eps=self.eps)
-        return _of_responses(estimate, returns, batch, self.statistics)
+        return _of_responses(self.of_groups, returns, batch, self.statistics)
+
+    def of_groups(self, returns: Tensor, group: Tensor, mask: Tensor) -> Tensor:
+        """Returns compared within their groups, as long as they are."""
+        return grpo_advantages(
+            returns, group, normalize_std=self.normalize_std, eps=self.eps, mask=mask
+        )
 
 
 @dataclass(frozen=True)
@@ -153,8 +161,7 @@ class GiGPO:
 
     def __post_init__(self) -> None:
         _check_statistics(self.statistics)
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"advantage.gamma={self.gamma} is not a discount: type one in (0, 1]")
+        _check_discount(self.gamma)
 
     def __call__(self, batch: RolloutBatch) -> Tensor:
         episode = GRPO(self.normalize_std, self.eps, self.statistics)(batch)
@@ -168,6 +175,150 @@ class GiGPO:
             mask=batch.judged[batch.trajectory],
         )
         return episode + self.step_weight * step
+
+
+@dataclass(frozen=True)
+class GraphGPO(GRPO):
+    """GRPO's advantages, plus those among the responses to one observation by where they lead.
+
+    What a response is worth is how near to success the observation after it lies in the graph of
+    all that the group has seen: `graph_rewards`. Source: arXiv 2605.26684.
+
+    Attributes:
+        step_weight: Weight of the step part.
+        success: The step reward of what leads to success.
+        decay: What each further step costs; the paper has 0.1 in ALFWorld and 0.2 in WebShop.
+        normalize_distance: Reward the progress rather than the distance that is left.
+    """
+
+    step_weight: float = 1.0
+    success: float = 10.0
+    decay: float = 0.1
+    normalize_distance: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.decay < 1:
+            raise ValueError(f"advantage.decay={self.decay} is not allowed: type one in (0, 1)")
+
+    def __call__(self, batch: RolloutBatch) -> Tensor:
+        return super().__call__(batch) + self.step_weight * self.step_advantages(batch)
+
+    def step_advantages(self, batch: RolloutBatch) -> Tensor:
+        """The step part, [R]; 0 in groups without success, and where an observation met once."""
+        if batch.won is None:
+            raise ValueError(
+                "GraphGPO needs to know which trajectories were won, and this batch has "
+                "no column won. Type algorithm=gigpo."
+            )
+        judged = batch.judged[batch.trajectory]
+        rewards = graph_rewards(
+            batch.response_group,
+            batch.anchor,
+            batch.trajectory,
+            batch.turn,
+            batch.won[batch.trajectory],
+            success=self.success,
+            decay=self.decay,
+            normalize_distance=self.normalize_distance,
+            mask=judged,
+        )
+        return gigpo_step_advantages(
+            rewards, batch.response_group, batch.anchor, eps=self.eps, mask=judged
+        )
+
+
+@dataclass(frozen=True)
+class HGPO(GRPO):
+    """Advantages among responses with equal histories of 1, 2, ... observations: a weighted mean.
+
+    See `hgpo_advantages`. Source: arXiv 2602.22817; the ALFWorld recipe has ``normalize_std=True``,
+    WebShop's ``False``.
+
+    Attributes:
+        gamma: Discount a turn of the returns that are compared.
+        history_length: Earlier observations that a prompt shows, K.
+        power: How much a longer shared history counts.
+        base_group: Have GRPO's advantage as one more of them, of the weight of an empty history.
+    """
+
+    gamma: float = 0.95
+    history_length: int = 2
+    power: float = 1.0
+    base_group: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_discount(self.gamma)
+        if self.history_length < 0:
+            raise ValueError(
+                f"advantage.history_length={self.history_length} is not allowed: type a number >= 0"
+            )
+
+    def __call__(self, batch: RolloutBatch) -> Tensor:
+        return hgpo_advantages(
+            step_returns(batch.reward, batch.trajectory, batch.turn, self.gamma),
+            batch.response_group,
+            batch.anchor,
+            batch.trajectory,
+            batch.turn,
+            history_length=self.history_length,
+            base=super().__call__(batch) if self.base_group else None,
+            power=self.power,
+            normalize_std=self.normalize_std,
+            eps=self.eps,
+            mask=batch.judged[batch.trajectory],
+        )
+
+
+@dataclass(frozen=True)
+class QAE(GRPO):
+    """Returns against the group's ``quantile`` in place of its mean: `qae_advantages`.
+
+    Where a task is seldom solved only successes move the policy, where it mostly is only failures:
+    a control for what the balance of signs does. Source: arXiv 2509.22611.
+    """
+
+    quantile: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.quantile <= 1:
+            raise ValueError(
+                f"advantage.quantile={self.quantile} is not allowed: type a share in (0, 1]"
+            )
+
+    def of_groups(self, returns: Tensor, group: Tensor, mask: Tensor) -> Tensor:
+        return qae_advantages(
+            returns,
+            group,
+            quantile=self.quantile,
+            normalize_std=self.normalize_std,
+            eps=self.eps,
+            mask=mask,
+        )
+
+
+@dataclass(frozen=True)
+class MaxRL:
+    """Returns against the group's mean, in units of it: `maxrl_advantages`.
+
+    ``statistics`` as in `GRPO`. Source: arXiv 2602.02710.
+    """
+
+    statistics: Statistics = "trajectory"
+    min_group_size: int = 2
+
+    def __post_init__(self) -> None:
+        _check_statistics(self.statistics)
+
+    def __call__(self, batch: RolloutBatch) -> Tensor:
+        return _of_responses(maxrl_advantages, batch.returns, batch, self.statistics)
+
+
+def _check_discount(gamma: float) -> None:
+    if not 0 < gamma <= 1:
+        raise ValueError(f"advantage.gamma={gamma} is not a discount: type one in (0, 1]")
 
 
 def _check_statistics(given: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -11,12 +11,15 @@ from torch import Tensor
 from aem_lightning.algorithms.entropy_control import AdaptiveEntropy, CovarianceControl
 from aem_lightning.functional import (
     aggregation_weights,
+    cispo_surrogate,
     clipped_surrogate,
+    dppo_surrogate,
     importance_weights,
     kl_k3,
 )
-from aem_lightning.functional.losses import Aggregation
+from aem_lightning.functional.losses import Aggregation, Divergence
 from aem_lightning.functional.segments import segment_ids, segment_mean
+from aem_lightning.types import Positive
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class ClippedLoss:
         problems = [
             f"loss.{name}={value}: {want}"
             for name, value, ok, want in (
-                ("clip_low", self.clip_low, 0 <= self.clip_low < 1, "type a number in [0, 1)"),
+                ("clip_low", self.clip_low, *self.low_bound()),
                 ("clip_high", self.clip_high, self.clip_high >= 0, "type a number >= 0"),
                 ("dual_clip", self.dual_clip, bounded, "type a number > 1, or null"),
                 ("kl_coef", self.kl_coef, self.kl_coef >= 0, "type a number >= 0"),
@@ -219,6 +222,10 @@ class ClippedLoss:
             loss = loss - self.entropy_coef * (weights * entropies).sum()
         return LossTerms(loss, stats, weights)
 
+    def low_bound(self) -> tuple[bool, str]:
+        """Whether ``clip_low`` is allowed, and what is."""
+        return 0 <= self.clip_low < 1, "type a number in [0, 1)"
+
     @property
     def needs_reference(self) -> bool:
         """Whether there is a KL term."""
@@ -269,10 +276,92 @@ class ClippedLoss:
         return (surrogate, clipped) if ids is None else (surrogate[ids], clipped[ids])
 
 
+@dataclass(frozen=True)
+class CISPO(ClippedLoss):
+    """`ClippedLoss` with clipped importance weights in place of a clipped ratio.
+
+    No token loses its gradient: see `cispo_surrogate`. Without a lower clip (``clip_low=1``) and
+    with an upper one of 5 by public advice. Source: arXiv 2506.13585.
+    """
+
+    clip_low: float = 1.0
+    clip_high: float = 5.0
+    dual_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio != "token" or self.dual_clip is not None:
+            raise ValueError(
+                f"loss.ratio={self.ratio} loss.dual_clip={self.dual_clip}: CISPO weighs tokens, "
+                "and bounds nothing else; type loss.ratio=token loss.dual_clip=null"
+            )
+
+    def low_bound(self) -> tuple[bool, str]:
+        return 0 <= self.clip_low <= 1, "type a number in [0, 1]"
+
+    def surrogate(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        columns: TokenColumns | None,
+    ) -> tuple[Tensor, Tensor]:
+        clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
+        return cispo_surrogate(logprobs, old_logprobs, advantages, **clips)
+
+
+@dataclass(frozen=True)
+class DPPO(ClippedLoss):
+    """`ClippedLoss` with a trust region of probabilities in place of clipped ratios.
+
+    A token that has left it in the direction of its advantage has no gradient: see
+    `dppo_surrogate`. The region lies around the sampler's probabilities, so it sees both what the
+    update and what the engine has moved. The clips are not used. Source: arXiv 2602.04879.
+
+    Attributes:
+        delta: The region's size.
+        divergence: ``tv``, of the sampled token's probability, or ``kl``, of it against all others.
+    """
+
+    dual_clip: float | None = None
+    delta: Positive = 0.2
+    divergence: Divergence = "tv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio != "token" or self.dual_clip is not None:
+            raise ValueError(
+                f"loss.ratio={self.ratio} loss.dual_clip={self.dual_clip}: DPPO masks tokens and "
+                "clips no ratio; type loss.ratio=token loss.dual_clip=null"
+            )
+        if not self.delta > 0 or self.divergence not in get_args(Divergence):
+            raise ValueError(
+                f"loss.delta={self.delta}, loss.divergence={self.divergence}: type a number > 0, "
+                f"and one of {', '.join(get_args(Divergence))}"
+            )
+
+    def surrogate(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        columns: TokenColumns | None,
+    ) -> tuple[Tensor, Tensor]:
+        sampler = _given(columns).sampler_logprobs
+        return dppo_surrogate(
+            logprobs,
+            old_logprobs,
+            advantages,
+            old_logprobs if sampler is None else sampler,
+            delta=self.delta,
+            divergence=self.divergence,
+        )
+
+
 def _given(columns: TokenColumns | None) -> TokenColumns:
     if columns is None:
         raise ValueError(
-            "ratio=sequence and the aggregations sequence and constant need columns: which "
-            "response each token is in, and how long that is"
+            "ratio=sequence, DPPO and the aggregations sequence and constant need columns: which "
+            "response each token is in, how long that is, and what the sampler saw"
         )
     return columns

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from aem_lightning.algorithms.ranks import apart, over_ranks, whole_columns
-from aem_lightning.functional import aem_coefficients, empg_bonus, empg_gain, response_entropy
-from aem_lightning.functional.segments import segment_ids, segment_range
+from aem_lightning.functional import (
+    aem_coefficients,
+    empg_bonus,
+    empg_gain,
+    repo_advantages,
+    response_entropy,
+)
+from aem_lightning.functional.segments import (
+    prompt_ids,
+    segment_ids,
+    segment_mean,
+    segment_range,
+)
 from aem_lightning.types import RolloutBatch, Seed
 
 
@@ -86,6 +97,10 @@ class AEM:
             ``batch`` (all ranks), or to one observation of a task (``anchor_state``).
         tokens: Whose entropies H-bar averages: ``all`` tokens of a response, or its ``action``'s.
         mean: alpha averages 1 over the group's responses, or over its tokens.
+        proxy: What stands for the entropy of a response. ``mean_entropy`` is the paper's H-bar;
+            ``entropy_sum`` is the sum of its token entropies; ``relative_surprisal`` is its
+            surprisal minus the mean entropy sum of the group's responses to the very same prompt,
+            whose expectation is 0 in every state. ``min_range`` is in nats of the proxy.
         seed: Of the shuffle, which depends on it and on the batch alone.
     """
 
@@ -97,6 +112,7 @@ class AEM:
     scope: Literal["task", "trajectory", "batch", "anchor_state"] = "task"
     tokens: Literal["all", "action"] = "all"
     mean: Literal["response", "token"] = "response"
+    proxy: Literal["mean_entropy", "entropy_sum", "relative_surprisal"] = "mean_entropy"
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -115,6 +131,11 @@ class AEM:
                     f"modulation.{name}={getattr(self, name)!r} is unknown; allowed: "
                     f"{', '.join(allowed)}."
                 )
+        if self.tokens == "action" and self.proxy != "mean_entropy":
+            raise ValueError(
+                f"modulation.proxy={self.proxy} is of whole responses: type modulation.tokens=all, "
+                "or modulation.proxy=mean_entropy."
+            )
 
     def __call__(self, batch: RolloutBatch) -> Modulated:
         mask = batch.response_mask & (batch.length > 0)
@@ -150,9 +171,9 @@ class AEM:
         return groups[self.scope]
 
     def entropy(self, batch: RolloutBatch) -> Tensor:
-        """H-bar of each response over the tokens that count, [R]."""
+        """The proxy of each response's entropy, [R]."""
         if self.tokens == "all":
-            return batch.entropy
+            return entropy_proxy(batch, self.proxy)
         if batch.action_mask is None:
             raise ValueError(
                 "modulation.tokens=action needs to know the tokens of the actions, and this batch "
@@ -166,6 +187,69 @@ class AEM:
         # The mask keeps the sum within what a generator takes as a seed.
         total, _ = over_ranks(batch.input_ids.sum().reshape(1))
         return torch.Generator().manual_seed((self.seed + int(total.sum())) & (2**62 - 1))
+
+
+def entropy_proxy(batch: RolloutBatch, name: str) -> Tensor:
+    """The proxy of that name of each response's entropy, [R]; see `AEM`."""
+    if name == "mean_entropy":
+        return batch.entropy
+    total = batch.entropy * batch.length
+    if name == "entropy_sum":
+        return total
+    prompts = prompt_ids(batch.input_ids, batch.response_index, batch.num_responses)
+    ids, count = segment_ids(batch.response_group, prompts)
+    return batch.surprisal - segment_mean(total, ids, count)[ids]
+
+
+@dataclass(frozen=True)
+class RepoR:
+    """REPO-R: advantages of tokens that hold the policy's entropy near its first iteration's.
+
+    With pi the current probability of a token, detached: ``max(0, A (1 - zeta log pi))`` where
+    A > 0 and ``min(0, A (1 + zeta log pi))`` where A < 0, so that a positive zeta favours rare
+    tokens. Once an iteration zeta moves by a factor of 2: up while the entropy is under the target,
+    down while it is over; on its way through 0 its sign flips at ``zeta_min``. Source: arXiv
+    2603.11682.
+
+    Attributes:
+        zeta: At the start; its present value is a part of checkpoints.
+        zeta_min: The least size of zeta, at which its sign flips.
+        zeta_max: The largest size.
+        target: Nats a token; ``None`` takes the entropy of the first iteration.
+    """
+
+    keeps_zeros: ClassVar[bool] = True
+
+    zeta: float = 0.01
+    zeta_min: float = 1e-3
+    zeta_max: float = 1.0
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.zeta_min <= abs(self.zeta) <= self.zeta_max:
+            raise ValueError(
+                f"modulation.zeta={self.zeta} zeta_min={self.zeta_min} zeta_max={self.zeta_max}: "
+                "type 0 < zeta_min <= |zeta| <= zeta_max"
+            )
+
+    def __call__(self, batch: RolloutBatch) -> Modulated:
+        return Modulated(torch.ones_like(batch.entropy), 1.0)
+
+    def of_tokens(self, advantages: Tensor, logprobs: Tensor) -> Tensor:
+        """The advantages of T tokens under their present log-probabilities, [T] each."""
+        return repo_advantages(advantages, logprobs, self.zeta)
+
+    def adapted(self, entropy: float) -> RepoR:
+        """The modulation of the next iteration, after one of this mean token entropy."""
+        target = entropy if self.target is None else self.target
+        if entropy == target:
+            return replace(self, target=target)
+        upwards = entropy < target
+        size = abs(self.zeta) * (2.0 if upwards == (self.zeta > 0) else 0.5)
+        sign = math.copysign(1.0, self.zeta)
+        if size < self.zeta_min:
+            size, sign = self.zeta_min, -sign
+        return replace(self, zeta=sign * min(size, self.zeta_max), target=target)
 
 
 @dataclass(frozen=True)
@@ -212,6 +296,10 @@ class Stacked:
 
     first: Modulation
     then: Modulation
+
+    def __post_init__(self) -> None:
+        if any(hasattr(part, "of_tokens") for part in (self.first, self.then)):
+            raise ValueError("modulation: RepoR works on tokens, and stacks with nothing else")
 
     @property
     def keeps_zeros(self) -> bool:

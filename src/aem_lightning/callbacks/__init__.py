@@ -8,6 +8,7 @@ iteration makes several.
 
 from aem_lightning.callbacks.adapter_export import AdapterExport
 from aem_lightning.callbacks.aem import AEMMonitor
+from aem_lightning.callbacks.collapse import TemplateCollapse
 from aem_lightning.callbacks.curriculum import HorizonGrowth, TaskWeights
 from aem_lightning.callbacks.hyperparameters import Hyperparameters
 from aem_lightning.callbacks.learning import LearningWatch
@@ -28,6 +29,7 @@ __all__ = [
     "Progress",
     "StepTime",
     "TaskWeights",
+    "TemplateCollapse",
     "Transcripts",
     "TrendWatch",
 ]

@@ -11,9 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from aem_lightning.algorithms import RepoR
 from aem_lightning.callbacks.loggers import log_histogram, log_scalars
 from aem_lightning.callbacks.outputs import iteration_of
-from aem_lightning.types import Iteration
+from aem_lightning.functional import gigpo_step_advantages, grpo_advantages, step_returns
+from aem_lightning.functional.segments import segment_ids, segment_sum
+from aem_lightning.types import Iteration, RolloutBatch
 
 _SIGNS = ("positive", "negative", "zero")
 
@@ -46,6 +49,8 @@ class AEMMonitor(Callback):
             sums = _gather(trainer, sums, pl_module.device)
         metrics = _statistics(sums)
         metrics.update(self._drift(iteration.index, metrics.get("aem/entropy")))
+        if isinstance(modulation := getattr(pl_module, "modulation", None), RepoR):
+            metrics["aem/zeta"] = modulation.zeta
         log_scalars(trainer, metrics, step=iteration.index)
         alpha = iteration.alpha.detach()[_counted(iteration)]
         log_histogram(trainer, "aem/alpha", alpha, step=iteration.index)
@@ -87,6 +92,7 @@ def aem_statistics(iteration: Iteration) -> dict[str, float]:
     ``aem/mass_{sign}``              :math:`\sum \alpha |A|` of the positive, the negative ones
     ``aem/entropy_{sign}``           mean token entropy of the responses of that sign of ``A``
     ``aem/effect_{sign}``            share of responses by sign of :math:`A (\alpha - 1)`
+    ``aem/forecast``                 correlation of H-bar and :math:`|A_S|`: see `forecast_sums`
     ================================ ===============================================================
 
     Source: arXiv 2605.00425, the drift theorem and the analyses of masks and dynamics.
@@ -131,7 +137,41 @@ def _sums(iteration: Iteration) -> dict[str, float]:
         sums[f"mass_base_{sign}"] = advantage[chosen].abs().sum().item()
         sums[f"mass_{sign}"] = (alpha * advantage)[chosen].abs().sum().item()
         sums[f"effect_{sign}"] = (effect == value).sum().item()
-    return sums
+    return sums | forecast_sums(batch)
+
+
+def forecast_sums(batch: RolloutBatch) -> dict[str, float]:
+    """What `forecast` is made of; the sums add up over ranks and iterations.
+
+    Over the responses whose group earned unlike returns and met their observation at least twice:
+    the mean token entropy H-bar, and the size of the step advantage A_S of GiGPO, which says how
+    much hangs on the choice. Nothing of it needs the modulation to be AEM.
+    """
+    judged = batch.judged[batch.trajectory] & (batch.length > 0)
+    group, anchor = batch.response_group, batch.anchor
+    following = step_returns(batch.reward, batch.trajectory, batch.turn, gamma=0.95)
+    size = gigpo_step_advantages(following, group, anchor, mask=judged).abs()
+    ids, count = segment_ids(group, anchor)
+    met = segment_sum(judged.float(), ids, count)[ids]
+    mixed = grpo_advantages(batch.returns, batch.group, mask=batch.judged) != 0
+    groups, many = segment_ids(batch.group)
+    mixed = (segment_sum(mixed.float(), groups, many) > 0)[groups]
+    chosen = judged & (met > 1) & mixed[batch.trajectory]
+    h, a = batch.entropy[chosen].double(), size[chosen].double()
+    sums = {"n": h.new_tensor(len(h)), "h": h.sum(), "a": a.sum()}
+    sums |= {"hh": (h * h).sum(), "aa": (a * a).sum(), "ha": (h * a).sum()}
+    return {f"forecast_{name}": value.item() for name, value in sums.items()}
+
+
+def forecast(sums: Mapping[str, float]) -> float | None:
+    """The correlation of H-bar and |A_S|; ``None`` where either never varied.
+
+    Negative: much hangs on the confident turns, to which AEM moves the step, so it should help.
+    Positive: on the uncertain ones, and it should harm.
+    """
+    n, h, a, hh, aa, ha = (sums[f"forecast_{name}"] for name in ("n", "h", "a", "hh", "aa", "ha"))
+    spread = (n * hh - h * h) * (n * aa - a * a)
+    return (n * ha - h * a) / math.sqrt(spread) if n > 2 and spread > 1e-12 * n**4 else None
 
 
 def _gather(trainer: Trainer, sums: Mapping[str, float], device: torch.device) -> dict[str, float]:
@@ -162,4 +202,6 @@ def _statistics(sums: Mapping[str, float]) -> dict[str, float]:
     ends = ("alpha_min", "alpha_max") if responses else ()
     masses = [f"mass_{of}{sign}" for of in ("base_", "") for sign in ("positive", "negative")]
     found |= {name: sums[name] for name in (*ends, *masses)}
+    if (value := forecast(sums)) is not None:
+        found["forecast"] = value
     return {f"aem/{name}": value for name, value in found.items()}

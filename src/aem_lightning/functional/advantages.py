@@ -85,6 +85,89 @@ def rloo_advantages(returns: Tensor, group: Tensor, *, mask: Tensor | None = Non
     return torch.zeros_like(returns).index_copy(0, keep, centred.to(returns.dtype))
 
 
+def maxrl_advantages(returns: Tensor, group: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Returns against the group's mean, in units of it: ``A = (R - m) / |m|``, 0 where m is 0.
+
+    A task that is seldom solved counts more than one that mostly is: the maximum-likelihood
+    objective to first order. MaxRL (arXiv 2602.02710).
+
+    Args:
+        returns: One return a trajectory, [N].
+        group: The group of each, [N], any integers.
+        mask: Trajectories that count, [N] bool; the others enter no statistic and have advantage 0.
+
+    Returns:
+        [N].
+
+    Raises:
+        ValueError: Shapes that differ, or a return that is not finite.
+
+    Example:
+        >>> maxrl_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 0, 0]))
+        tensor([ 3., -1., -1., -1.])
+    """
+    check_rows(returns=returns, group=group, mask=mask)
+    keep, values, ids, count = counted_rows(returns, group, mask, "returns")
+    centred, _ = _centred(values, ids, count)
+    mean = segment_mean(values.to(centred.dtype), ids, count).abs()[ids]
+    advantages = torch.where(mean > 0, centred / mean, 0.0)
+    return torch.zeros_like(returns).index_copy(0, keep, advantages.to(returns.dtype))
+
+
+def qae_advantages(
+    returns: Tensor,
+    group: Tensor,
+    *,
+    quantile: float = 0.4,
+    normalize_std: bool = True,
+    eps: float = 1e-6,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Returns against a quantile of the group's: ``A = (R - b) / (std + eps)``.
+
+    The baseline b is the smallest return that at least a share ``quantile`` of the group does not
+    exceed. With returns of 0 and 1 and a share p of successes, only successes have an advantage
+    (A > 0) where p <= 1 - quantile, and only failures (A < 0) where p is larger. QAE (arXiv
+    2509.22611). The standard deviation is the unbiased one.
+
+    Args:
+        returns: One return a trajectory, [N].
+        group: The group of each, [N], any integers.
+        quantile: K, in (0, 1].
+        normalize_std: Divide by the standard deviation.
+        eps: Added to the standard deviation.
+        mask: Trajectories that count, [N] bool; the others enter no statistic and have advantage 0.
+
+    Returns:
+        [N]; 0 for a group whose returns are all equal.
+
+    Raises:
+        ValueError: Shapes that differ, a return that is not finite, or a share out of range.
+
+    Example:
+        >>> group = torch.zeros(4, dtype=torch.long)
+        >>> qae_advantages(torch.tensor([1.0, 1.0, 0.0, 0.0]), group)
+        tensor([1.7320, 1.7320, 0.0000, 0.0000])
+        >>> qae_advantages(torch.tensor([1.0, 1.0, 1.0, 0.0]), group)
+        tensor([ 0.0000,  0.0000,  0.0000, -2.0000])
+    """
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile={quantile} is not allowed: a share in (0, 1]")
+    check_rows(returns=returns, group=group, mask=mask)
+    keep, values, ids, count = counted_rows(returns, group, mask, "returns")
+    centred, sizes = _centred(values, ids, count)
+    variance = segment_sum(centred.square(), ids, count) / (sizes - 1).clamp(min=1)
+    order = torch.argsort(values, stable=True)
+    order = order[torch.argsort(ids[order], stable=True)]  # by group, and by value within it
+    start = sizes.cumsum(0) - sizes
+    # An eps, since 0.4 * 5 must count as 2.
+    place = start + torch.ceil(quantile * sizes - 1e-9).clamp(min=1) - 1
+    advantages = values - values[order][place.long()][ids]
+    if normalize_std:
+        advantages = advantages / (variance.sqrt() + eps)[ids]
+    return torch.zeros_like(returns).index_copy(0, keep, advantages.to(returns.dtype))
+
+
 def gigpo_step_advantages(
     step_returns: Tensor,
     group: Tensor,

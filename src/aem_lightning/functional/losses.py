@@ -6,10 +6,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributions import Bernoulli, kl_divergence
 
 from aem_lightning.functional.segments import check_shapes, segment_mean
 
 Aggregation = Literal["token", "sequence", "constant"]
+Divergence = Literal["tv", "kl"]
 
 # exp(20) is 5e8, far behind every clip; beyond it the gradient of a clipped ratio would be 0 * inf
 # = NaN.
@@ -108,6 +110,104 @@ def clipped_surrogate(
         loss = torch.where(beyond, limit, loss)
         clipped = clipped | beyond
     return loss, clipped
+
+
+def cispo_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 5.0,
+) -> tuple[Tensor, Tensor]:
+    """Policy gradients under a clipped importance weight, and where it is clipped.
+
+    ``loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) * A * logp``, sg being a stopped gradient:
+    no token loses its own. CISPO (arXiv 2506.13585).
+
+    Args:
+        logprobs: Under the policy, any shape.
+        old_logprobs: Before the update, same shape.
+        advantages: Same shape; no gradient flows through.
+        clip_low: Distance below 1; in [0, 1], and 1 does not clip.
+        clip_high: Distance above 1; >= 0.
+
+    Returns:
+        Loss and the bool mask of clipped weights, both of the given shape.
+
+    Raises:
+        ValueError: Shapes that differ, or a clip out of range.
+
+    Example:
+        >>> logprobs, old = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -5.0])
+        >>> cispo_surrogate(logprobs, old, torch.tensor([1.0, 1.0]))
+        (tensor([ 1., 12.]), tensor([False,  True]))
+    """
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
+        raise ValueError(
+            f"clip_low={clip_low} and clip_high={clip_high} are not allowed: "
+            "0 <= clip_low <= 1 and clip_high >= 0"
+        )
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    ratio = (logprobs - old_logprobs).detach().clamp(max=_MAX_LOG_RATIO).exp()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -weight * advantages.detach() * logprobs, weight != ratio
+
+
+def dppo_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    sampler_logprobs: Tensor,
+    *,
+    delta: float = 0.2,
+    divergence: Divergence = "tv",
+) -> tuple[Tensor, Tensor]:
+    """The policy-gradient loss outside a trust region of probabilities, and where that masks it.
+
+    ``loss = -r * A``, and 0 without a gradient where the sampled token's probability has gone
+    beyond the region in the direction of its advantage: ``pi - mu > delta`` where A > 0,
+    ``mu - pi > delta`` where A < 0. With ``divergence=kl`` beyond is where the binary divergence
+    KL(mu || pi) of that token against all others is over ``delta``. mu are the sampler's
+    probabilities. DPPO (arXiv 2602.04879).
+
+    Args:
+        logprobs: Under the policy, any shape.
+        old_logprobs: Before the update, same shape.
+        advantages: Same shape; no gradient flows through.
+        sampler_logprobs: As the engine saw them, same shape.
+        delta: The region's size, > 0.
+        divergence: ``tv`` or ``kl``.
+
+    Returns:
+        Loss and the bool mask of masked elements, both of the given shape.
+
+    Raises:
+        ValueError: Shapes that differ, or a size or divergence out of range.
+
+    Example:
+        >>> logprobs, old = torch.tensor([0.9, 0.5]).log(), torch.tensor([0.5, 0.4]).log()
+        >>> dppo_surrogate(logprobs, old, torch.ones(2), old)
+        (tensor([ 0.0000, -1.2500]), tensor([ True, False]))
+    """
+    if not delta > 0 or divergence not in get_args(Divergence):
+        raise ValueError(
+            f"delta={delta} and divergence={divergence!r} are not allowed: a number > 0, and one "
+            f"of {get_args(Divergence)}"
+        )
+    columns = {"old_logprobs": old_logprobs, "sampler_logprobs": sampler_logprobs}
+    check_shapes(logprobs=logprobs, advantages=advantages, **columns)
+    advantages = advantages.detach()
+    ratio = (logprobs - old_logprobs).clamp(max=_MAX_LOG_RATIO).exp()
+    policy, sampler = logprobs.detach().exp(), sampler_logprobs.exp()
+    moved = policy - sampler
+    if divergence == "tv":
+        beyond = moved.abs() > delta
+    else:
+        sides = (Bernoulli(p.clamp(max=1), validate_args=False) for p in (sampler, policy))
+        beyond = kl_divergence(*sides) > delta
+    masked = beyond & (moved * advantages > 0)
+    return torch.where(masked, 0.0, -ratio * advantages), masked
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

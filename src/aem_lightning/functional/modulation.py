@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aem_lightning.functional.segments import (
     check_rows,
+    check_shapes,
     counted_rows,
     segment_range,
     segment_sum,
@@ -101,6 +102,34 @@ def empg_gain(entropy: Tensor, *, k: float = 1.0, mask: Tensor | None = None) ->
     """
     one_batch = torch.zeros_like(entropy, dtype=torch.long)
     return aem_coefficients(entropy, one_batch, sharpness=k, min_range=0.0, mask=mask)
+
+
+def repo_advantages(advantages: Tensor, logprobs: Tensor, zeta: float) -> Tensor:
+    """Advantages of tokens, shifted towards rare ones by a positive ``zeta``: REPO-R.
+
+    ``max(0, A (1 - zeta logp))`` where A > 0, ``min(0, A (1 + zeta logp))`` where A < 0; 0 stays.
+    arXiv 2603.11682.
+
+    Args:
+        advantages: Any shape.
+        logprobs: Under the current policy, same shape; no gradient flows through.
+        zeta: 0 changes nothing.
+
+    Returns:
+        Same shape.
+
+    Raises:
+        ValueError: Shapes that differ.
+
+    Example:
+        >>> repo_advantages(torch.tensor([1.0, -1.0, -1.0]), torch.tensor([-2.0, -2.0, -20.0]), 0.1)
+        tensor([ 1.2000, -0.8000,  0.0000])
+    """
+    check_shapes(advantages=advantages, logprobs=logprobs)
+    pull = zeta * logprobs.detach()
+    up = (advantages * (1 - pull)).clamp(min=0)
+    down = (advantages * (1 + pull)).clamp(max=0)
+    return torch.where(advantages > 0, up, torch.where(advantages < 0, down, advantages))
 
 
 def empg_bonus(

@@ -79,6 +79,33 @@ def segment_range(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tens
     return low, high
 
 
+def prompt_ids(input_ids: Tensor, response_index: Tensor, num_responses: int) -> Tensor:
+    """Ids of the prompts that responses answer, [R]: equal where all tokens before them are.
+
+    Args:
+        input_ids: [S, L].
+        response_index: The response of each token, [S, L]; -1 outside responses.
+        num_responses: Number of responses R.
+
+    Returns:
+        [R]; 0 for a response without tokens.
+
+    Example:
+        >>> input_ids = torch.tensor([[7, 1], [7, 2], [8, 1]])
+        >>> prompt_ids(input_ids, torch.tensor([[-1, 0], [-1, 1], [-1, 2]]), 3)
+        tensor([1, 1, 2])
+    """
+    found = torch.zeros(num_responses, dtype=torch.long)
+    known: dict[tuple[int, ...], int] = {}
+    before = torch.cat([torch.full_like(response_index[:, :1], -1), response_index[:, :-1]], dim=1)
+    starts = ((response_index >= 0) & (response_index != before)).nonzero().tolist()
+    rows, owners = input_ids.tolist(), response_index.tolist()
+    for row, start in starts:
+        prompt = tuple(rows[row][:start])
+        found[owners[row][start]] = known.setdefault(prompt, len(known) + 1)
+    return found.to(input_ids.device)
+
+
 def check_rows(**columns: Tensor | None) -> None:
     """Raise unless every given column is one-dimensional and as long as the first.
 

@@ -18,6 +18,7 @@ from aem_lightning.algorithms import (
     Estimator,
     Loss,
     Modulation,
+    RepoR,
     check_group_size,
     response_means,
 )
@@ -25,7 +26,7 @@ from aem_lightning.functional import response_entropy
 from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.attention import is_packed
 from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
-from aem_lightning.modules.dynamic_sampling import GroupSource, split_uniform, why_all_broke
+from aem_lightning.modules.dynamic_sampling import GroupSource, split_groups, why_all_broke
 from aem_lightning.modules.finite import FiniteCheck, check_weights
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy
@@ -132,7 +133,7 @@ class AgentModule(L.LightningModule):
         watch = Stopwatch(self.device)
         with watch("rollout"):
             played = self.collect(batch, watch)
-            trajectories, dropped = split_uniform(played, self.rollout.collection_rounds)
+            trajectories, dropped = split_groups(played, self.rollout)
             rollouts = make_batch(trajectories, self.rollout, self.modulation, self.encoder)
             rollouts = rollouts.to(self.device)
         self.finite = FiniteCheck(self.iteration, trajectories, rollouts)
@@ -284,6 +285,7 @@ class AgentModule(L.LightningModule):
             packed=self.budget.packed,
             chosen=choose_tokens(self.covariance, batch, advantages, seed),
             critic=self.critic,
+            reshape=getattr(self.modulation, "of_tokens", None),
         )
         units_of_row = trained_units(batch, self.loss.aggregation)  # [S]
         tokens_of_row = trained_units(batch, "token")  # [S]
@@ -308,11 +310,12 @@ class AgentModule(L.LightningModule):
         return {f"policy/{name}": value for name, value in metrics.items()}
 
     def adapt_entropy(self, batch: RolloutBatch) -> None:
-        """Move the entropy coefficient by the batch's entropy, where the loss has a target."""
-        if isinstance(self.loss, ClippedLoss) and self.loss.adaptive_entropy is not None:
-            total, tokens = self.global_sum(entropy_sums(batch)).tolist()
-            if tokens:
-                self.loss, self.entropy_coef = self.loss.adapted(self.entropy_coef, total / tokens)
+        """Move what holds the batch's entropy at a target, where the loss or modulation does."""
+        total, tokens = self.global_sum(entropy_sums(batch)).tolist()
+        if tokens and isinstance(self.loss, ClippedLoss):
+            self.loss, self.entropy_coef = self.loss.adapted(self.entropy_coef, total / tokens)
+        if tokens and isinstance(self.modulation, RepoR):
+            self.modulation = self.modulation.adapted(total / tokens)
 
     def global_sum(self, value: Tensor) -> Tensor:
         """``value`` summed over ranks."""
@@ -382,9 +385,7 @@ class AgentModule(L.LightningModule):
 
     # ---------------------------------------------------------------------------------- checkpoints
 
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         return batch  # tasks are plain data
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

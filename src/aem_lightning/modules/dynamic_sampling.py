@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import pstdev
 
 from aem_lightning.algorithms.ranks import from_all_ranks, of_each_rank, this_rank
+from aem_lightning.modules.settings import RolloutSettings
 from aem_lightning.rollout import Collector, make_groups, stable_seed
 from aem_lightning.types import Task, Trajectory
 
@@ -120,17 +123,40 @@ def why_all_broke(played: Sequence[Trajectory]) -> str | None:
     return f"all {len(played)} episodes broke, the last: {played[-1].infra_error}"
 
 
-def split_uniform(
-    played: Sequence[Trajectory], rounds: int
-) -> tuple[Sequence[Trajectory], Sequence[Trajectory]]:
-    """The episodes to train on and those of uniform groups, which dynamic sampling drops.
+def varied_groups(played: Sequence[Trajectory], share: float) -> set[int]:
+    """The fewest groups of all ranks that hold ``share`` of the sum of their returns' deviations.
 
-    With a single round everything is kept. Where no group is mixed, on any rank, the first round
-    is: an iteration needs a batch to report.
+    Of equal ones the first come first; a uniform group is none of them. Source: RAGEN-2, arXiv
+    2604.06268.
     """
-    if rounds == 1:
+    earned: dict[int, list[float]] = {}
+    for trajectory in judged(played):
+        earned.setdefault(trajectory.group, []).append(trajectory.total_reward)
+    spread = dict(from_all_ranks([(group, pstdev(returns)) for group, returns in earned.items()]))
+    left, kept = share * math.fsum(spread.values()), set[int]()
+    for group in sorted(spread, key=lambda group: (-spread[group], group)):
+        if left <= 1e-9:  # not 0: the sum is taken in another order
+            break
+        kept.add(group)
+        left -= spread[group]
+    return kept
+
+
+def split_groups(
+    played: Sequence[Trajectory], settings: RolloutSettings
+) -> tuple[Sequence[Trajectory], Sequence[Trajectory]]:
+    """The episodes to train on, and those of groups that a filter or dynamic sampling drops.
+
+    With neither everything is kept. Where no group is mixed, on any rank, the first round is: an
+    iteration needs a batch to report.
+    """
+    rounds = settings.collection_rounds
+    if rounds == 1 and settings.filter is None:
         return played, []
-    mixed = {*from_all_ranks([*mixed_groups(played)])}
+    if settings.filter == "variance":
+        mixed = varied_groups(played, settings.filter_share)
+    else:
+        mixed = {*from_all_ranks([*mixed_groups(played)])}
     mixed = mixed or {t.group for t in played if t.round == 0}
     kept = [trajectory for trajectory in played if trajectory.group in mixed]
     dropped = [trajectory for trajectory in played if trajectory.group not in mixed]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from aem_lightning.algorithms import RepoR
 from aem_lightning.files import write_atomically
 from aem_lightning.modules.lora import check_adapters
 
@@ -35,7 +37,9 @@ def stored_state(agent: Any) -> dict[str, Any]:
     names = ("iteration", "tasks_played", "entropy_coef", "first_entropy_coef", "config")
     optimizers = [] if agent._trainer is None else agent._trainer.optimizers
     classes = [_class_path(optimizer) for optimizer in optimizers]
-    return {name: getattr(agent, name) for name in names} | {"optimizers": classes}
+    moved = asdict(agent.modulation) if isinstance(agent.modulation, RepoR) else None
+    kept = {name: getattr(agent, name) for name in names}
+    return kept | {"optimizers": classes, "modulation": moved}
 
 
 def take_up(agent: Any, checkpoint: Mapping[str, Any]) -> None:
@@ -53,6 +57,13 @@ def take_up(agent: Any, checkpoint: Mapping[str, Any]) -> None:
     first = agent.first_entropy_coef
     if ours.get("first_entropy_coef", first) == first:  # else another one was typed
         agent.entropy_coef = ours.get("entropy_coef", first)
+    typed = (config.get("modulation") for config in (ours["config"], agent.config))
+    if (
+        isinstance(agent.modulation, RepoR)
+        and ours.get("modulation")
+        and len({*map(str, typed)}) == 1
+    ):
+        agent.modulation = RepoR(**ours["modulation"])
 
 
 def resume(agent: Any, checkpoint: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -145,6 +145,7 @@ class Objective:
         packed: Whether rows are packed, else padded.
         chosen: The tokens of covariance control, [S, L] bool.
         critic: With one, the value head learns too.
+        reshape: What a modulation makes of advantages of tokens, given their log-probabilities.
     """
 
     policy: Policy
@@ -156,6 +157,7 @@ class Objective:
     packed: bool
     chosen: Tensor | None = None
     critic: PPO | None = None
+    reshape: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __call__(self, rows: Sequence[int]) -> LossTerms:
         """The summed loss of one micro-batch."""
@@ -177,6 +179,8 @@ class Objective:
         )
         of_tokens = self.advantages.ndim == 2
         spread = piece.gather(self.advantages) if of_tokens else self.advantages[piece.responses]
+        if self.reshape is not None:
+            spread = self.reshape(spread, logprobs.detach())
         terms = self.loss(
             logprobs[kept],
             old[kept],

@@ -31,6 +31,10 @@ class RolloutSettings:
         concurrency: Episodes in play at once.
         collection_rounds: With more than 1, uniform groups are replaced by groups of new tasks in
             up to that many rounds (DAPO's dynamic sampling).
+        filter: ``variance`` trains on the groups whose returns vary most, the fewest that hold
+            ``filter_share`` of the sum of their standard deviations (RAGEN-2, arXiv 2604.06268);
+            ``None`` on all that there are.
+        filter_share: See ``filter``.
         compact_filtering: Trajectories that a limit cut leave the loss (DeepSWE's GRPO++).
         anchor_similarity: How alike two observations are that share an anchor state; 1 is equality.
         overlap_share: Of the responses under way, how many have to finish before environments and
@@ -45,6 +49,8 @@ class RolloutSettings:
     eval_temperature: NonNegative = 0.4
     concurrency: Places = 128
     collection_rounds: Count = 1
+    filter: Literal["variance"] | None = None
+    filter_share: Share = 0.9
     compact_filtering: bool = False
     anchor_similarity: Annotated[float, Gt(0), Le(1)] = 1.0
     overlap_share: Share = 1.0

@@ -92,6 +92,7 @@ def pack(
         returns=torch.tensor(returns),
         loss_mask=judged & ~truncated if compact_filtering else judged,
         judged=judged,
+        won=judged & torch.tensor([bool(tr.won) for tr in trajectories], dtype=torch.bool),
     )
 
 
