@@ -9,11 +9,14 @@ from aem_lightning.lazy import lazily
 if TYPE_CHECKING:
     from aem_lightning.datamodules.alfworld import AlfworldDataModule
     from aem_lightning.datamodules.swe import SweDataModule
+    from aem_lightning.datamodules.testbeds import BaitDataModule, CorridorDataModule
     from aem_lightning.datamodules.webshop import WebShopDataModule
 
 __all__ = [
     "AgentDataModule",
     "AlfworldDataModule",
+    "BaitDataModule",
+    "CorridorDataModule",
     "GymnasiumDataModule",
     "SeededDataModule",
     "SweDataModule",
@@ -24,6 +27,7 @@ __getattr__ = lazily(
     __name__,
     {
         "alfworld": ["AlfworldDataModule"],
+        "testbeds": ["BaitDataModule", "CorridorDataModule"],
         "swe": ["SweDataModule"],
         "webshop": ["WebShopDataModule"],
     },

@@ -121,6 +121,7 @@ class WarmStartSettings:
         slip: Share of random actions in them, from which the expert has to recover.
         imitate_slips: Learn the random actions too, as from a careless player; reinforcement can
             then unlearn them.
+        imitate_losses: Learn from lost episodes too, as from a player who is no expert.
         epochs: Passes over them.
         lr: Peak learning rate.
         prompt_weight: Weight of a prompt token in the loss; a response token has 1.
@@ -135,6 +136,7 @@ class WarmStartSettings:
     max_turns: Count | None = None
     slip: Share = 0.0
     imitate_slips: bool = False
+    imitate_losses: bool = False
     epochs: Count = 3
     lr: Positive = 1e-3
     prompt_weight: NonNegative = 0.0

@@ -102,7 +102,7 @@ def play_demonstrations(
     rewards: RewardShaping,
     limits: Mapping[str, Any],
 ) -> tuple[list[Trajectory], set[tuple[str, int]]]:
-    """Won expert episodes on training tasks, and which of their turns are slips.
+    """Expert episodes on training tasks, won unless losses count too, and their slips by turn.
 
     Tasks are taken in a seeded order, again when they are few.
     """
@@ -122,7 +122,7 @@ def play_demonstrations(
             datamodule.pool, encoder, responder, rewards, **limits, episodes_over=meter.add
         )
         played = collector.collect(episodes, seed=settings.seed)
-    won = [trajectory for trajectory in played if trajectory.won]
+    won = [trajectory for trajectory in played if trajectory.won or settings.imitate_losses]
     if not won:
         raise ValueError(
             f"The expert won none of {len(episodes)} episodes within "
