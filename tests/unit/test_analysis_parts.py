@@ -101,6 +101,10 @@ def test_length_explains_what_the_mean_has_lost() -> None:
     assert found["states_ungated"] == 0
     assert found["length"]["value"] == pytest.approx(1.0)
     assert found["compensator"]["value"] == pytest.approx(1.0)
+    # So of the three proxies the paper's alone sees nothing.
+    assert found["mean_entropy"]["value"] is None
+    assert found["entropy_sum"]["value"] > 0.95
+    assert found["relative_surprisal"]["value"] > 0.95
     assert found["one_token_share"] == 0.25
 
 

@@ -56,6 +56,12 @@ class Sampled:
         """H-bar, the mean token entropy, [P]."""
         return self.compensator / self.length
 
+    def proxy(self, name: str) -> Tensor:
+        """What stands for the entropy of each response under ``modulation.proxy``, [P]."""
+        if name == "relative_surprisal":
+            return self.surprisal - self.mean_of_state(self.compensator)[self.state]
+        return self.compensator if name == "entropy_sum" else self.entropy
+
     @property
     def states(self) -> int:
         """Their number K."""
@@ -113,7 +119,8 @@ def sampled_statistics(sampled: Sampled, settings: ProxySettings) -> dict[str, A
     ``pearson`` and ``sign_agreement`` are of α−1 and −(S − H_MC), over states whose entropy range
     passes the gate; ``states_agreeing`` of them have a positive correlation of their own.
     ``compensator`` is the same correlation for −(Λ − mean Λ), which nothing has divided by a
-    length; ``length`` correlates length and surprisal within states. The last two use all states.
+    length; ``length`` correlates length and surprisal within states. These use all states, and so
+    do the three proxies that AEM may take: α−1 of each, against −(S − H_MC).
     """
     alpha = state_alpha(sampled, settings)
     target = -sampled.within_state(sampled.surprisal)
@@ -127,6 +134,10 @@ def sampled_statistics(sampled: Sampled, settings: ProxySettings) -> dict[str, A
         "states_agreeing": int((of_each > 0).sum()),
         "states_ungated": int(open_states.sum()),
         "compensator": _correlation(by_state(unnormalised, target), settings),
+        **{
+            name: _correlation(by_state(state_alpha(sampled, settings, name) - 1, target), settings)
+            for name in ("mean_entropy", "entropy_sum", "relative_surprisal")
+        },
         "length": _correlation(by_state(length, -target), settings),
         "one_token_share": float((sampled.length == 1).double().mean()),
     }
@@ -159,10 +170,13 @@ def played_points(met: Sequence[PlayedState], sampled: Sampled) -> tuple[Tensor,
     return alpha, sampled.mean_of_state(sampled.surprisal) - surprisal
 
 
-def state_alpha(sampled: Sampled, settings: ProxySettings) -> Tensor:
+def state_alpha(sampled: Sampled, settings: ProxySettings, proxy: str = "mean_entropy") -> Tensor:
     """AEM's coefficient of each drawn response among those of its state, [P]."""
     return aem_coefficients(
-        sampled.entropy, sampled.state, sharpness=settings.sharpness, min_range=settings.min_range
+        sampled.proxy(proxy),
+        sampled.state,
+        sharpness=settings.sharpness,
+        min_range=settings.min_range,
     )
 
 
@@ -187,6 +201,9 @@ _ROWS = (
     ("played", "pearson", "r of α−1 and −(S−H), played responses"),
     ("played", "sign_agreement", "their signs agree"),
     ("sampled", "compensator", "r of −(Λ−mean Λ) and −(S−H)"),
+    ("sampled", "mean_entropy", "r of α−1 and −(S−H), all drawn: proxy=mean_entropy"),
+    ("sampled", "entropy_sum", "proxy=entropy_sum"),
+    ("sampled", "relative_surprisal", "proxy=relative_surprisal"),
     ("sampled", "length", "r of length and S, within states"),
 )
 
