@@ -23,7 +23,7 @@ from aem_lightning.algorithms import (
     Stacked,
     TokenColumns,
 )
-from aem_lightning.callbacks.aem import aem_statistics
+from aem_lightning.callbacks.aem import aem_statistics, forecast_words
 from aem_lightning.callbacks.collapse import collapse_statistics
 from aem_lightning.functional import cispo_surrogate, dppo_surrogate, hgpo_advantages
 from aem_lightning.modules import RolloutSettings
@@ -253,7 +253,9 @@ def test_the_forecast_says_whether_much_hangs_on_the_confident_turns(sign):
         trajectory.turns[0].reward, trajectory.turns[1].reward = (trajectory.won * 10.0, 0.0)
     batch = pack(played)
     done = Iteration(0, played, batch, GRPO()(batch), torch.ones(8), 0.0, {}, {})
-    assert aem_statistics(done)["aem/forecast"] == pytest.approx(sign)
+    value = aem_statistics(done)["aem/forecast"]
+    assert value == pytest.approx(sign)
+    assert ("should help" in forecast_words(value)) is (sign < 0)
     alike = Iteration(0, played[:2], pack(played[:2]), torch.zeros(4), torch.ones(4), 0.0, {}, {})
     assert "aem/forecast" not in aem_statistics(alike)  # every group is uniform
 

@@ -41,6 +41,7 @@ def test_training_ends_with_other_bits_after_a_preflight(toy_model, tmp_path):
     assert report["longest_batch"]["fits"] is True
     assert report["longest_batch"]["tokens"] == 64 * 128
     assert 0 < report["hours"] < 1
+    assert report["forecast"] is None or -1 <= report["forecast"] <= 1
 
 
 def test_a_preflight_takes_longer_than_its_time(toy_model, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,12 @@ class AEMMonitor(Callback):
 
     def __init__(self) -> None:
         self._previous: tuple[int, float] | None = None
+        self._forecast: Counter[str] = Counter()
+
+    @property
+    def forecast(self) -> float | None:
+        """The forecast over all iterations that this monitor has seen."""
+        return forecast(self._forecast)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, *_: Any
@@ -47,6 +54,7 @@ class AEMMonitor(Callback):
         sums = _sums(iteration)
         if trainer.world_size > 1:
             sums = _gather(trainer, sums, pl_module.device)
+        self._forecast.update({k: v for k, v in sums.items() if k.startswith("forecast_")})
         metrics = _statistics(sums)
         metrics.update(self._drift(iteration.index, metrics.get("aem/entropy")))
         if isinstance(modulation := getattr(pl_module, "modulation", None), RepoR):
@@ -161,6 +169,17 @@ def forecast_sums(batch: RolloutBatch) -> dict[str, float]:
     sums = {"n": h.new_tensor(len(h)), "h": h.sum(), "a": a.sum()}
     sums |= {"hh": (h * h).sum(), "aa": (a * a).sum(), "ha": (h * a).sum()}
     return {f"forecast_{name}": value.item() for name, value in sums.items()}
+
+
+def forecast_words(value: float | None) -> str:
+    """What a forecast says, for people."""
+    if value is None:
+        return "no forecast of what AEM would do: no mixed group met an observation twice"
+    said = "it should help" if value < 0 else "it may harm" if value > 0 else "it should not matter"
+    turns = "confident" if value < 0 else "uncertain"
+    return (
+        f"much hangs on {turns} turns (r = {value:.2f}): AEM moves steps to confident ones, {said}"
+    )
 
 
 def forecast(sums: Mapping[str, float]) -> float | None:

@@ -22,12 +22,13 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
+from aem_lightning.callbacks.aem import forecast, forecast_sums, forecast_words
 from aem_lightning.callbacks.transcripts import episode_markdown, episode_record
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.files import write_atomically
 from aem_lightning.modules import AgentModule, Policy
 from aem_lightning.modules.memory import is_out_of_memory
-from aem_lightning.rollout import make_groups, stable_seed
+from aem_lightning.rollout import make_groups, pack, stable_seed
 from aem_lightning.runner.checkpoints import read_checkpoint
 from aem_lightning.runner.preflight_report import Played, advice, expected_hours, share
 from aem_lightning.types import EnvStep, ResetRequest, Task
@@ -70,6 +71,7 @@ def preflight(
         **played.report(),
         "longest_batch": batch,
         "hours": expected_hours(cfg, played, batch, datamodule),
+        "forecast": _forecast(played),
         "verdict": advice(cfg, played, batch, compares=module.estimator.min_group_size > 1),
         "seconds": time.monotonic() - start,
         "transcripts": shown,
@@ -100,6 +102,12 @@ def _is_wanted(
     parameters = sum(p.numel() for p in module.policy.parameters())
     on_gpu = trainer.strategy.root_device.type != "cpu"
     return checkpoint is None and expected_seconds(cfg, parameters, on_gpu=on_gpu) > _LONG
+
+
+def _forecast(played: Played) -> float | None:
+    """Whether AEM should help, from whole episodes."""
+    whole = played.whole
+    return forecast(forecast_sums(pack(whole))) if whole else None
 
 
 @dataclass
@@ -267,6 +275,7 @@ def _tell(report: Mapping[str, Any], target: Path) -> None:
         "?" if report["hours"] is None else f"{report['hours']:.1f}",
         target,
     )
+    log.info("preflight: %s", forecast_words(report["forecast"]))
     verdict = report["verdict"]
     level = logging.WARNING if verdict["bad"] else logging.INFO
     log.log(level, "preflight verdict %s: %s", verdict["name"], verdict["text"])

@@ -42,6 +42,12 @@ def learning_verdict(callbacks: Iterable[Any]) -> dict[str, Any] | None:
     return next((asdict(verdict) for verdict in verdicts if verdict is not None), None)
 
 
+def forecast_of(callbacks: Iterable[Any]) -> float | None:
+    """The run's `aem/forecast`, where a monitor of AEM has seen enough."""
+    found = (getattr(callback, "forecast", None) for callback in callbacks)
+    return next((value for value in found if value is not None), None)
+
+
 def exit_status(cfg: Mapping[str, Any], summary: Mapping[str, Any]) -> int:
     """What a command ends with: 3 for a bad ``preflight=only``, 4 for a verdict under strict."""
     checked = summary.get("preflight")

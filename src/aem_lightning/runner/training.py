@@ -36,7 +36,7 @@ from aem_lightning.runner.next_steps import after_training, after_warm_start, to
 from aem_lightning.runner.preflight import preflight
 from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
 from aem_lightning.runner.stopping import requeued_checkpoint
-from aem_lightning.runner.summary import StageClock, learning_verdict, write_summary
+from aem_lightning.runner.summary import StageClock, forecast_of, learning_verdict, write_summary
 from aem_lightning.runner.trust import remember
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ def reinforce(
         "success_before": before,
         "success_after": after,
         "verdict": verdict,
+        "forecast": forecast_of(trainer.callbacks),  # type: ignore[attr-defined]
         "preflight": checked and checked["verdict"],
         "quarantine": dict(from_all_ranks([*getattr(datamodule.pool, "quarantine", {}).items()])),
         "seconds": clock.seconds,
