@@ -17,7 +17,7 @@ NEW = (
     *("algorithm", "arm", "aem_scope", "fast", "preflight", "strict", "rollout_journal"),
     "engine.cache",
     *("filter", "filter_share", "modulation.proxy", "modulation.then.proxy"),
-    *("policy.chat_template_kwargs", "policy.thoughts"),
+    *("policy.chat_template_kwargs", "policy.thoughts", "policy.warm_start.imitate_losses"),
     *("datamodule.memory_gb", "datamodule.pass_environment", "datamodule.on_bad_answer"),
     *(f"callbacks.{name}." for name in ("progress", "hyperparameters", "learning", "trends")),
 )
