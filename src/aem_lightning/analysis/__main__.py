@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from aem_lightning.analysis.inputs import (
     check_cost,
     check_masks,
     check_proxy,
+    check_testbeds,
 )
 from aem_lightning.analysis.training import find_configs
 from aem_lightning.runner.cli import clear_errors, quiet_libraries
@@ -56,6 +58,7 @@ ANALYSES = {
     "masks": Analysis("masks", check_masks),
     "compare": Analysis("compare", check_compare),
     "ablations": Analysis("compare", check_compare),
+    "testbeds": Analysis("testbeds", check_testbeds),
     "cost": Analysis("cost", check_cost),
     "batch": Analysis(
         *("batch", check_batch, "cost"),
@@ -81,6 +84,8 @@ def main() -> None:
     about = f"``{TYPED} {name} key=value ...``; options: configs/analysis/{config}.yaml."
     command = Command(configs, f"analysis/{config}", f"{TYPED} {name}", about, analysis.check)
     arguments = [f"name={name}", *arguments] if analysis.config else arguments
+    # To Hydra the word alone is the group, which an analysis does not compose.
+    arguments = [re.sub(r"^\+*experiment=", "+typed_experiment=", word) for word in arguments]
     command.answer(arguments)
     sys.argv = [sys.argv[0], *arguments]
 

@@ -76,6 +76,22 @@ class CompareOptions(TrainingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TestbedOptions:
+    """The keys of ``configs/analysis/testbeds.yaml``."""
+
+    name: str | int
+    arms: Sequence[str]
+    arm: str
+    arm_overrides: Mapping[str, Sequence[str]]
+    seeds: Sequence[Seed]
+    settings: Mapping[str, Mapping[str, str | Sequence[str | int]]]
+    opposite: Sequence[str]
+    jobs: Count
+    folder: str
+    paths: Group
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """The keys that ``proxy`` and ``cost`` share."""
 
@@ -175,6 +191,26 @@ def check_compare(cfg: DictConfig) -> None:
         given_runs(cfg)
     else:
         overrides_by_arm(cfg)
+
+
+def check_testbeds(cfg: DictConfig) -> None:
+    """Raise where a setting lacks its experiment or the arm, or opposites are no two settings."""
+    refuse(wrong_options(cfg, TestbedOptions))
+    problems = []
+    for name, setting in cfg.settings.items():
+        arms = list(setting.get("arms", cfg.arms))
+        if "experiment" not in setting:
+            problems.append(f"settings.{name}.experiment is not given: type an experiment's name")
+        if cfg.arm not in arms or len(arms) < 2:
+            problems.append(
+                f"settings.{name}: arms={arms} must hold arm={cfg.arm} and what it is compared "
+                f"with: type arms=[grpo,{cfg.arm}]"
+            )
+    if len(cfg.opposite) != 2 or not set(cfg.opposite) <= set(cfg.settings):
+        problems.append(
+            f"opposite={list(cfg.opposite)}: type two of the settings, {', '.join(cfg.settings)}"
+        )
+    refuse(problems)
 
 
 def overrides_by_arm(cfg: DictConfig) -> dict[str, list[str]]:
