@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from aem_lightning.algorithms import RepoR
 from aem_lightning.callbacks.loggers import log_histogram, log_scalars
 from aem_lightning.callbacks.outputs import iteration_of
 from aem_lightning.functional import gigpo_step_advantages, grpo_advantages, step_returns
@@ -57,7 +56,8 @@ class AEMMonitor(Callback):
         self._forecast.update({k: v for k, v in sums.items() if k.startswith("forecast_")})
         metrics = _statistics(sums)
         metrics.update(self._drift(iteration.index, metrics.get("aem/entropy")))
-        if isinstance(modulation := getattr(pl_module, "modulation", None), RepoR):
+        modulation = getattr(pl_module, "modulation", None)
+        if hasattr(modulation, "of_tokens"):  # REPO-R, whose zeta moves
             metrics["aem/zeta"] = modulation.zeta
         log_scalars(trainer, metrics, step=iteration.index)
         alpha = iteration.alpha.detach()[_counted(iteration)]
