@@ -297,6 +297,7 @@ class Iteration:
         metrics: Scalars of the update, e.g. ``policy/approx_kl``.
         skipped: The reason why there was no update (every group uniform), else ``None``.
         entropy_source: Where the token entropies came from: ``engine`` or ``trainer``.
+        forecast: Sums for the correlation of response entropies and sizes of step advantages.
         dropped: Episodes that were played and not trained on: dynamic sampling's uniform groups.
     """
 
@@ -311,6 +312,7 @@ class Iteration:
     skipped: str | None = None
     entropy_source: Literal["engine", "trainer"] = "engine"
     dropped: Sequence[Trajectory] = ()
+    forecast: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def played(self) -> list[Trajectory]:

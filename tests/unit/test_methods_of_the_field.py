@@ -25,7 +25,12 @@ from aem_lightning.algorithms import (
 )
 from aem_lightning.callbacks.aem import aem_statistics, forecast_words
 from aem_lightning.callbacks.collapse import collapse_statistics
-from aem_lightning.functional import cispo_surrogate, dppo_surrogate, hgpo_advantages
+from aem_lightning.functional import (
+    cispo_surrogate,
+    dppo_surrogate,
+    forecast_sums,
+    hgpo_advantages,
+)
 from aem_lightning.modules import RolloutSettings
 from aem_lightning.modules.dynamic_sampling import split_groups
 from aem_lightning.rollout import pack
@@ -252,11 +257,16 @@ def test_the_forecast_says_whether_much_hangs_on_the_confident_turns(sign):
     for trajectory in played:  # what b earns is the same
         trajectory.turns[0].reward, trajectory.turns[1].reward = (trajectory.won * 10.0, 0.0)
     batch = pack(played)
-    done = Iteration(0, played, batch, GRPO()(batch), torch.ones(8), 0.0, {}, {})
+    done = Iteration(
+        0, played, batch, GRPO()(batch), torch.ones(8), 0.0, {}, {}, forecast=forecast_sums(batch)
+    )
     value = aem_statistics(done)["aem/forecast"]
     assert value == pytest.approx(sign)
     assert ("should help" in forecast_words(value)) is (sign < 0)
-    alike = Iteration(0, played[:2], pack(played[:2]), torch.zeros(4), torch.ones(4), 0.0, {}, {})
+    few = pack(played[:2])
+    alike = replace(
+        done, batch=few, advantages=torch.zeros(4), alpha=torch.ones(4), forecast=forecast_sums(few)
+    )
     assert "aem/forecast" not in aem_statistics(alike)  # every group is uniform
 
 

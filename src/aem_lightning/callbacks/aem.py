@@ -14,9 +14,7 @@ from torch import Tensor
 
 from aem_lightning.callbacks.loggers import log_histogram, log_scalars
 from aem_lightning.callbacks.outputs import iteration_of
-from aem_lightning.functional import gigpo_step_advantages, grpo_advantages, step_returns
-from aem_lightning.functional.segments import segment_ids, segment_sum
-from aem_lightning.types import Iteration, RolloutBatch
+from aem_lightning.types import Iteration
 
 _SIGNS = ("positive", "negative", "zero")
 
@@ -56,7 +54,7 @@ class AEMMonitor(Callback):
         self._forecast.update({k: v for k, v in sums.items() if k.startswith("forecast_")})
         metrics = _statistics(sums)
         metrics.update(self._drift(iteration.index, metrics.get("aem/entropy")))
-        modulation = getattr(pl_module, "modulation", None)
+        modulation: Any = getattr(pl_module, "modulation", None)
         if hasattr(modulation, "of_tokens"):  # REPO-R, whose zeta moves
             metrics["aem/zeta"] = modulation.zeta
         log_scalars(trainer, metrics, step=iteration.index)
@@ -100,7 +98,7 @@ def aem_statistics(iteration: Iteration) -> dict[str, float]:
     ``aem/mass_{sign}``              :math:`\sum \alpha |A|` of the positive, the negative ones
     ``aem/entropy_{sign}``           mean token entropy of the responses of that sign of ``A``
     ``aem/effect_{sign}``            share of responses by sign of :math:`A (\alpha - 1)`
-    ``aem/forecast``                 correlation of H-bar and :math:`|A_S|`: see `forecast_sums`
+    ``aem/forecast``                 correlation of H-bar and :math:`|A_S|`: see `forecast`
     ================================ ===============================================================
 
     Source: arXiv 2605.00425, the drift theorem and the analyses of masks and dynamics.
@@ -145,30 +143,7 @@ def _sums(iteration: Iteration) -> dict[str, float]:
         sums[f"mass_base_{sign}"] = advantage[chosen].abs().sum().item()
         sums[f"mass_{sign}"] = (alpha * advantage)[chosen].abs().sum().item()
         sums[f"effect_{sign}"] = (effect == value).sum().item()
-    return sums | forecast_sums(batch)
-
-
-def forecast_sums(batch: RolloutBatch) -> dict[str, float]:
-    """What `forecast` is made of; the sums add up over ranks and iterations.
-
-    Over the responses whose group earned unlike returns and met their observation at least twice:
-    the mean token entropy H-bar, and the size of the step advantage A_S of GiGPO, which says how
-    much hangs on the choice. Nothing of it needs the modulation to be AEM.
-    """
-    judged = batch.judged[batch.trajectory] & (batch.length > 0)
-    group, anchor = batch.response_group, batch.anchor
-    following = step_returns(batch.reward, batch.trajectory, batch.turn, gamma=0.95)
-    size = gigpo_step_advantages(following, group, anchor, mask=judged).abs()
-    ids, count = segment_ids(group, anchor)
-    met = segment_sum(judged.float(), ids, count)[ids]
-    mixed = grpo_advantages(batch.returns, batch.group, mask=batch.judged) != 0
-    groups, many = segment_ids(batch.group)
-    mixed = (segment_sum(mixed.float(), groups, many) > 0)[groups]
-    chosen = judged & (met > 1) & mixed[batch.trajectory]
-    h, a = batch.entropy[chosen].double(), size[chosen].double()
-    sums = {"n": h.new_tensor(len(h)), "h": h.sum(), "a": a.sum()}
-    sums |= {"hh": (h * h).sum(), "aa": (a * a).sum(), "ha": (h * a).sum()}
-    return {f"forecast_{name}": value.item() for name, value in sums.items()}
+    return sums | {f"forecast_{name}": value for name, value in iteration.forecast.items()}
 
 
 def forecast_words(value: float | None) -> str:
@@ -188,7 +163,9 @@ def forecast(sums: Mapping[str, float]) -> float | None:
     Negative: much hangs on the confident turns, to which AEM moves the step, so it should help.
     Positive: on the uncertain ones, and it should harm.
     """
-    n, h, a, hh, aa, ha = (sums[f"forecast_{name}"] for name in ("n", "h", "a", "hh", "aa", "ha"))
+    n, h, a, hh, aa, ha = (
+        sums.get(f"forecast_{x}", 0.0) for x in ("n", "h", "a", "hh", "aa", "ha")
+    )
     spread = (n * hh - h * h) * (n * aa - a * a)
     return (n * ha - h * a) / math.sqrt(spread) if n > 2 and spread > 1e-12 * n**4 else None
 

@@ -22,7 +22,7 @@ from aem_lightning.algorithms import (
     check_group_size,
     response_means,
 )
-from aem_lightning.functional import response_entropy
+from aem_lightning.functional import forecast_sums, response_entropy
 from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.attention import is_packed
 from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
@@ -162,6 +162,7 @@ class AgentModule(L.LightningModule):
             skipped=plan.skipped and (why_all_broke(played) or plan.skipped),
             entropy_source=entropy_source,
             dropped=dropped,
+            forecast=forecast_sums(rollouts),
         )
         self.report(done)
         self.iteration += 1

@@ -22,10 +22,11 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 
-from aem_lightning.callbacks.aem import forecast, forecast_sums, forecast_words
+from aem_lightning.callbacks.aem import forecast, forecast_words
 from aem_lightning.callbacks.transcripts import episode_markdown, episode_record
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.files import write_atomically
+from aem_lightning.functional import forecast_sums
 from aem_lightning.modules import AgentModule, Policy
 from aem_lightning.modules.memory import is_out_of_memory
 from aem_lightning.rollout import make_groups, pack, stable_seed
@@ -107,7 +108,8 @@ def _is_wanted(
 def _forecast(played: Played) -> float | None:
     """Whether AEM should help, from whole episodes."""
     whole = played.whole
-    return forecast(forecast_sums(pack(whole))) if whole else None
+    sums = forecast_sums(pack(whole)) if whole else {}
+    return forecast({f"forecast_{name}": value for name, value in sums.items()})
 
 
 @dataclass
