@@ -24,7 +24,7 @@ SHORT_OF_MEMORY = (
 )
 NODES = (
     *("trainer.strategy=ddp", "trainer.devices=1", "trainer.num_nodes=2"),
-    *("evaluate=false", "rank_timeout_s=120"),
+    *("evaluate=false", "rank_timeout_s=900"),
 )
 DDP = ("trainer.strategy=ddp", "trainer.devices=2", "evaluate=false")
 

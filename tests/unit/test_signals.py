@@ -142,23 +142,34 @@ def test_a_terminal_signals_environment_workers() -> None:
 # ------------------------------------------------------------------------------------------- ranks
 
 
-def test_ranks_of_torchrun_name_their_folder_each_or_make_things_twice(
-    monkeypatch: pytest.MonkeyPatch,
+SLURM = {
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_JOB_NAME": "aem",
+    "SLURM_JOB_ID": "7",
+}
+
+
+@pytest.mark.parametrize(
+    ("rank", "given"), [("RANK", {"WORLD_SIZE": "2"}), ("SLURM_PROCID", SLURM)]
+)
+def test_ranks_of_a_launcher_name_their_folder_each_or_make_things_twice(
+    rank: str, given: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ranks are this process, one after the other; rank 0 keeps the store."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setattr(ranks, "_store", None)
-    given = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0"}
-    for name, value in (given | {ranks.STAMP: "none yet"}).items():
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in {**given, **place, rank: "0", ranks.STAMP: "none yet"}.items():
         monkeypatch.setenv(name, value)
     ranks.meet()
     first, kept = os.environ[ranks.STAMP], ranks._store
     with ranks.first_rank_first("games"):
         pass
     monkeypatch.setattr(ranks, "_store", None)
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(rank, "1")
     ranks.meet()
     assert os.environ[ranks.STAMP] == first != "none yet"
     with ranks.first_rank_first("games"):

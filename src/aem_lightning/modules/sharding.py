@@ -10,9 +10,7 @@ layer, and nowhere else; other copies, of other machines, never take part.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -23,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 
 def hollow_model(model: str, **settings: Any) -> PreTrainedModel:
@@ -78,7 +76,7 @@ def shard(policy: Any, mesh: DeviceMesh | None) -> None:
     assert mesh is not None
     sharing = mesh[mesh.mesh_dim_names[-1]]  # type: ignore[index]
     causal_lm: PreTrainedModel = policy.causal_lm
-    weights = _Weights(causal_lm.name_or_path)
+    files = _weight_files(str(causal_lm.name_or_path))
     names = {parameter: name for name, parameter in causal_lm.named_parameters()}
     trained = {parameter for parameter in names if parameter.requires_grad}
     units = set(causal_lm._no_split_modules or ())
@@ -90,50 +88,44 @@ def shard(policy: Any, mesh: DeviceMesh | None) -> None:
         )
     for layer in layers:
         for parameter in set(layer.parameters()) - trained:
-            parameter.data = weights.of(names.pop(parameter), parameter)
+            parameter.data = _read(files, names.pop(parameter), parameter)
         fully_shard(layer, mesh=sharing, reshard_after_forward=True, ignored_params=trained)
     whole = {parameter for parameter in causal_lm.parameters() if parameter in names}
     for parameter in whole - trained:
-        parameter.data = weights.of(names[parameter], parameter)
+        parameter.data = _read(files, names[parameter], parameter)
     # The root: it has no weights of its own, and lets a layer be collected ahead of its turn.
     fully_shard(policy.head.decoder, mesh=sharing, ignored_params=whole)
     policy.shard_group = sharing.get_group()
 
 
-class _Weights:
-    """The tensors in the safetensors files of ``model``, each read when it is asked for."""
-
-    def __init__(self, model: str) -> None:
-        self._model = model
-        try:
-            index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME)
-        except OSError:  # one file
-            file = str(cached_file(model, SAFE_WEIGHTS_NAME))
-            with safe_open(file, "pt") as opened:
-                self._file_of = dict.fromkeys(opened.keys(), file)
-            return
+def _weight_files(model: str) -> dict[str, str]:
+    """The names of the weights of ``model``, and the safetensors file that holds each."""
+    try:
+        index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME)
         files, _ = get_checkpoint_shard_files(model, index)
-        paths = {os.path.basename(path): path for path in files}
-        with open(str(index), encoding="utf-8") as listed:
-            placed = json.load(listed)["weight_map"]
-        self._file_of = {name: paths[file] for name, file in placed.items()}
+    except OSError:  # one file
+        files = [cached_file(model, SAFE_WEIGHTS_NAME)]
+    found: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            found |= dict.fromkeys(opened.keys(), file)
+    return found
 
-    def of(self, name: str, like: Tensor) -> Tensor:
-        """The weight that PEFT may have put into a ``base_layer``, in the type of ``like``."""
-        name = name.replace(".base_layer.", ".")
-        if name not in self._file_of:
-            raise ValueError(
-                f"trainer=fsdp: {self._model} has no weight {name}, and weights are read as they "
-                "are: save the model anew with save_pretrained, or type trainer=ddp"
-            )
-        with safe_open(self._file_of[name], "pt") as opened:
-            found: Tensor = opened.get_tensor(name)
-        if found.shape != like.shape:
-            raise ValueError(
-                f"trainer=fsdp: {name} of {self._model} has the shape {tuple(found.shape)}, and "
-                f"its config wants {tuple(like.shape)}"
-            )
-        return found.to(like.dtype)
+
+def _read(files: Mapping[str, str], name: str, like: Tensor) -> Tensor:
+    """The weight ``name``, maybe of a ``base_layer`` of PEFT's, in the type of ``like``."""
+    name = name.replace(".base_layer.", ".")
+    found: Tensor | None = None
+    if name in files:
+        with safe_open(files[name], "pt") as opened:
+            found = opened.get_tensor(name)
+    if found is None or found.shape != like.shape:
+        raise ValueError(
+            f"trainer=fsdp: the model's files hold {'no' if found is None else tuple(found.shape)} "
+            f"{name}, and its config wants {tuple(like.shape)}; they are read as they are: save "
+            "the model anew with save_pretrained, or type trainer=ddp"
+        )
+    return found.to(like.dtype)
 
 
 @contextmanager

@@ -58,10 +58,10 @@ def meet() -> None:
     size = int(os.environ.get("SLURM_NTASKS" if by_slurm else "WORLD_SIZE", "1"))
     if size < 2 or not (by_slurm or "RANK" in os.environ) or _store is not None:
         return
-    from torch.distributed import PrefixStore, TCPStore  # heavy, and needed by every rank
+    import torch.distributed as dist  # heavy, and needed by every rank
 
     if by_slurm:
-        from lightning.fabric.plugins.environments import SLURMEnvironment
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         if not SLURMEnvironment.detect():  # a shell inside an allocation
             return
@@ -70,8 +70,11 @@ def meet() -> None:
     else:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = TCPStore(host, port, size, hosts, FOREVER, wait_for_workers=False, multi_tenant=True)
-    _store = PrefixStore(f"aem_lightning/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    options = {"wait_for_workers": False, "multi_tenant": True}
+    store = dist.TCPStore(host, port, size, hosts, FOREVER, **options)  # type: ignore[attr-defined]
+    _store = dist.PrefixStore(  # type: ignore[attr-defined]
+        f"aem_lightning/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store
+    )
     if not rank():
         _store.set("time", f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
     os.environ[STAMP] = _store.get("time").decode()
@@ -159,9 +162,12 @@ def last_word(error: Exception, message: str, folder: Path) -> str:
         time.sleep(GRACE_S if is_echo else 0.0)  # rank 0 finds the one that is lost, and ends this
         sys.exit(1)
     reason, until = None, time.monotonic() + NOTICE_S
-    while is_echo and not reason and time.monotonic() < until:
-        if (reason := lost(folder) or _said_by_another(folder)) is None:
-            time.sleep(POLL_S)
+    while (
+        is_echo
+        and (reason := lost(folder) or _said_by_another(folder)) is None
+        and time.monotonic() < until
+    ):
+        time.sleep(POLL_S)
     end_others()
     return reason or f"Rank 0 raised {message} ({said}). {_go_on(folder)}"
 
