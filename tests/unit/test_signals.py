@@ -236,6 +236,17 @@ def test_a_killed_rank_is_not_named(another_rank: subprocess.Popen[bytes], tmp_p
     assert "ckpt_path" not in told  # there is none
 
 
+def test_a_rank_of_a_launcher_hides_what_another_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "NOTICE_S", 0.0)
+    monkeypatch.setattr(ranks, "_store", object())
+    assert ranks.last_word(ECHO, str(ECHO), tmp_path).startswith("Rank 0 raised [gloo")
+    (tmp_path / "error_rank_12.log").write_text("KeyError: 'x'\nTraceback", encoding="utf-8")
+    told = ranks.last_word(ECHO, str(ECHO), tmp_path)
+    assert told.startswith(f"Rank 12 raised KeyError: 'x' ({tmp_path}/error_rank_12.log)")
+
+
 def test_what_a_rank_raised_is_not_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
