@@ -15,6 +15,7 @@ from aem_lightning.runner.cli import clear_errors, quiet_libraries
 from aem_lightning.runner.command import Command
 from aem_lightning.runner.early import check_evaluation
 from aem_lightning.runner.played import as_training, contradiction, plays_model
+from aem_lightning.runner.ranks import meet
 from aem_lightning.runner.signals import stoppable
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -29,6 +30,7 @@ def main() -> None:
         name, sys.argv[1:] = "train", as_training(sys.argv[1:])
     command = Command(CONFIGS, name, "python eval.py", __doc__, check_evaluation)
     command.answer(sys.argv[1:])
+    meet()
 
     def run(cfg: DictConfig) -> None:
         with clear_errors():

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from aem_lightning.runner.cli import accept_plus, clear_errors, quiet_libraries
 from aem_lightning.runner.command import Command
 from aem_lightning.runner.early import check_training
+from aem_lightning.runner.ranks import meet
 from aem_lightning.runner.signals import stoppable
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -32,4 +33,5 @@ if __name__ == "__main__":
     with stoppable():
         sys.argv[1:] = accept_plus(sys.argv[1:])
         COMMAND.answer(sys.argv[1:])
+        meet()
         main()

@@ -27,6 +27,7 @@ class FakeVllm(ThreadingHTTPServer):
         self.loaded: dict[str, Path] = {}
         self.version: str | None = "0.32.0"
         self.served, self.max_model_len = BASE, 100
+        self.replies: list[list[int]] = []  # whose tokens are answered, by the request's seed
         self.may_load, self.has_lora, self.max_rank = True, True, 64
         self.with_ids, self.with_details, self.raw_logprobs = True, True, False
         self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
@@ -115,11 +116,14 @@ class _Handler(Answering):
         fake = self.server
         if body["model"] not in {fake.served, *fake.loaded}:
             return failed(404, f"The model `{body['model']}` does not exist.")
-        if len(body["prompt"]) + body["max_tokens"] > 100:
-            return failed(400, "This model's maximum context length is 100 tokens.")
+        if len(body["prompt"]) + body["max_tokens"] > (limit := fake.max_model_len or 100):
+            return failed(400, f"This model's maximum context length is {limit} tokens.")
         time.sleep(fake.delay(body))
         count = body["seed"] % body["max_tokens"] + 1
         ids = [8 + (body["seed"] + i) % 5 for i in range(count)]
+        if fake.replies:
+            ids = list(fake.replies[body["seed"] % len(fake.replies)])
+            count = len(ids)
         stops = count < body["max_tokens"]
         if stops:
             ids[-1] = body["stop_token_ids"][0]

@@ -15,6 +15,7 @@ NAMES = ROOT / "docs" / "names.md"
 # What there was no word for.
 NEW = (
     *("algorithm", "arm", "aem_scope", "fast", "preflight", "strict", "rollout_journal"),
+    *("rank_timeout_s", "trainer.num_nodes"),
     "engine.cache",
     *("filter", "filter_share", "modulation.proxy", "modulation.then.proxy"),
     *("policy.chat_template_kwargs", "policy.thoughts", "policy.warm_start.imitate_losses"),

@@ -14,6 +14,7 @@ from runs import ROOT, composed
 from torch import Tensor
 
 from aem_lightning.algorithms import AEM, GRPO
+from aem_lightning.analysis.__main__ import ANALYSES
 from aem_lightning.analysis.compare import Run, base_of, effects, pair_statistics
 from aem_lightning.analysis.curves import mean_curve
 from aem_lightning.analysis.keep import Keep
@@ -209,7 +210,7 @@ def test_a_mean_curve_has_points_that_a_run_lacks() -> None:
 @pytest.fixture
 def options(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    return composed([], "analysis/ablations")
+    return composed([*ANALYSES["ablations"].settings], "analysis/compare")
 
 
 def test_an_arm_is_another_algorithm_or_modulation(options) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from aem_lightning.modules import Architecture, Lora, Policy, build_tiny_model
 from aem_lightning.modules.policy import load_tokenizer
+from aem_lightning.modules.sharding import _read, _weight_files
 from aem_lightning.rollout import PromptEncoder
 from aem_lightning.runner.early import read_template
 
@@ -174,6 +175,38 @@ def test_adapters_of_a_half_precision_model_stay_in_full_precision(folder):
     frozen = {p.dtype for p in policy.parameters() if not p.requires_grad}
     assert frozen == {torch.bfloat16}
     assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
+
+
+def test_a_policy_to_be_sharded_gets_other_adapters_or_computes_without_weights(folder, rows):
+    options = {"lora": LORA, "dtype": "bfloat16"}
+    drawn = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        policy = Policy.from_pretrained(folder, sharded=sharded, **options)
+        drawn.append(policy)
+    plain, hollow = (policy.trainable() for policy in drawn)
+    torch.testing.assert_close(hollow, plain, rtol=0, atol=0)
+    buffers = [dict(policy.named_buffers()) for policy in drawn]
+    torch.testing.assert_close(buffers[1], buffers[0], rtol=0, atol=0)
+    frozen = [p for p in drawn[1].parameters() if not p.requires_grad]
+    assert all(p.untyped_storage().nbytes() == p.element_size() for p in frozen)
+    with pytest.raises(ValueError, match=r"Type trainer\.strategy=auto"):
+        drawn[1].score(*rows)
+
+
+def test_a_shard_that_is_not_in_the_files_is_made_up(folder):
+    files = _weight_files(folder)
+    like = torch.empty(1, dtype=torch.bfloat16)
+    name = next(name for name in files if name.endswith("q_proj.weight"))
+    inside = name.replace(".weight", ".base_layer.weight")
+    wide = like.expand(SMALL.hidden_size, SMALL.hidden_size)
+    assert _read(files, inside, wide).dtype == torch.bfloat16
+    for wrong, told in (
+        (name, r"hold \(16, 16\) .*q_proj"),
+        ("model.norm2", "hold no model.norm2"),
+    ):
+        with pytest.raises(ValueError, match=f"trainer=fsdp: .*{told}.* type trainer=ddp"):
+            _read(files, wrong, like)
 
 
 def test_gradient_checkpointing_changes_no_gradient(folder, rows):

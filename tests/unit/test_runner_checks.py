@@ -25,6 +25,9 @@ RESULT = {
 }
 
 
+SHARED = "trainer=fsdp engine=vllm"
+
+
 @pytest.fixture(scope="module")
 def quickstart():
     return composed(["experiment=quickstart", "paths.output_dir=/nonexistent"])
@@ -104,6 +107,19 @@ def test_a_wrong_value_is_named_with_what_is_allowed(quickstart, name, value, ad
         ("algorithm=drgrpo advantage=rloo", "RLOO has not", "advantage=gigpo"),
         ("algorithm=gspo loss=clip_cov", "one ratio for all tokens", "loss=clipped"),
         ("algorithm=dapo group_size=1", "that is every group: type group_size=8", "group_size=8"),
+        ("trainer=fsdp", "engine.cache=auto: .* type engine=vllm", "engine=vllm"),
+        ("trainer=fsdp engine=hf", "engine.cache=slots: .* type engine=vllm", "trainer=ddp"),
+        ("trainer=fsdp engine=plain", "engine.cache=plain: .* type engine=vllm", "engine=vllm"),
+        (
+            f"{SHARED} policy.quantization=nf4",
+            "type policy.quant.*=null",
+            "policy.quantization=null",
+        ),
+        (f"{SHARED} algorithm=ppo", "advantage=ppo: .* type algorithm=grpo", "algorithm=grpo"),
+        (f"{SHARED} trainer.devices=1", "has no other: type trainer=gpu", "trainer.devices=auto"),
+        (f"{SHARED} stage=warm_start", "one device, .* type trainer=gpu", "trainer=gpu"),
+        (f"{SHARED} preflight=only", "rank 0 does it alone, .* type", "preflight=auto"),
+        ("trainer.num_nodes=2", "started by torchrun or srun", "trainer.num_nodes=1"),
     ],
 )
 def test_parts_that_make_no_sense_together_are_not_refused(given, told, mended):

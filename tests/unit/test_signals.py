@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import weakref
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from aem_lightning.envs.process import WorkerProcess
 from aem_lightning.runner import ranks
 from aem_lightning.runner.cli import clear_errors
-from aem_lightning.runner.signals import Stopped, stop_signals, stoppable
+from aem_lightning.runner.signals import Stopped, StopSignals, stop_signals, stoppable
+from aem_lightning.runner.stopping import KeepLastIteration, requeued_checkpoint
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -136,6 +142,79 @@ def test_a_terminal_signals_environment_workers() -> None:
 # ------------------------------------------------------------------------------------------- ranks
 
 
+SLURM = {
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_JOB_NAME": "aem",
+    "SLURM_JOB_ID": "7",
+}
+
+
+@pytest.mark.parametrize(
+    ("rank", "given"), [("RANK", {"WORLD_SIZE": "2"}), ("SLURM_PROCID", SLURM)]
+)
+def test_ranks_of_a_launcher_name_their_folder_each_or_make_things_twice(
+    rank: str, given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks are this process, one after the other; rank 0 keeps the store."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(ranks, "_store", None)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in {**given, **place, rank: "0", ranks.STAMP: "none yet"}.items():
+        monkeypatch.setenv(name, value)
+    ranks.meet()
+    first, kept = os.environ[ranks.STAMP], ranks._store
+    with ranks.first_rank_first("games"):
+        pass
+    monkeypatch.setattr(ranks, "_store", None)
+    monkeypatch.setenv(rank, "1")
+    ranks.meet()
+    assert os.environ[ranks.STAMP] == first != "none yet"
+    with ranks.first_rank_first("games"):
+        pass
+    monkeypatch.setattr(ranks, "FOREVER", timedelta(milliseconds=50))
+    with pytest.raises(RuntimeError), ranks.first_rank_first("a model"):
+        pytest.fail("rank 0 has not made it")
+    assert ranks.several()
+    del kept
+
+
+def test_a_job_that_slurm_starts_again_starts_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been told to stop, have lost a machine, or be lost before it saved anything."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    before = tmp_path / "before.ckpt"
+    before.touch()
+    runs = [
+        OmegaConf.create(
+            {"name": "a/b", "paths": {"log_dir": str(tmp_path), "output_dir": str(tmp_path / name)}}
+        )
+        for name in ("first", "second")
+    ]
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True,
+        ckpt_path=None,
+        _accelerator_connector=SimpleNamespace(cluster_environment=None),
+    )
+    signals = StopSignals()
+    for cfg, ckpt_path in zip(runs, (None, before), strict=True):
+        trainer.ckpt_path = ckpt_path
+        KeepLastIteration(cfg, signals).on_train_start(trainer, SimpleNamespace())
+    signals.restore()
+    assert requeued_checkpoint(runs[1]) is None  # another command of the same job
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert requeued_checkpoint(runs[1]) == before
+    own = tmp_path / "second" / "checkpoints" / "last.ckpt"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert requeued_checkpoint(runs[1]) == own
+    assert requeued_checkpoint(OmegaConf.merge(runs[1], {"name": "other"})) is None
+
+
 @pytest.fixture
 def another_rank(monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
     monkeypatch.setattr(ranks, "NOTICE_S", 0.0)
@@ -155,6 +234,17 @@ def test_a_killed_rank_is_not_named(another_rank: subprocess.Popen[bytes], tmp_p
     told = ranks.last_word(ECHO, str(ECHO), tmp_path)
     assert told.startswith("Rank 1 was killed by SIGKILL")
     assert "ckpt_path" not in told  # there is none
+
+
+def test_a_rank_of_a_launcher_hides_what_another_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "NOTICE_S", 0.0)
+    monkeypatch.setattr(ranks, "_store", object())
+    assert ranks.last_word(ECHO, str(ECHO), tmp_path).startswith("Rank 0 raised [gloo")
+    (tmp_path / "error_rank_12.log").write_text("KeyError: 'x'\nTraceback", encoding="utf-8")
+    told = ranks.last_word(ECHO, str(ECHO), tmp_path)
+    assert told.startswith(f"Rank 12 raised KeyError: 'x' ({tmp_path}/error_rank_12.log)")
 
 
 def test_what_a_rank_raised_is_not_said_in_a_line(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from aem_lightning.rollout import (
     VllmEngine,
     VllmError,
     make_groups,
+    vllm_engine,
 )
 from aem_lightning.runner import cli, training
 from aem_lightning.runner.build import check_parts
@@ -369,6 +370,28 @@ class Ranks:
 
     def barrier(self):
         self.barriers += 1
+
+
+@pytest.mark.parametrize(
+    ("servers", "ranks", "shares"),
+    [
+        ("abcd", 1, ["abcd"]),
+        ("abcd", 2, ["ab", "cd"]),
+        ("ab", 4, ["a", "a", "b", "b"]),
+        ("abc", 2, ["a", "bc"]),
+        ("abc", 8, ["a", "a", "a", "b", "b", "b", "c", "c"]),
+    ],
+)
+def test_a_server_is_asked_by_no_rank_or_by_many_more_than_others(
+    servers, ranks, shares, monkeypatch
+):
+    found = []
+    for rank in range(ranks):
+        said = {"is_initialized": lambda: True, "get_world_size": lambda: ranks}
+        for name, value in (said | {"get_rank": lambda rank=rank: rank}).items():
+            monkeypatch.setattr(vllm_engine.dist, name, value)
+        found.append("".join(vllm_engine.own_share(list(servers))))
+    assert found == shares
 
 
 def test_ranks_load_an_adapter_once_and_share_its_name(server, policy, tmp_path, monkeypatch):

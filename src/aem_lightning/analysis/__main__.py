@@ -39,12 +39,14 @@ class Analysis:
         function: Its function, and the module of this package that has it.
         check: Raises where its config cannot run.
         config: The name of its config, where that is another's; ``about`` says then what it is.
+        settings: Overrides that make it this one, unless others are typed.
     """
 
     function: str
     check: Callable[[DictConfig], object] = lambda cfg: None
     config: str | None = None
     about: str = ""
+    settings: tuple[str, ...] = ()
 
     def __call__(self, cfg: DictConfig) -> None:
         """Run it."""
@@ -57,7 +59,15 @@ ANALYSES = {
     "proxy": Analysis("proxy", check_proxy),
     "masks": Analysis("masks", check_masks),
     "compare": Analysis("compare", check_compare),
-    "ablations": Analysis("compare", check_compare),
+    "ablations": Analysis(
+        *("compare", check_compare, "compare"),
+        "The ablations of AEM as arms of a comparison; each is paired with the first arm.",
+        (
+            "arms=[grpo_aem,grpo,reversed,shuffled,trajectory,batch]",
+            # Arms that a comparison has trained are not trained again.
+            "folder=${paths.log_dir}/compare/${experiment}",
+        ),
+    ),
     "testbeds": Analysis("testbeds", check_testbeds),
     "cost": Analysis("cost", check_cost),
     "batch": Analysis(
@@ -83,7 +93,9 @@ def main() -> None:
     config = analysis.config or name
     about = f"``{TYPED} {name} key=value ...``; options: configs/analysis/{config}.yaml."
     command = Command(configs, f"analysis/{config}", f"{TYPED} {name}", about, analysis.check)
-    arguments = [f"name={name}", *arguments] if analysis.config else arguments
+    typed = {argument.partition("=")[0] for argument in arguments}
+    own = [each for each in analysis.settings if each.partition("=")[0] not in typed]
+    arguments = [f"name={name}", *own, *arguments] if analysis.config else arguments
     # To Hydra the word alone is the group, which an analysis does not compose.
     arguments = [re.sub(r"^\+*experiment=", "+typed_experiment=", word) for word in arguments]
     command.answer(arguments)

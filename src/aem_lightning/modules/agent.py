@@ -24,7 +24,6 @@ from aem_lightning.algorithms import (
 )
 from aem_lightning.functional import forecast_sums, response_entropy
 from aem_lightning.metrics import EpisodeMetrics
-from aem_lightning.modules.attention import is_packed
 from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
 from aem_lightning.modules.dynamic_sampling import GroupSource, split_groups, why_all_broke
 from aem_lightning.modules.finite import FiniteCheck, check_weights
@@ -34,6 +33,7 @@ from aem_lightning.modules.reporting import environment_metrics, over_ranks, rol
 from aem_lightning.modules.resuming import advanced, resume, stored_state, take_up
 from aem_lightning.modules.scoring import Objective, fill_values, score_rows
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
+from aem_lightning.modules.sharding import shard
 from aem_lightning.modules.timing import Stopwatch
 from aem_lightning.modules.update import (
     UpdatePlan,
@@ -233,9 +233,7 @@ class AgentModule(L.LightningModule):
     @cached_property
     def budget(self) -> TokenBudget:
         """What a micro-batch may hold; it stays smaller once memory has run out."""
-        packed = is_packed(self.update_settings.packing, self.policy.causal_lm)
-        release = getattr(self.engine, "release", None)
-        return TokenBudget(self.update_settings.micro_batch_tokens, packed=packed, release=release)
+        return TokenBudget.of(self.update_settings, self.policy, self.engine)
 
     def score(
         self, batch: RolloutBatch, plan: UpdatePlan, watch: Stopwatch
@@ -323,6 +321,9 @@ class AgentModule(L.LightningModule):
         if self.trainer.world_size > 1:
             dist.all_reduce(value)
         return value
+
+    def configure_model(self) -> None:
+        shard(self.policy, self._device_mesh)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer([p for p in self.policy.parameters() if p.requires_grad])

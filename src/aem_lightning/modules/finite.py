@@ -116,7 +116,9 @@ class FiniteCheck:
             if torch.isfinite(value):
                 return
             is_broken = _loss_is_broken if name == "loss" else _gradient_is_broken
-            response = first_broken(objective, rows, cut, is_broken)
+            response = None
+            if not objective.policy.sharded:  # else the others would have to look with this rank
+                response = first_broken(objective, rows, cut, is_broken)
             self._refuse(
                 f"The {name} of iteration {self.iteration} is {float(value.detach())}",
                 "update",

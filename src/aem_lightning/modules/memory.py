@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from aem_lightning.modules.attention import is_packed
+from aem_lightning.modules.policy import Policy
+from aem_lightning.modules.settings import UpdateSettings
+from aem_lightning.modules.sharding import in_step
 from aem_lightning.rollout import micro_batches
 
 log = logging.getLogger(__name__)
@@ -23,15 +28,29 @@ class TokenBudget:
     """Cuts rows into micro-batches of at most ``tokens``, smaller ones after memory has run out.
 
     Their rows are packed, or padded to the longest. Before they get smaller, ``release`` is asked
-    to give back what a pass does not need, and says whether there was some.
+    to give back what a pass does not need, and says whether there was some. Ranks that share
+    ``policy`` make as many passes each, so none of them can start again.
     """
 
     def __init__(
-        self, tokens: int, *, packed: bool, release: Callable[[], bool] | None = None
+        self,
+        tokens: int,
+        *,
+        packed: bool,
+        release: Callable[[], bool] | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.tokens = tokens
         self.packed = packed
         self._release = release or bool
+        self._shared = policy if policy is not None and policy.sharded else None
+
+    @classmethod
+    def of(cls, settings: UpdateSettings, policy: Policy, engine: object) -> TokenBudget:
+        """That of a run's ``settings``."""
+        packed = is_packed(settings.packing, policy.causal_lm)
+        release = getattr(engine, "release", None)
+        return cls(settings.micro_batch_tokens, packed=packed, release=release, policy=policy)
 
     def cut(self, rows: Sequence[int], lengths: Tensor) -> list[list[int]]:
         """The micro-batches of ``rows``, the longest rows first; ``lengths`` are [S]."""
@@ -48,15 +67,21 @@ class TokenBudget:
         wait there for one that starts again.
 
         Raises:
-            MemoryError: A single row does not fit.
+            MemoryError: A single row does not fit, or other ranks are in the same pass.
         """
         while True:
             micro, tried = self.cut(rows, lengths), list[list[int]]()
             try:
-                return work(_remembering(micro, tried))
+                with nullcontext() if self._shared is None else in_step(self._shared, len(micro)):
+                    return work(_remembering(micro, tried))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if self._shared is not None:
+                    raise MemoryError(
+                        "Out of memory in a pass that other ranks wait in (trainer=fsdp), so it "
+                        f"cannot start again. Type micro_batch_tokens={max(1, self.tokens // 2)}"
+                    ) from error
                 released = self._release()
                 single = [len(batch) == 1 for batch in micro]
                 if released:

@@ -24,6 +24,7 @@ from aem_lightning.functional import logprob_entropy_through, token_logprob_entr
 from aem_lightning.modules.attention import packed_hidden
 from aem_lightning.modules.lora import merged_copy, peft_config
 from aem_lightning.modules.settings import Lora
+from aem_lightning.modules.sharding import hollow_model
 from aem_lightning.modules.value import ValueHead
 from aem_lightning.rollout.head import Head
 
@@ -62,6 +63,8 @@ class Policy(nn.Module):
         self.causal_lm.config.use_cache = False
         self.head = Head(self.causal_lm)
         self.value_head: ValueHead | None = None
+        self.sharded = False  # its weights are spread over ranks
+        self.shard_group: Any = None  # those ranks, once they have read them
 
     @classmethod
     def from_pretrained(
@@ -74,6 +77,7 @@ class Policy(nn.Module):
         chat_template: str | None = None,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
+        sharded: bool = False,
     ) -> Self:
         """A policy from the hub or from a local folder.
 
@@ -87,6 +91,8 @@ class Policy(nn.Module):
             gradient_checkpointing: Trade time for memory in the update.
             attn_implementation: Passed to transformers; ``None`` is its choice: ``sdpa``, but for
                 models whose attention has a soft cap or sinks.
+            sharded: No weight is read yet: `aem_lightning.modules.sharding.shard` spreads them over
+                ranks.
 
         Raises:
             FileNotFoundError: The model is not there; says how to fetch it and how to run without
@@ -106,9 +112,12 @@ class Policy(nn.Module):
         try:
             tokenizer = load_tokenizer(model)
             with _without_its_code(model):
-                causal_lm = AutoModelForCausalLM.from_pretrained(
-                    model, trust_remote_code=False, **settings
-                )
+                if sharded:
+                    causal_lm = hollow_model(model, **settings)
+                else:
+                    causal_lm = AutoModelForCausalLM.from_pretrained(
+                        model, trust_remote_code=False, **settings
+                    )
         except OSError as error:
             raise FileNotFoundError(
                 f"The model {model!r} is neither a folder here nor reachable on the Hugging Face "
@@ -126,7 +135,9 @@ class Policy(nn.Module):
             _checkpoint_layers(causal_lm)
         if isinstance(lora, Mapping):
             lora = Lora(**lora)
-        return cls(causal_lm, tokenizer, lora)
+        policy = cls(causal_lm, tokenizer, lora)
+        policy.sharded = sharded
+        return policy
 
     def score(
         self,
@@ -154,7 +165,16 @@ class Policy(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, mask: Tensor, lengths: Sequence[int] | None = None
     ) -> Tensor:
-        """Last hidden states that predict the masked tokens, [T, d]; arguments as for `score`."""
+        """Last hidden states that predict the masked tokens, [T, d]; arguments as for `score`.
+
+        Raises:
+            ValueError: Its weights are to be spread over ranks, and there are none yet.
+        """
+        if self.sharded and self.shard_group is None:
+            raise ValueError(
+                "trainer.strategy=fsdp2: weights are read where a trainer runs, and nothing else "
+                "computes with them. Type trainer.strategy=auto"
+            )
         if lengths is None:
             hidden: Tensor = self.head.decoder(
                 input_ids=input_ids, use_cache=False

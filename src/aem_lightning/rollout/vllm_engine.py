@@ -7,7 +7,8 @@ values of the old weights under a name that it knows. Start it with `serve_comma
 
 Several servers share the episodes: one stays with its server, whose cache knows its prefix. A
 server that is lost is left out, and what it owes is asked of the others with the same seeds. Of
-several ranks the first writes and loads an adapter, and the others use its name.
+several ranks the first writes and loads an adapter, and the others use its name; each has its share
+of the servers.
 
 What is different from ``engine=hf``: entropies are not known (the pass for old log-probabilities
 brings them), and a draw depends on the server's batching in its last bits, so that two runs may
@@ -245,12 +246,17 @@ class VllmEngine:
             logger.warning("%d of %d servers go on: %s", left, len(self.servers), error)
 
     def _seat(self, key: str) -> VllmServer:
-        """Where an episode is asked: where it was before, else where the fewest are."""
+        """Where an episode is asked: where it was before, else where the fewest are.
+
+        Each of several ranks has servers of its own, or ranks share one, so that a group's copies
+        meet the prefix that they share; another's is asked once these are lost.
+        """
         present = self._present()
         with self._lock:
             if self._seats.get(key) not in present:
                 taken = Counter(self._seats.values())
-                self._seats[key] = min(present, key=taken.__getitem__)
+                near = [server for server in own_share(self.servers) if server in present]
+                self._seats[key] = min(near or present, key=taken.__getitem__)
             return self._seats[key]
 
     def _load(self, save: Callable[[Path], None], version: int) -> tuple[str, Path | None]:
@@ -327,6 +333,17 @@ class VllmEngine:
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         result: T = self._start(work).result()
         return result
+
+
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's part of ``items``, in order; where there are fewer than ranks, the one it shares.
+
+    Without other ranks it is all of them.
+    """
+    ranks = _ranks()
+    rank = dist.get_rank() if ranks > 1 else 0
+    start, end = (number * len(items) // ranks for number in (rank, rank + 1))
+    return items[start : max(end, start + 1)]
 
 
 def _ranks() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ from aem_lightning.rollout import PromptEncoder
 from aem_lightning.runner import ranks
 from aem_lightning.runner.broken_batch import BrokenBatch
 from aem_lightning.runner.checkpoint_io import SealedCheckpointIO
-from aem_lightning.runner.checks import refuse, unresolved
+from aem_lightning.runner.checks import TrainOptions, refuse, unresolved
 from aem_lightning.runner.early import read_template
+from aem_lightning.runner.fsdp import FullySharded
 from aem_lightning.runner.parts import check_classes, made
+from aem_lightning.runner.several import is_sharded, problems_of_ranks
 from aem_lightning.runner.signals import stop_signals
 from aem_lightning.runner.stopping import KeepLastIteration
 from aem_lightning.runner.warm_start import (
@@ -77,6 +80,7 @@ def check_parts(cfg: DictConfig) -> None:
             does not take.
         ValueError: A group too small for its estimator, or an unknown dtype.
     """
+    refuse([*problems_of_ranks(cfg)])
     try:
         plain(cfg)  # as the run keeps it
     except OmegaConfBaseException as error:
@@ -145,7 +149,7 @@ def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, 
     with torch.random.fork_rng(devices=[]):
         # New adapters depend on the seed alone: not on what a warm start has drawn before.
         torch.manual_seed(cfg.seed)
-        return load_policy(cfg, model, lora=lora_of(cfg)), start
+        return load_policy(cfg, model, lora_of(cfg), sharded=is_sharded(cfg)), start
 
 
 def lora_of(cfg: DictConfig) -> Lora:
@@ -153,12 +157,13 @@ def lora_of(cfg: DictConfig) -> Lora:
     return Lora(**plain(cfg.policy.lora))
 
 
-def load_policy(cfg: DictConfig, model: str, lora: Lora | None) -> Policy:
-    """A policy from a model folder or the hub."""
+def load_policy(cfg: DictConfig, model: str, lora: Lora | None, *, sharded: bool = False) -> Policy:
+    """A policy from a model folder or the hub; the trainer reads the weights of a sharded one."""
     options = ("dtype", "quantization", "gradient_checkpointing")
     return Policy.from_pretrained(
         str(Path(model).expanduser()) if model.startswith("~") else model,
         lora=lora,
+        sharded=sharded,
         chat_template=read_template(cfg.policy.chat_template),
         **{name: cfg.policy[name] for name in options},
     )
@@ -195,16 +200,17 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
         "enable_model_summary": False,
         "enable_progress_bar": False,
     }
-    return run_warm_start(
-        base,
-        datamodule,
-        build_encoder(cfg, base),
-        settings,
-        rewards=instantiate(cfg.rewards),
-        limits=limits,
-        folder=folder,
-        trainer=trainer,
-    )
+    with ranks.first_rank_first("warm start"):
+        return run_warm_start(
+            base,
+            datamodule,
+            build_encoder(cfg, base),
+            settings,
+            rewards=instantiate(cfg.rewards),
+            limits=limits,
+            folder=folder,
+            trainer=trainer,
+        )
 
 
 def warm_start_data(cfg: DictConfig) -> dict[str, Any]:
@@ -301,6 +307,17 @@ def _make_trainer(cfg: DictConfig) -> L.Trainer:
         "reload_dataloaders_every_n_epochs": 1,
     }
     trainer: L.Trainer = made("trainer", cfg.trainer, **options)
+    if hasattr(trainer.strategy, "_timeout"):
+        seconds = cfg.get("rank_timeout_s", TrainOptions.rank_timeout_s)
+        trainer.strategy._timeout = timedelta(seconds=seconds)
+    if isinstance(trainer.strategy, FullySharded) and trainer.world_size == 1:
+        refuse(
+            [
+                f"trainer.devices={cfg.trainer.devices}: there is one device here, and "
+                "trainer=fsdp shares a policy among several: type trainer=gpu, or of a checkpoint "
+                "'overrides=[\"trainer.strategy=auto\"]'"
+            ]
+        )
     return trainer
 
 

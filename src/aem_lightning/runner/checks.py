@@ -18,6 +18,7 @@ from aem_lightning.modules.settings import (
     WarmStartSettings,
 )
 from aem_lightning.runner.schema import ANYTHING, arguments_of, wrong_settings, wrong_value
+from aem_lightning.runner.several import problems_of_ranks
 from aem_lightning.types import Count, Natural, NonNegative, Positive, Seed
 
 NO_FOLDER_YET = "HydraConfig was not set"  # OmegaConf's words, before Hydra has made the run's
@@ -71,6 +72,7 @@ class TrainOptions(RolloutSettings, UpdateSettings, PlayOptions):
     preflight: Literal["auto", True, False, "only"] = "auto"
     strict: bool = False
     rollout_journal: bool = True
+    rank_timeout_s: Positive = 1800.0
     evaluate: bool
     iterations: Count
     algorithm: str | None
@@ -170,7 +172,7 @@ _PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
 def check_config(cfg: DictConfig) -> None:
     """Raise `ConfigError` with every problem of ``cfg`` that shows without building anything."""
     refuse(wrong_options(cfg, TrainOptions) + _trainer_problems(cfg.get("trainer")))
-    problems = _combination_problems(cfg)
+    problems = [*_combination_problems(cfg), *problems_of_ranks(cfg)]
     if ".." in (parts := str(cfg.name).split("/")) or not all(part.strip() for part in parts):
         problems.append(
             f"name={cfg.name!r}: runs lie in {cfg.paths.log_dir}/<name>: type name=train"

@@ -50,6 +50,7 @@ def clear_errors() -> Iterator[None]:
     The traceback goes to ``error.log``. With several ranks rank 0 alone has the last word.
     """
     if ranks.rank():
+        logging.disable(logging.INFO)  # rank 0 tells how the run goes
         ranks.watch_first(Path(HydraConfig.get().runtime.output_dir))
     try:
         with stoppable():

@@ -37,6 +37,7 @@ from aem_lightning.runner.checkpoints import needed_checkpoint, read_checkpoint
 from aem_lightning.runner.checks import TrainOptions, refuse, wrong_options
 from aem_lightning.runner.early import check_evaluation, read_template, with_base_model
 from aem_lightning.runner.folder import held
+from aem_lightning.runner.ranks import first_rank_first
 from aem_lightning.runner.report import (
     about,
     game_hashes,
@@ -78,7 +79,8 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
     checkpoint = read_checkpoint(path)
     trained = checked_config(cfg, checkpoint["aem_lightning"]["config"])
     check_server(trained)
-    datamodule, ending = build_datamodule(trained), contextlib.ExitStack()
+    with first_rank_first("tasks"):
+        datamodule, ending = build_datamodule(trained), contextlib.ExitStack()
     try:
         policy, _ = build_policy(trained, datamodule)
         module = build_agent(trained, policy, datamodule)
@@ -193,7 +195,8 @@ def check_agent(trainer: L.Trainer, module: AgentModule) -> None:
     Raises:
         ValueError: The model is scored or sampled wrongly.
     """
-    if module.policy in _CHECKED:
+    is_hollow = module.policy.sharded and module.policy.shard_group is None
+    if module.policy in _CHECKED or is_hollow:  # its strategy asks again
         return
     module.to(trainer.strategy.root_device)
     engine = None if isinstance(module.engine, VllmEngine) else module.engine

@@ -97,7 +97,7 @@ def expected_seconds(cfg: DictConfig, parameters: int, *, on_gpu: bool) -> float
 def _is_wanted(
     cfg: DictConfig, trainer: L.Trainer, module: AgentModule, checkpoint: Path | None
 ) -> bool:
-    wish = cfg.get("preflight", False)
+    wish = cfg.get("preflight", False) and not module.policy.sharded and cfg.preflight
     if wish != "auto":
         return bool(wish)
     parameters = sum(p.numel() for p in module.policy.parameters())

@@ -42,6 +42,9 @@ class KeepLastIteration(Callback):
         self._is_training = True
         agent: Any = pl_module
         agent.committing = self._hold
+        if trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:  # which may start it once more
+            known = [self._last, *([trainer.ckpt_path] if trainer.ckpt_path else [])]
+            write_atomically(_note(self._cfg), "\n".join(map(str, known)))
 
     def on_test_start(self, trainer: Trainer, *_: Any) -> None:
         """Take the signals back."""
@@ -74,7 +77,7 @@ class KeepLastIteration(Callback):
             exception.told = self._how_to_go_on(pl_module)
         environment = trainer._accelerator_connector.cluster_environment
         if exception.signal in _requeue_signals(environment):
-            exception.told += f" ({requeue(self._cfg, self._last)})"
+            exception.told += f" ({requeue()})"
 
     def _how_to_go_on(self, pl_module: LightningModule) -> str:
         command = to_continue(self._cfg, self._last)
@@ -94,13 +97,11 @@ def _requeue_signals(environment: object) -> list[int]:
     return [environment.requeue_signal] if environment.requeue_signal else []
 
 
-def requeue(cfg: DictConfig, checkpoint: Path) -> str:
-    """Ask SLURM to run this job again, which then goes on from ``checkpoint``; what came of it."""
+def requeue() -> str:
+    """Ask SLURM to run this job again, which then goes on; what came of it."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    if checkpoint.exists():
-        write_atomically(_note(cfg), str(checkpoint))
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     except OSError as error:
@@ -111,13 +112,20 @@ def requeue(cfg: DictConfig, checkpoint: Path) -> str:
 
 
 def requeued_checkpoint(cfg: DictConfig) -> Path | None:
-    """Where the same command goes on, in a job that SLURM has started once more after `requeue`."""
+    """Where the same command goes on, in a job that SLURM has started once more.
+
+    That is its own checkpoint, or the one that it had gone on from itself: after a time limit, a
+    preemption, or the loss of a machine.
+    """
     if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or not _note(cfg).is_file():
         return None
-    checkpoint = Path(_note(cfg).read_text(encoding="utf-8"))
-    log.info("SLURM has started this job once more: it goes on from %s", checkpoint)
-    return checkpoint if checkpoint.is_file() else None
+    known = map(Path, _note(cfg).read_text(encoding="utf-8").splitlines())
+    checkpoint = next((path for path in known if path.is_file()), None)
+    if checkpoint is not None:
+        log.info("SLURM has started this job once more: it goes on from %s", checkpoint)
+    return checkpoint
 
 
 def _note(cfg: DictConfig) -> Path:
-    return Path(cfg.paths.log_dir) / f".slurm_{os.environ.get('SLURM_JOB_ID')}"
+    run = str(cfg.name).replace("/", "_")  # a job may hold several
+    return Path(cfg.paths.log_dir) / f".slurm_{os.environ.get('SLURM_JOB_ID')}_{run}"

@@ -34,6 +34,7 @@ from aem_lightning.runner.evaluation import check_agent, play_all
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
 from aem_lightning.runner.preflight import preflight
+from aem_lightning.runner.ranks import first_rank_first
 from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
 from aem_lightning.runner.stopping import requeued_checkpoint
 from aem_lightning.runner.summary import StageClock, forecast_of, learning_verdict, write_summary
@@ -55,7 +56,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         earlier = None if checkpoint is None else earlier_run(cfg, checkpoint)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         clock = StageClock()
-        with clock("tasks"):
+        with clock("tasks"), first_rank_first("tasks"):
             datamodule = build_datamodule(cfg)
         try:
             if cfg.stage == "check":
