@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from aem_lightning.beats import beat
 from aem_lightning.rollout import micro_batches
 
 log = logging.getLogger(__name__)
@@ -104,4 +105,5 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def _remembering(batches: list[list[int]], tried: list[list[int]]) -> Iterator[list[int]]:
     for rows in batches:
         tried.append(rows)
+        beat("micro_batch")
         yield rows

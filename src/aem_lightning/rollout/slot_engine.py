@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from aem_lightning.beats import beat
 from aem_lightning.rollout.auto_model import CacheKind, pick_model
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
 from aem_lightning.rollout.finite import NotFiniteError
@@ -335,6 +336,7 @@ class SlotEngine:
 
     def _step(self) -> list[tuple[int, Result]]:
         """Draw a token for every running row; finished rows leave, the others are fed theirs."""
+        beat("decode_step")
         jobs = [self._job(row) for row in self._running]
         temperature = torch.tensor([job.request.sampling.temperature for job in jobs])
         uniforms = torch.tensor(
