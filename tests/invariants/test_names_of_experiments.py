@@ -16,6 +16,7 @@ NAMES = ROOT / "docs" / "names.md"
 NEW = (
     *("algorithm", "arm", "aem_scope", "fast", "preflight", "strict", "rollout_journal"),
     *("rank_timeout_s", "trainer.num_nodes"),
+    *("profile_decode_steps", "profile_micro_batches"),
     "engine.cache",
     *("filter", "filter_share", "modulation.proxy", "modulation.then.proxy"),
     *("policy.chat_template_kwargs", "policy.thoughts", "policy.warm_start.imitate_losses"),

@@ -17,15 +17,25 @@ PACKAGE = ROOT / "src" / "aem_lightning"
 # room: the rooms that it may import, itself always included
 ARROWS = {
     "types": set(),
+    "beats": set(),
     "files": set(),
     "lazy": set(),
     "functional": {"types"},
     "envs": {"types"},
-    "rollout": {"types", "functional"},
+    "rollout": {"types", "beats", "functional"},
     "algorithms": {"types", "functional"},
-    "modules": {"types", "files", "lazy", "functional", "rollout", "algorithms", "metrics"},
+    "modules": {
+        "types",
+        "beats",
+        "files",
+        "lazy",
+        "functional",
+        "rollout",
+        "algorithms",
+        "metrics",
+    },
     "datamodules": {"types", "lazy", "envs"},
-    "callbacks": {"types", "files"},
+    "callbacks": {"types", "beats", "files"},
     "metrics": {"types"},
     "runner": {
         "types",

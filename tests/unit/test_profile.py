@@ -11,14 +11,15 @@ from test_agent_module import VariedRewards
 
 from aem_lightning.callbacks import Profile
 from aem_lightning.callbacks.profile import largest, stage_costs
+from aem_lightning.modules.timing import STAGES
 from aem_lightning.runner.build import build_trainer
 from aem_lightning.runner.checks import ConfigError, check_config
 from aem_lightning.runner.cli import accept_plus
 
 
-def profiled(folder, epochs):
-    agent = make_agent(rewards=VariedRewards())
-    callback = Profile(iterations=1, folder=folder)
+def profiled(folder, epochs, agent=None, **limits):
+    agent = agent or make_agent(rewards=VariedRewards())
+    callback = Profile(iterations=1, folder=folder, **limits)
     make_trainer(epochs, callbacks=[callback]).fit(agent, datamodule=local_data())
     with gzip.open(folder / "profile.json.gz") as file:
         return json.load(file)["traceEvents"]
@@ -36,8 +37,22 @@ def test_a_trace_lacks_operators_or_stages(tmp_path, caplog):
     assert stages.count("%") == operators.count("%") == 3
 
 
-def test_a_run_of_one_iteration_is_not_profiled(tmp_path):
-    assert any(event.get("name") == "update" for event in profiled(tmp_path, epochs=1))
+def test_a_trace_of_one_iteration_is_none_or_grows_with_its_steps_and_micro_batches(tmp_path):
+    agent = make_agent(rewards=VariedRewards())
+    events = profiled(tmp_path, 1, agent, decode_steps=3, micro_batches=1)
+    spans = {e["name"]: e for e in events if e.get("name") in STAGES}
+
+    def within(stage, name):
+        start = spans[stage]["ts"]
+        end = start + spans[stage]["dur"]
+        return sum(e.get("name") == name and start <= e["ts"] <= end for e in events)
+
+    assert agent.engine.stats["decode_steps"] > 6
+    assert within("rollout", "aten::searchsorted") == 3  # one a draw
+    forward = "aten::embedding"
+    assert within("ref_logprobs", forward) == within("update", forward) == 1
+    of_stages = sum(within(stage, forward) for stage in spans)
+    assert sum(e.get("name") == forward for e in events) == of_stages, "validation is recorded"
 
 
 def test_the_environment_counts_twice():
@@ -52,8 +67,9 @@ def test_a_way_to_type_it_is_refused(typed, tmp_path):
     quiet = ["callbacks=null", "logger=null"]
     output = f"paths.output_dir={tmp_path}"
     cfg = composed([override, output, *quiet, "trainer.accelerator=cpu"])
-    kinds = [type(callback) for callback in build_trainer(cfg).callbacks]
-    assert Profile in kinds
+    cfg.profile_decode_steps = 5
+    (profile,) = (c for c in build_trainer(cfg).callbacks if isinstance(c, Profile))
+    assert profile.most == {"decode_step": 5, "micro_batch": 2}
     without = composed([output, *quiet, "trainer.accelerator=cpu"])
     assert Profile not in [type(callback) for callback in build_trainer(without).callbacks]
 

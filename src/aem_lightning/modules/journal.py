@@ -19,7 +19,8 @@ from aem_lightning.rollout.journal import recorded
 Play = Callable[[tuple[object, ...]], Collector]
 # What of a config no rollout depends on, but through the weights.
 UNRELATED = {"advantage", "algorithm", "arm", "callbacks", "ckpt_path", "evaluate", "iterations"}
-UNRELATED |= {"logger", "loss", "modulation", "name", "optimizer", "paths", "profile", "scheduler"}
+UNRELATED |= {"logger", "loss", "modulation", "name", "optimizer", "paths", "scheduler"}
+UNRELATED |= {"profile", "profile_decode_steps", "profile_micro_batches"}
 
 
 class RolloutJournal(L.Callback):

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from aem_lightning.beats import beat
 from aem_lightning.modules.attention import is_packed
 from aem_lightning.modules.policy import Policy
 from aem_lightning.modules.settings import UpdateSettings
@@ -129,4 +130,5 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def _remembering(batches: list[list[int]], tried: list[list[int]]) -> Iterator[list[int]]:
     for rows in batches:
         tried.append(rows)
+        beat("micro_batch")
         yield rows

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch.profiler import record_function
 
+from aem_lightning.beats import beat
+
 STAGES = (
     "rollout",
     "environment",
@@ -34,6 +36,7 @@ class Stopwatch:
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time spent inside this context to ``stage``."""
+        beat(stage)
         start = self._now()
         with record_function(stage):
             yield

@@ -3,7 +3,8 @@
 A decode step of a model with adapters is two thousand kernels of a few microseconds each; launching
 them one by one takes longer than running them. A graph is captured for each number of rows and each
 bucketed read length that comes up, and replayed over input buffers that stay where they are. Rows
-of the graph that have nothing to decode look at what is there and write into the cache's bin.
+of the graph that have nothing to decode look at what is there and write into the cache's bin. A
+cache that grows moves, and graphs of where it was are dropped: it doubles, so that happens seldom.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+
+from aem_lightning.rollout.padding import halved
 
 if TYPE_CHECKING:
     from aem_lightning.rollout.slot_model import SlotModel
@@ -22,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WARM_UP_RUNS = 2
-SMALLEST = 8
 
 Step = Callable[[], Tensor]
 
@@ -41,7 +44,7 @@ class DecodeGraphs:
 
     Args:
         slots: Rows of the cache.
-        bin_position: Where rows without a token write.
+        bin_position: Where rows without a token write, or at the end of a cache that is shorter.
         capture: Turns a step into one that repeats it on the same buffers; by default a CUDA graph.
     """
 
@@ -52,6 +55,7 @@ class DecodeGraphs:
         self._bin = bin_position
         self._capture = capture or CudaCapture()
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._moves = 0  # of the cache, when they were captured
         self._logits: Tensor | None = None  # [slots, V], of all graphs: each would keep its own
         self.is_broken = False
 
@@ -73,14 +77,18 @@ class DecodeGraphs:
         """
         if self.is_broken:
             return None
-        count = batch_bucket(rows[-1] + 1, self._slots)
+        if self._moves != model.cache.moves:
+            self._graphs.clear()
+            self._moves = model.cache.moves
+        count = halved(rows[-1] + 1, self._slots)
+        trash = min(self._bin, model.cache.tokens - 1)
         graph = self._graphs.get((count, read))
         if graph is None:
-            graph = self._captured(model, count, read)
+            graph = self._captured(model, count, read, trash)
             if graph is None:
                 return None
             self._graphs[count, read] = graph
-        table = torch.tensor([[0] * count, [self._bin] * count])
+        table = torch.tensor([[0] * count, [trash] * count])
         table[0, list(rows)] = torch.tensor(tokens)
         table[1, list(rows)] = torch.tensor(starts)
         graph.tokens.copy_(table[0])
@@ -89,9 +97,9 @@ class DecodeGraphs:
         # A copy: the next replay writes to the same place.
         return logits[torch.tensor(rows, device=logits.device)]
 
-    def _captured(self, model: SlotModel, count: int, read: int) -> _Graph | None:
+    def _captured(self, model: SlotModel, count: int, read: int, trash: int) -> _Graph | None:
         tokens = torch.zeros(count, dtype=torch.long, device=model.device)
-        positions = torch.full_like(tokens, self._bin)
+        positions = torch.full_like(tokens, trash)
 
         def step() -> Tensor:
             logits = model.decode(tokens, positions, read)
@@ -120,7 +128,8 @@ class CudaCapture:
     """
 
     def __init__(self) -> None:
-        self._pool: Any = None  # torch's handle
+        # Those that are in use: when the last one goes, so does their pool.
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream: Any = None  # made at the first capture, on the device in use
 
     def __call__(self, step: Step) -> Step:
@@ -133,14 +142,15 @@ class CudaCapture:
                     step()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
+            pool: Any = next((other.pool() for other in self._graphs), None)  # torch's handle
             # The outer context leads back to this stream: where the end of a capture fails, the
             # inner one stays on its own.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, pool=self._pool, stream=stream),
+                torch.cuda.graph(graph, pool=pool, stream=stream),
             ):
                 output = step()
-        self._pool = self._pool or graph.pool()
+        self._graphs.add(graph)
 
         def replay() -> Tensor:
             graph.replay()
@@ -160,16 +170,3 @@ def _uncached_autocast() -> torch.autocast:
         enabled=torch.is_autocast_enabled("cuda"),
         cache_enabled=False,
     )
-
-
-def batch_bucket(rows: int, slots: int) -> int:
-    """Rows of the graph that steps ``rows`` rows: all slots, or a half of that while it is enough.
-
-    Example:
-        >>> batch_bucket(5, 128), batch_bucket(33, 128), batch_bucket(70, 128), batch_bucket(5, 6)
-        (8, 64, 128, 6)
-    """
-    size = slots
-    while size // 2 >= max(rows, SMALLEST):
-        size //= 2
-    return size

@@ -1,21 +1,33 @@
-"""Keys and values of many episodes in one preallocated block a layer, written and read by row."""
+"""Keys and values of many episodes in one block a layer, written and read by row, grown by need."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from aem_lightning.rollout.padding import Piece, doubled, halved
+
+PAGE = 256  # tokens that a row has room for at first
+SPARE = 4  # times the last need: more is given back
 
 
 class SlotCache:
     """A key-value cache of ``slots`` rows, in the place of HF's own cache classes.
 
-    Per layer and for keys and values alike it holds ``[slots, kv_heads, length, head_dim]``,
+    Per layer and for keys and values alike it holds ``[rows, kv_heads, tokens, head_dim]``,
     allocated when a layer first writes, on that layer's device and in the dtype that attention
-    computes in: autocast's, else the layer's. A row keeps its tokens at their own positions from 0
-    on, without holes. The last position is a bin: the last token of a response is never fed, so
-    only padding lands there, where no valid query looks.
+    computes in: autocast's, else the layer's. Rows and tokens double when they run out, up to
+    ``slots`` and ``length`` (`block_shape`). A row keeps its tokens at their own positions from 0
+    on, without holes. The last position is a bin: no row gets there, or, of the full length, as the
+    last token of a response is never fed; only padding lands there, where no valid query looks.
+
+    Attributes:
+        shape: Rows and tokens of every block; zeros before the first.
+        moves: How often blocks have changed their place.
+        pieces: Rows of the pass under way that read less than others; none where all read the same.
     """
 
     is_compileable = False
@@ -23,18 +35,49 @@ class SlotCache:
     def __init__(self, slots: int, length: int) -> None:
         self.slots = slots
         self.length = length
+        self.shape = (0, 0)
+        self.moves = 0
+        self._need = (0, 0)  # rows and tokens since the last `forget`
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._rows = torch.empty(0, dtype=torch.long)
         self._span: slice | None = None
         self._positions = self._rows
         self._read = 0
+        self.pieces: Sequence[Piece] = ()
 
-    def aim(self, rows: Sequence[int], positions: Tensor, read: int) -> None:
+    @property
+    def tokens(self) -> int:
+        """Tokens that every row has room for, the bin among them."""
+        return self.shape[1]
+
+    def fit(self, rows: int, tokens: int) -> None:
+        """Have room for the first ``rows`` rows of ``tokens`` tokens.
+
+        Raises:
+            MemoryError: A GPU has no room for that.
+        """
+        self._need = max(self._need[0], rows), max(self._need[1], tokens)
+        rows, tokens = block_shape(*self._need, self.slots, self.length)
+        self._resize(max(rows, self.shape[0]), max(tokens, self.shape[1]))
+
+    def forget(self) -> None:
+        """Nothing that is held is read again."""
+        self._need = (0, 0)
+
+    def trim(self) -> None:
+        """Give back what is `SPARE` times as much as was needed since `forget`; the rest stays."""
+        rows, tokens = block_shape(*self._need, self.slots, self.length)
+        if SPARE * rows * tokens <= self.shape[0] * self.shape[1]:
+            self._resize(rows, tokens)
+
+    def aim(
+        self, rows: Sequence[int], positions: Tensor, read: int, pieces: Sequence[Piece] = ()
+    ) -> None:
         """Say where the next forward pass writes and how far it reads.
 
         The tokens of a batch row go to ``positions``, [b, q], of its slot, one of the ascending
-        ``rows``; queries may look at the first ``read`` positions.
+        ``rows``; queries may look at the first ``read`` positions, or those of their piece.
         """
         self._rows = torch.tensor(rows, device=positions.device)[:, None]
         first, last = rows[0], rows[-1]
@@ -43,6 +86,7 @@ class SlotCache:
         self._span = slice(first, last + 1) if last - first + 1 == len(rows) else None
         self._positions = positions
         self._read = read
+        self.pieces = pieces
 
     def aim_first(self, count: int, positions: Tensor, read: int) -> None:
         """`aim` at the rows 0 to ``count`` - 1, without a number that comes from the host."""
@@ -50,6 +94,7 @@ class SlotCache:
         self._span = slice(0, count)
         self._positions = positions
         self._read = read
+        self.pieces = ()
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -78,6 +123,7 @@ class SlotCache:
 
     def copy(self, source: Sequence[int], target: Sequence[int], tokens: int) -> None:
         """Copy the first ``tokens`` of the source rows to the target rows, all at once."""
+        self.fit(max(target) + 1, tokens)
         # One upload, in place of two a block: a list in an index is uploaded by itself.
         rows = torch.tensor([list(source), list(target)])
         for block in (*self._keys.values(), *self._values.values()):
@@ -102,13 +148,32 @@ class SlotCache:
     def fill(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Put back what `held` gave."""
         for name, tensor in tensors.items():
+            slots, heads, tokens, width = tensor.shape
+            self.fit(slots, tokens)
             kind, _, layer = name.partition(".")
             store = self._keys if kind == "keys" else self._values
             if int(layer) not in store:
-                slots, heads, _, width = tensor.shape
-                shape = slots, heads, self.length, width
+                shape = self.shape[0], heads, self.tokens, width
                 store[int(layer)] = tensor.new_zeros(shape, device=device)
-            store[int(layer)][:, :, : tensor.shape[2]] = tensor.to(store[int(layer)].device)
+            store[int(layer)][:slots, :, :tokens] = tensor.to(store[int(layer)].device)
+
+    def _resize(self, rows: int, tokens: int) -> None:
+        if (rows, tokens) == self.shape:
+            return
+        stores = [store for store in (self._keys, self._values) if store]
+        if stores and rows * tokens > self.shape[0] * self.shape[1]:
+            free = free_bytes(stores[0][min(stores[0])].device)
+            if free is not None:
+                of_token = self.nbytes // (self.shape[0] * self.shape[1])
+                check_room(of_token, rows, tokens, free + self.nbytes)
+        self.moves += 1
+        for store in stores:
+            for layer, block in store.items():  # one at a time: the old and the new one together
+                kept = block[:rows, :, :tokens]
+                new = block.new_zeros(rows, block.shape[1], tokens, block.shape[3])
+                new[: kept.shape[0], :, : kept.shape[2]] = kept
+                store[layer] = new
+        self.shape = rows, tokens  # last: where memory runs out, no block is smaller than it says
 
     def _write(self, store: dict[int, Tensor], new: Tensor, layer_idx: int) -> Tensor:
         block = store.get(layer_idx)
@@ -117,13 +182,33 @@ class SlotCache:
             # Zeros, not empty: a masked NaN would still be a NaN after the attention's matrix
             # product.
             kind = compute_dtype(new.device, new.dtype)
-            block = new.new_zeros(self.slots, heads, self.length, width, dtype=kind)
+            block = new.new_zeros(self.shape[0], heads, self.tokens, width, dtype=kind)
             store[layer_idx] = block
         rows, positions = self._rows.to(block.device), self._positions.to(block.device)
         block[rows, :, positions] = new.transpose(1, 2).to(block.dtype)
         if self._span is not None:
             return block[self._span, :, : self._read]
         return block[rows[:, 0], :, : self._read]
+
+
+def block_shape(rows: int, tokens: int, slots: int, length: int) -> tuple[int, int]:
+    """Rows and tokens that are allocated where the first ``rows`` hold ``tokens`` at most.
+
+    Example:
+        >>> block_shape(5, 255, 64, 4096), block_shape(5, 256, 64, 4096)
+        ((8, 256), (8, 512))
+        >>> block_shape(40, 2500, 64, 3000)
+        (64, 3000)
+    """
+    return halved(rows, slots), min(length, doubled(tokens + 1, PAGE))
+
+
+def bytes_of_token(config: Any, kind: torch.dtype) -> int:
+    """Bytes of the keys and values of a token, over all layers; ``config`` is transformers'."""
+    queries = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return int(2 * config.num_hidden_layers * heads * width * kind.itemsize)
 
 
 def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
@@ -145,7 +230,7 @@ def check_room(token_bytes: int, slots: int, length: int, free: int) -> None:
     """Raise where keys and values of ``slots`` episodes do not fit into ``free`` bytes.
 
     Args:
-        token_bytes: Of the keys and values of a token, over all layers.
+        token_bytes: Of the keys and values of a token, `bytes_of_token`.
         slots: Episodes that can be open at once.
         length: Tokens of each.
         free: What there is.

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from aem_lightning.beats import beat
 from aem_lightning.rollout.auto_model import CacheKind, pick_model
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
 from aem_lightning.rollout.finite import NotFiniteError
@@ -47,8 +48,8 @@ class SlotEngine:
 
     Args:
         slots: Episodes that can be open at once. More may be submitted; they wait for a slot.
-        max_length: Most tokens of a prompt with its response. Memory is ``slots * max_length`` keys
-            and values.
+        max_length: Most tokens of a prompt with its response. Memory is that of the open episodes,
+            each as long as the longest so far (`slot_cache.block_shape`).
         bucket: Attention reads are rounded up to a multiple of it.
         cuda_graphs: ``auto`` captures decode steps as CUDA graphs on a GPU (`cuda_graphs`); ``off``
             never does. Of no use to transformers' caches.
@@ -105,7 +106,7 @@ class SlotEngine:
         Raises:
             RuntimeError: Requests are unfinished; they would be drawn from two policies.
             ValueError: ``cache="slots"``, and the model is of a kind that it would compute wrongly.
-            MemoryError: Keys and values do not fit beside the model.
+            MemoryError: Not even the first keys and values fit beside the model.
         """
         unfinished = len(self._waiting) + len(self._running)
         if unfinished:
@@ -183,6 +184,8 @@ class SlotEngine:
         # The ids stay: the next owner may share a head with them.
         self._slots[row].key = None
         self._slots[row].job = None
+        if isinstance(self._model, SlotModel) and not self._owner and not self._waiting:
+            self._model.cache.trim()
 
     def state_dict(self, most: int) -> dict[str, Any] | None:
         """What the cache holds; ``None`` above ``most`` bytes, or among unfinished requests."""
@@ -335,6 +338,7 @@ class SlotEngine:
 
     def _step(self) -> list[tuple[int, Result]]:
         """Draw a token for every running row; finished rows leave, the others are fed theirs."""
+        beat("decode_step")
         jobs = [self._job(row) for row in self._running]
         temperature = torch.tensor([job.request.sampling.temperature for job in jobs])
         uniforms = torch.tensor(

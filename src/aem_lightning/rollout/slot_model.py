@@ -17,9 +17,24 @@ from aem_lightning.functional.logprob import HALF
 from aem_lightning.rollout.adapters import AdapterCopies
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.head import Head, probe_rows
-from aem_lightning.rollout.padding import doubled, filled, spread, widened
+from aem_lightning.rollout.padding import (
+    Piece,
+    doubled,
+    filled,
+    head_of,
+    pieces_of,
+    spread,
+    widened,
+)
 from aem_lightning.rollout.sampling import evaluated
-from aem_lightning.rollout.slot_cache import SlotCache, check_room, compute_dtype, free_bytes
+from aem_lightning.rollout.slot_cache import (
+    SlotCache,
+    block_shape,
+    bytes_of_token,
+    check_room,
+    compute_dtype,
+    free_bytes,
+)
 
 _ATTENTION = "aem_slots"
 # A wave of prompts is padded to its longest. Its padding may reach a quarter of its tokens, or this
@@ -95,19 +110,18 @@ class SlotModel:
         """Take the adapters' present weights; be ready to capture ``graphs``, on a GPU.
 
         Raises:
-            MemoryError: The keys and values, not yet there, do not fit beside the model.
+            MemoryError: The first keys and values, not yet there, do not fit beside the model.
         """
+        self.cache.forget()
         if self.graphs is None and graphs and self.device.type == "cuda":
             self.graphs = DecodeGraphs(self.cache.slots, self._max_length - 1)
         self.adapters.refresh()
         free = free_bytes(self.device)
         if free is None or self.cache.nbytes:
             return
-        config, queries = self._config, self._config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or queries
-        width = getattr(config, "head_dim", None) or config.hidden_size // queries
-        token = 2 * config.num_hidden_layers * heads * width * self._kind.itemsize
-        check_room(token, self.cache.slots, self._max_length, free)
+        slots = self.cache.slots
+        rows, tokens = block_shape(slots, 0, slots, self._max_length)
+        check_room(bytes_of_token(self._config, self._kind), rows, tokens, free)
 
     def _try(self) -> None:
         """Raise unless two short rows, each fed in two pieces, get the model's own logits."""
@@ -164,32 +178,45 @@ class SlotModel:
         """
         counts = [len(chunk) for chunk in chunks]
         width = max(counts)
+        if self.few_shapes and width > 1 and (cut := head_of(len(rows), width, self.cache.slots)):
+            parts = [
+                self.forward(rows[part], starts[part], chunks[part])
+                for part in (slice(cut), slice(cut, None))
+            ]
+            return torch.cat(parts)
         longest = max(start + count for start, count in zip(starts, counts, strict=True))
-        read = min(self._max_length, -(-longest // self._bucket) * self._bucket)
+        self.cache.fit(rows[-1] + 1, longest)
         if width == 1 and self.graphs is not None:
             tokens = [chunk[0] for chunk in chunks]
-            logits = self.graphs.step(self, rows, starts, tokens, read)
+            logits = self.graphs.step(self, rows, starts, tokens, self._read(longest))
             if logits is not None:
                 return logits
-        own = list(rows)
+        own, pieces, read = list(rows), list[Piece](), self._read(longest)
         if self.few_shapes:
             # What the others of a wave write goes into the bin, and what they read nobody sees.
             rows = filled(rows, self.cache.slots)
-            starts = spread(rows, own, starts, self._max_length - 1)
+            self.cache.fit(rows[-1] + 1, longest)
+            starts = spread(rows, own, starts, self.cache.tokens - 1)
             chunks = spread(rows, own, chunks, [0])
             counts = [len(chunk) for chunk in chunks]
             width = widened(width) if width > 1 else 1
-            read = min(self._max_length, doubled(read, self._bucket))
+            read = min(self.cache.tokens, doubled(read, self._bucket))
+        else:
+            pieces = pieces_of([start + width for start in starts], read)
         padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
         start = torch.tensor(starts, device=self.device)
         positions = start[:, None] + torch.arange(width, device=self.device)
-        self.cache.aim(rows, positions.clamp(max=self._max_length - 1), read)
+        self.cache.aim(rows, positions.clamp(max=self.cache.tokens - 1), read, pieces)
         ids = torch.tensor(padded, device=self.device)
         last = torch.tensor(counts, device=self.device) - 1
         logits = self._run(ids, positions, last, read)
         if len(own) == len(rows):
             return logits
         return logits[torch.tensor([rows.index(row) for row in own], device=self.device)]
+
+    def _read(self, tokens: int) -> int:
+        """Keys that a query reads which may look at the first ``tokens``."""
+        return min(self.cache.tokens, -(-tokens // self._bucket) * self._bucket)
 
     def decode(self, tokens: Tensor, positions: Tensor, read: int) -> Tensor:
         """Append a token [b] to each of the first b rows; next-token logits [b, V], float32.
@@ -321,7 +348,13 @@ def _slot_attention(
     folded = query.reshape(batch, key.shape[1], shared * width, size)
     if attention_mask.shape[2] != shared * width:  # of other layers than this
         attention_mask = attention_mask[:, :, :width].repeat(1, 1, shared, 1)
-    attended = scaled_dot_product_attention(
-        folded, key, value, attn_mask=attention_mask.to(query.dtype), scale=scaling
-    )
+    mask = attention_mask.to(query.dtype)
+    parts = [
+        (folded[rows], key[rows, :, :read], value[rows, :, :read], mask[rows, :, :, :read])
+        for rows, read in _MASK.get().model.cache.pieces
+    ] or [(folded, key, value, mask)]
+    outputs = [
+        scaled_dot_product_attention(q, k, v, attn_mask=m, scale=scaling) for q, k, v, m in parts
+    ]
+    attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return attended.reshape(batch, heads, width, -1).transpose(1, 2).contiguous(), None

@@ -292,7 +292,12 @@ def _make_trainer(cfg: DictConfig) -> L.Trainer:
     callbacks, loggers = _named("callbacks", cfg.callbacks), _named("logger", cfg.logger)
     callbacks.append(BrokenBatch())
     if cfg.profile:
-        callbacks.append(Profile())
+        callbacks.append(
+            Profile(
+                decode_steps=cfg.get("profile_decode_steps", 16),
+                micro_batches=cfg.get("profile_micro_batches", 2),
+            )
+        )
     if cfg.get("rollout_journal"):  # earlier checkpoints have no such key
         callbacks.append(RolloutJournal())
     if (signals := stop_signals()) is not None:

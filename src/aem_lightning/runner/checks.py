@@ -69,6 +69,8 @@ class TrainOptions(RolloutSettings, UpdateSettings, PlayOptions):
     stage: Literal["train", "warm_start", "check"]
     ckpt_path: str | None
     profile: bool
+    profile_decode_steps: Natural = 16
+    profile_micro_batches: Natural = 2
     preflight: Literal["auto", True, False, "only"] = "auto"
     strict: bool = False
     rollout_journal: bool = True
