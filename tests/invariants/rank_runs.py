@@ -1,4 +1,4 @@
-"""The same runs on one, two and four ranks, which are forks of this process: it imports once.
+"""The same runs on several numbers of ranks, which are forks of this process: it imports once.
 
 python rank_runs.py MODEL FOLDER
 """
@@ -6,38 +6,71 @@ python rank_runs.py MODEL FOLDER
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
+from omegaconf import DictConfig
 from runs import Keep, fit, toy_config, weights
+from toy import MemoryRunsOut
 
-SIZES = (1, 2, 4)
-# SGD: what Adam makes of a gradient of nearly 0 depends on its last bits.
-STEP = ("optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1", "iterations=2", "evaluate=false")
+STEP = (
+    # SGD: what Adam makes of a gradient of nearly 0 depends on its last bits.
+    "optimizer._target_=torch.optim.SGD",
+    "optimizer.lr=0.1",
+    "scheduler=constant",
+    "iterations=2",
+    "evaluate=false",
+    "datamodule._target_=local_coin.LocalCoin",  # no process beside each rank
+    "datamodule.validation_tasks=3",
+    "update_epochs=2",
+    "num_minibatches=2",
+    "micro_batch_tokens=128",
+)
+# On every number of ranks shares are uneven, and on four of them some have no task.
 CASES = {
-    # More tasks than the split has: a task is played in several groups, on several ranks.
-    "repeated_tasks": ("tasks_per_iteration=12", "loss=kl_cov", "loss.covariance.ratio=0.1"),
-    "new_tasks_for_uniform_groups": (
-        "algorithm=dapo",
+    # More tasks than the split has: a task is played in two groups, on two ranks.
+    "grpo_aem": (
+        "tasks_per_iteration=5",
+        "+datamodule.sizes={train: 4, valid_seen: 4, valid_unseen: 4}",
+        "iterations_per_epoch=1",
+        "memory=window",
+        "loss=kl_cov",
+        "loss.covariance.ratio=0.1",
+    ),
+    "ppo_and_new_tasks_for_uniform_groups": (
+        "tasks_per_iteration=3",
+        "algorithm=ppo",
         "collection_rounds=4",
         "group_size=2",
         "callbacks=curriculum",
         "modulation.direction=shuffled",
     ),
 }
-UPDATE = ("update_epochs=2", "num_minibatches=3", "micro_batch_tokens=64")
+SIZES = (1, 2, 4)
+BEGUN, RESUMED = 4, 3  # the first case is begun on so many ranks, and continued on so many
+FIRST = "first.ckpt"  # after one iteration
 
 
-def play(case: str, size: int, model: str, folder: Path) -> dict[str, object]:
+class KeepFirst(L.Callback):
+    """Keeps the checkpoint of a run's first iteration."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        folder = Path(trainer.default_root_dir)
+        if pl_module.iteration == 1 and trainer.ckpt_path is None and trainer.is_global_zero:
+            shutil.copy(folder / "checkpoints" / "last.ckpt", folder / FIRST)
+
+
+def play(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Any]:
     """One rank of a run: what was sampled, in which place, and the last weights."""
-    strategy = "auto" if size == 1 else "ddp"
-    ranks = (f"trainer.strategy={strategy}", f"trainer.devices={size}")
     keep = Keep()
-    cfg = toy_config(folder, model, *CASES[case], *STEP, *UPDATE, *ranks)
-    module = fit(cfg, callbacks=[keep])
+    others = [KeepFirst(), MemoryRunsOut(rank=1, after=2)]
+    module = fit(cfg, callbacks=[keep, *others], ckpt_path=checkpoint)
     sampled = {
         f"{done.index}/{t.round}/{t.task.id}/{t.group}/{t.copy}": [
             list(row[turn.start : turn.start + turn.length])
@@ -47,10 +80,10 @@ def play(case: str, size: int, model: str, folder: Path) -> dict[str, object]:
         for done in keep.iterations
         for t in done.played
     }
-    return {"sampled": sampled, "weights": weights(module)}
+    return {"sampled": sampled, "weights": weights(module), "tasks_played": module.tasks_played}
 
 
-def fork(case: str, rank: int, size: int, port: int, model: str, folder: Path) -> int:
+def fork(rank: int, size: int, port: int, folder: Path, *run: Any) -> int:
     """The process id of a rank, which leaves what it has in ``folder``."""
     if process := os.fork():
         return process
@@ -60,7 +93,7 @@ def fork(case: str, rank: int, size: int, port: int, model: str, folder: Path) -
         if size > 1:
             values = (rank, 0, size, "127.0.0.1", port)
             os.environ |= dict(zip(names, map(str, values), strict=True))
-        torch.save(play(case, size, model, folder / "run"), folder / f"{rank}.pt")
+        torch.save(play(*run), folder / f"{rank}.pt")
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -70,19 +103,28 @@ def fork(case: str, rank: int, size: int, port: int, model: str, folder: Path) -
         os._exit(status)
 
 
+def run(case: str, size: int, folder: Path, model: str, checkpoint: Path | None = None) -> None:
+    """A case on ``size`` ranks, in ``folder``."""
+    strategy = "auto" if size == 1 else "ddp"
+    ranks = (f"trainer.strategy={strategy}", f"trainer.devices={size}")
+    cfg = toy_config(folder / "run", model, *STEP, *CASES[case], *ranks)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [fork(rank, size, port, folder, cfg, checkpoint) for rank in range(size)]
+    if any([os.waitpid(process, 0)[1] for process in processes]):
+        sys.exit(f"{case} failed on {size} ranks")
+
+
 def main(model: str, folder: Path) -> None:
-    """Every case with every number of ranks, below ``folder``."""
+    """Every case with every number of ranks, below ``folder``, and the resumed run."""
     torch.set_num_threads(1)
     for case in CASES:
         for size in SIZES:
-            place = folder / case / str(size)
-            place.mkdir(parents=True)
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            ranks = [fork(case, rank, size, port, model, place) for rank in range(size)]
-            if any([os.waitpid(rank, 0)[1] for rank in ranks]):
-                sys.exit(f"{case} failed on {size} ranks")
+            run(case, size, folder / case / str(size), model)
+    case = next(iter(CASES))
+    first = folder / case / str(BEGUN) / "run" / FIRST
+    run(case, RESUMED, folder / case / "resumed", model, first)
 
 
 if __name__ == "__main__":
