@@ -78,9 +78,8 @@ def test_a_run_resumed_on_another_number_of_ranks_is_another_run(runs_of_ranks: 
 
 def test_others_wait_for_a_rank_that_is_killed(toy_model: str, tmp_path: Path) -> None:
     kill = [f"+callbacks.kill.{word}" for word in ("_target_=toy.Kill", "epoch=1", "batch=0")]
-    ended = process(
-        "train.py", *toy_overrides(tmp_path, toy_model), *DDP, *kill, "+callbacks.kill.rank=1"
-    )
+    typed = (*toy_overrides(tmp_path, toy_model), *DDP, *kill, "+callbacks.kill.rank=1")
+    ended = process("train.py", *typed, timeout=500)
     assert ended.returncode == 1, ended.stdout + ended.stderr
     *_, line = ended.stdout.strip().splitlines()
     (last,) = tmp_path.glob("logs/*/*/checkpoints/last.ckpt")
