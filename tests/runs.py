@@ -90,12 +90,15 @@ def toy_config(folder: Path, model: str | None, *overrides: str) -> DictConfig:
 
 
 def process(
-    *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] = COMMAND_ENVIRONMENT
+    *arguments: str,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] = COMMAND_ENVIRONMENT,
+    timeout: float = 170,
 ) -> subprocess.CompletedProcess[str]:
     """``python <arguments>`` in a process of its own, as a person types it."""
     command = [sys.executable, *arguments]
     return subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=170, check=False
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

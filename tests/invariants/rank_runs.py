@@ -1,53 +1,77 @@
-"""The same runs on one, two and four ranks, which are forks of this process: it imports once.
+"""The same runs on several numbers of ranks, which are forks of this process: it imports once.
 
-python rank_runs.py MODEL FOLDER URL, where a server of vLLM's API answers
+python rank_runs.py MODEL FOLDER
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
+from omegaconf import DictConfig
 from runs import Keep, fit, toy_config, weights
+from toy import MemoryRunsOut
 
-SIZES = (1, 2, 4)
-# SGD: what Adam makes of a gradient of nearly 0 depends on its last bits.
-STEP = ("optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1", "iterations=2", "evaluate=false")
-SHARDED = "fsdp"
+STEP = (
+    # SGD: what Adam makes of a gradient of nearly 0 depends on its last bits.
+    "optimizer._target_=torch.optim.SGD",
+    "optimizer.lr=0.1",
+    "scheduler=constant",
+    "iterations=2",
+    "evaluate=false",
+    "datamodule._target_=local_coin.LocalCoin",  # no process beside each rank
+    "datamodule.validation_tasks=3",
+    "update_epochs=2",
+    "num_minibatches=2",
+    "micro_batch_tokens=128",
+)
+# On every number of ranks shares are uneven, and on four of them some have no task.
 CASES = {
-    # More tasks than the split has: a task is played in several groups, on several ranks.
-    "repeated_tasks": ("tasks_per_iteration=12", "loss=kl_cov", "loss.covariance.ratio=0.1"),
-    "new_tasks_for_uniform_groups": (
-        "algorithm=dapo",
+    # More tasks than the split has: a task is played in two groups, on two ranks.
+    "grpo_aem": (
+        "tasks_per_iteration=5",
+        "+datamodule.sizes={train: 4, valid_seen: 4, valid_unseen: 4}",
+        "iterations_per_epoch=1",
+        "memory=window",
+        "loss=kl_cov",
+        "loss.covariance.ratio=0.1",
+    ),
+    "ppo_and_new_tasks_for_uniform_groups": (
+        "tasks_per_iteration=3",
+        "algorithm=ppo",
         "collection_rounds=4",
         "group_size=2",
         "callbacks=curriculum",
         "modulation.direction=shuffled",
     ),
-    # Ranks have as many tasks, and other numbers of micro-batches.
-    SHARDED: ("engine=vllm", "policy.gradient_checkpointing=true", "packing=packed"),
 }
-UPDATE = ("update_epochs=2", "num_minibatches=3", "micro_batch_tokens=64")
+SIZES = (1, 2, 4)
+BEGUN, RESUMED = 4, 3  # the first case is begun on so many ranks, and continued on so many
+FIRST = "first.ckpt"  # after one iteration
 
 
-def play(case: str, size: int, model: str, folder: Path, url: str) -> dict[str, object]:
+class KeepFirst(L.Callback):
+    """Keeps the checkpoint of a run's first iteration."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        folder = Path(trainer.default_root_dir)
+        if pl_module.iteration == 1 and trainer.ckpt_path is None and trainer.is_global_zero:
+            shutil.copy(folder / "checkpoints" / "last.ckpt", folder / FIRST)
+
+
+def play(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Any]:
     """One rank of a run: what was sampled, in which place, and the last weights."""
-    kind = "fsdp" if case == SHARDED else "ddp"
-    ranks = (f"trainer={kind if size > 1 else 'default'}", "trainer.precision=32-true")
-    resumes = case == SHARDED and size > 1
-    keep, server = Keep(), (f"engine.url={url}", f"engine.adapter_dir={folder.parent}")
-    given = (*CASES[case], *(server if case == SHARDED else ()))
-    words = (*given, *STEP, *UPDATE, *ranks, f"trainer.devices={size}")
-    cfg = toy_config(folder, model, *words)
-    last = folder / "checkpoints" / "last.ckpt"
-    if resumes:  # from what rank 0 alone has written
-        fit(toy_config(folder, model, *words, "iterations=1"), callbacks=[keep])
-    module = fit(cfg, callbacks=[keep], ckpt_path=last if resumes else None)
-    frozen = [p for p in module.policy.parameters() if not p.requires_grad]
+    keep = Keep()
+    others = [KeepFirst(), MemoryRunsOut(rank=1, after=2)]
+    module = fit(cfg, callbacks=[keep, *others], ckpt_path=checkpoint)
     sampled = {
         f"{done.index}/{t.round}/{t.task.id}/{t.group}/{t.copy}": [
             list(row[turn.start : turn.start + turn.length])
@@ -57,12 +81,13 @@ def play(case: str, size: int, model: str, folder: Path, url: str) -> dict[str, 
         for done in keep.iterations
         for t in done.played
     }
-    held = sum(getattr(parameter, "_local_tensor", parameter).numel() for parameter in frozen)
-    return {"sampled": sampled, "weights": weights(module), "held": held}
+    return {"sampled": sampled, "weights": weights(module), "tasks_played": module.tasks_played}
 
 
-def fork(rank: int, port: int, folder: Path, case: str, size: int, model: str, url: str) -> int:
-    """The process id of a rank, which leaves what it has in ``folder``."""
+def fork(
+    rank: int, size: int, port: int, folder: Path, play: Callable[..., Any], *given: Any
+) -> int:
+    """The process id of a rank, which leaves in ``folder`` what ``play`` returns there."""
     if process := os.fork():
         return process
     status = 1
@@ -71,7 +96,7 @@ def fork(rank: int, port: int, folder: Path, case: str, size: int, model: str, u
         if size > 1:
             values = (rank, 0, size, "127.0.0.1", port)
             os.environ |= dict(zip(names, map(str, values), strict=True))
-        torch.save(play(case, size, model, folder / "run", url), folder / f"{rank}.pt")
+        torch.save(play(*given), folder / f"{rank}.pt")
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -81,20 +106,34 @@ def fork(rank: int, port: int, folder: Path, case: str, size: int, model: str, u
         os._exit(status)
 
 
-def main(model: str, folder: Path, url: str) -> None:
-    """Every case with every number of ranks, below ``folder``."""
+def on_ranks(size: int, folder: Path, play: Callable[..., Any], *given: Any) -> None:
+    """``play`` as each of ``size`` ranks; the process ends where one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [fork(rank, size, port, folder, play, *given) for rank in range(size)]
+    if any([os.waitpid(process, 0)[1] for process in processes]):
+        sys.exit(f"{folder} failed on {size} ranks")
+
+
+def run(case: str, size: int, folder: Path, model: str, checkpoint: Path | None = None) -> None:
+    """A case on ``size`` ranks, in ``folder``."""
+    strategy = "auto" if size == 1 else "ddp"
+    ranks = (f"trainer.strategy={strategy}", f"trainer.devices={size}")
+    cfg = toy_config(folder / "run", model, *STEP, *CASES[case], *ranks)
+    on_ranks(size, folder, play, cfg, checkpoint)
+
+
+def main(model: str, folder: Path) -> None:
+    """Every case with every number of ranks, below ``folder``, and the resumed run."""
     torch.set_num_threads(1)
     for case in CASES:
-        for size in SIZES[:2] if case == SHARDED else SIZES:
-            place = folder / case / str(size)
-            place.mkdir(parents=True)
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            ranks = [fork(rank, port, place, case, size, model, url) for rank in range(size)]
-            if any([os.waitpid(rank, 0)[1] for rank in ranks]):
-                sys.exit(f"{case} failed on {size} ranks")
+        for size in SIZES:
+            run(case, size, folder / case / str(size), model)
+    case = next(iter(CASES))
+    first = folder / case / str(BEGUN) / "run" / FIRST
+    run(case, RESUMED, folder / case / "resumed", model, first)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from coin import CoinEnv
 from tiny_play import PLAIN, LocalPool, coin_task, make_policy
 
+from aem_lightning.modules.journal import remove
 from aem_lightning.rollout import (
     Collector,
     EngineResponder,
@@ -269,3 +271,15 @@ def test_an_info_that_is_not_plain_ends_the_run(
     assert played == Play(policy, None, make_env=Objects).all()
     assert caplog.text.count("the journal of this rollout ends here") == 1
     assert Play(policy, tmp_path / "a.jsonl", make_env=Objects).all() == played
+
+
+def test_journals_of_ranks_that_are_no_more_are_left(tmp_path: Path) -> None:
+    names = {"3-0", "3-1", "3-2", "3-3-round-1", "4-2"}
+    (tmp_path / "journal").mkdir()
+    for name in names:
+        (tmp_path / "journal" / f"{name}.jsonl").touch()
+    for rank in range(2):  # of a run that four have begun
+        where = {"global_rank": rank, "world_size": 2}
+        trainer: Any = SimpleNamespace(default_root_dir=tmp_path, ckpt_path=None, **where)
+        remove(trainer, before=4)
+    assert [path.stem for path in (tmp_path / "journal").iterdir()] == ["4-2"]

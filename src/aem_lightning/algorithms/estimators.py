@@ -8,7 +8,7 @@ from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
-from aem_lightning.algorithms.ranks import over_ranks
+from aem_lightning.collectives import over_ranks
 from aem_lightning.functional import (
     gigpo_step_advantages,
     graph_rewards,

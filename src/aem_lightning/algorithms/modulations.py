@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_h
 import torch
 from torch import Tensor
 
-from aem_lightning.algorithms.ranks import apart, over_ranks, whole_columns
+from aem_lightning.collectives import apart, over_ranks, summed, whole_columns
 from aem_lightning.functional import (
     aem_coefficients,
     empg_bonus,
@@ -315,8 +315,8 @@ class Stacked:
 
 
 def _gated_share(entropy: Tensor, group: Tensor, min_range: float) -> float:
-    """Share of the groups whose entropy range is under the gate."""
-    if not len(group):
-        return 1.0
+    """Share of the groups whose entropy range is under the gate, over those of every rank."""
     low, high = segment_range(entropy, *segment_ids(group))
-    return float((high - low < min_range).float().mean())
+    gated = high - low < min_range
+    under, groups = summed(low.new_tensor([gated.sum(), len(gated)]))
+    return float(under / groups) if groups else 1.0

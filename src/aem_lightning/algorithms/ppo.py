@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aem_lightning.algorithms.ranks import over_ranks
+from aem_lightning.collectives import over_ranks
 from aem_lightning.functional import clipped_value_loss, token_gae, whiten
 from aem_lightning.types import NonNegative, RolloutBatch
 

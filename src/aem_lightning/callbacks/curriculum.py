@@ -6,20 +6,17 @@ import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from aem_lightning.callbacks.loggers import log_scalars
 from aem_lightning.callbacks.outputs import iteration_of
+from aem_lightning.collectives import from_all_ranks, of_each_rank, this_rank
 from aem_lightning.types import Iteration, Task
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class HorizonGrowth(Callback):
@@ -99,9 +96,9 @@ class TaskWeights(Callback):
         """Replace tasks of the batch, in place."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         chooser = random.Random(f"{self._seed}/{pl_module.iteration}/0")
-        everyone = of_each_rank(trainer, list(batch))
-        first = sum(map(len, everyone[: trainer.global_rank]))
-        whole = list(chain.from_iterable(everyone))
+        everyone = of_each_rank(list(batch))
+        first = sum(map(len, everyone[: this_rank()]))
+        whole = [task for share in everyone for task in share]
         places = [place for place in range(len(whole)) if chooser.random() < self._share]
         taken = {task.id for place, task in enumerate(whole) if place not in places}
         tasks = [task for task in data.tasks(data.train_split) if task.id not in taken]
@@ -118,8 +115,7 @@ class TaskWeights(Callback):
         iteration = iteration_of(outputs)
         if iteration is None:
             return
-        everything = chain.from_iterable(of_each_rank(trainer, outcomes(iteration)))
-        for task, variance in variances(everything).items():
+        for task, variance in variances(from_all_ranks(outcomes(iteration))).items():
             past = self._variances.get(task, variance)
             self._variances[task] = self._memory * past + (1 - self._memory) * variance
         known = self._variances.values()
@@ -144,14 +140,6 @@ def horizon(iteration: int, start: int, full: int, iterations: int) -> int:
     ``start + (full - start) * min(1, i / iterations)``, rounded down; never more than ``full``.
     """
     return min(full, start + (full - start) * min(iteration, iterations) // iterations)
-
-
-def of_each_rank(trainer: Trainer, mine: T) -> list[T]:
-    """What each rank holds, in their order."""
-    found = [mine] * trainer.world_size
-    if trainer.world_size > 1:
-        dist.all_gather_object(found, mine)
-    return found
 
 
 def outcomes(iteration: Iteration) -> list[tuple[str, bool]]:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from aem_lightning.callbacks.outputs import iteration_of
+from aem_lightning.collectives import of_each_rank
 from aem_lightning.types import Iteration
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,8 @@ GROWTH, LEAST_GROWTH = 2.0, 16.0  # times the length that the run began with, an
 class TrendWatch(Callback):
     """Warns once of each curve that runs away, and names the panel to look at.
 
-    Means over ``window`` iterations are compared with those of the first ones. One KL that is not
-    finite is enough.
+    Curves are those of all ranks. Means over ``window`` iterations are compared with those of the
+    first ones. One KL that is not finite is enough.
 
     Args:
         window: Iterations that a mean is over.
@@ -41,9 +42,9 @@ class TrendWatch(Callback):
     ) -> None:
         """Look at the curves with the iteration that ended."""
         done = iteration_of(outputs)
-        if done is None or not done.batch.response_mask.any():
+        point = None if done is None else curves_of(done)
+        if done is None or point is None:
             return
-        point = curves_of(done)
         if len(self._first) < self._window:
             self._first.append(point)
         self._last = [*self._last, point][-self._window :]
@@ -95,15 +96,21 @@ class TrendWatch(Callback):
         self._said = list(state_dict["said"])
 
 
-def curves_of(done: Iteration) -> dict[str, float]:
-    """Mean token entropy in nats, KL of the update in nats a token, tokens a response."""
+def curves_of(done: Iteration) -> dict[str, float] | None:
+    """Mean token entropy in nats, KL of the update in nats a token, tokens a response.
+
+    Over the responses of all ranks, which all call it; ``None`` where there are none.
+    """
     counted = done.batch.response_mask
     length, entropy = done.batch.length[counted], done.batch.entropy[counted]
-    tokens = float(length.sum())
+    sums = len(length), float(length.sum()), float((entropy * length).sum())
+    responses, tokens, nats = map(sum, zip(*of_each_rank(sums), strict=True))
+    if not responses:
+        return None
     return {
-        "entropy": float((entropy * length).sum()) / max(1.0, tokens),
+        "entropy": nats / max(1.0, tokens),
         "kl": done.metrics.get("policy/approx_kl", 0.0),
-        "length": tokens / max(1, len(length)),
+        "length": tokens / responses,
     }
 
 

@@ -29,9 +29,10 @@ class TaskSampler:
     """The tasks of an epoch: a pure function of seed, epoch, rank, and where the run goes on.
 
     So a resumed run sees what it would have seen. Tasks come in passes over the whole split, each
-    pass in an order of its own. Iteration ``i`` takes the next ``tasks_per_iteration`` tasks; ranks
-    take disjoint, equal shares of them. Epoch ``e`` is iterations ``e * iterations_per_epoch`` and
-    on, of which those before ``start`` and from ``end`` on are not played.
+    pass in an order of its own. Iteration ``i`` takes the next ``tasks_per_iteration`` tasks; each
+    rank takes its part of them, as large as the others' or smaller by one. Epoch ``e`` is
+    iterations ``e * iterations_per_epoch`` and on, of which those before ``start`` and from ``end``
+    on are not played.
 
     Args:
         num_tasks: Tasks of the split.
@@ -43,9 +44,6 @@ class TaskSampler:
         start: The run's next iteration.
         played: Tasks that were taken before it; ``None``: as many as ``start`` iterations take.
         end: Iterations of the run; ``None``: as many as there are epochs for.
-
-    Raises:
-        ValueError: The tasks of an iteration cannot be shared by the ranks.
     """
 
     def __init__(
@@ -61,16 +59,12 @@ class TaskSampler:
         played: int | None = None,
         end: int | None = None,
     ) -> None:
-        if tasks_per_iteration % world_size:
-            raise ValueError(
-                f"tasks_per_iteration={tasks_per_iteration} cannot be shared by {world_size} "
-                "ranks: a group lives on one rank. Type "
-                f"tasks_per_iteration={world_size * max(1, tasks_per_iteration // world_size)}."
-            )
         self._num_tasks = num_tasks
         self._per_iteration = tasks_per_iteration
         self._per_epoch = iterations_per_epoch
-        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._seed = seed
+        first, after = (-(-end * tasks_per_iteration // world_size) for end in (rank, rank + 1))
+        self._share = range(first, after)  # of an iteration's tasks
         self._start, self._end = start, end
         # Where iteration 0 would have been, had every iteration taken as many tasks.
         self._origin = 0 if played is None else played - start * tasks_per_iteration
@@ -78,8 +72,8 @@ class TaskSampler:
 
     @property
     def share(self) -> int:
-        """Tasks of one iteration on this rank."""
-        return self._per_iteration // self._world_size
+        """Tasks of one iteration on this rank; 0 where there are more ranks than tasks."""
+        return len(self._share)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer before each epoch."""
@@ -96,8 +90,8 @@ class TaskSampler:
 
     def __iter__(self) -> Iterator[int]:
         for iteration in self.iterations:
-            first = self._origin + iteration * self._per_iteration + self._rank * self.share
-            yield from (self._task(position) for position in range(first, first + self.share))
+            first = self._origin + iteration * self._per_iteration
+            yield from (self._task(first + place) for place in self._share)
 
     def _task(self, position: int) -> int:
         passes, place = divmod(position, self._num_tasks)
@@ -237,9 +231,7 @@ class AgentDataModule(LightningDataModule):
             end=end,
         )
         sampler.set_epoch(epoch)
-        from torch.utils.data import DataLoader
-
-        return DataLoader(tasks, batch_size=sampler.share, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+        return self._loader(tasks, sampler.share, sampler, empty=len(sampler.iterations))
 
     def val_dataloader(self) -> DataLoader[Task]:
         """The fixed subset that validation plays."""
@@ -252,13 +244,23 @@ class AgentDataModule(LightningDataModule):
         return [self._evaluation_loader(self.tasks(split)) for split in self.evaluation_splits]
 
     def _evaluation_loader(self, tasks: list[Task]) -> DataLoader[Task]:
-        from torch.utils.data import DataLoader
-
         rank, world_size = self._rank_and_world_size()
         mine = tasks[rank::world_size]
-        if tasks and not mine:  # an empty batch: every rank takes part in what all ranks sum up
-            return DataLoader(mine, batch_sampler=[[]], collate_fn=list)  # type: ignore[arg-type]
-        return DataLoader(mine, batch_size=self.evaluation_batch, collate_fn=list)  # type: ignore[arg-type]
+        size = self.evaluation_batch if mine else 0
+        return self._loader(mine, size, empty=min(1, len(tasks)))
+
+    def _loader(
+        self, tasks: list[Task], size: int, sampler: TaskSampler | None = None, *, empty: int
+    ) -> DataLoader[Task]:
+        """Batches of ``size`` tasks; without a task so many ``empty`` ones.
+
+        Every rank takes part in what all ranks sum up.
+        """
+        from torch.utils.data import DataLoader
+
+        if not size:
+            return DataLoader(tasks, batch_sampler=[[]] * empty, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(tasks, batch_size=size, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

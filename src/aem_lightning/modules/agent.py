@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from aem_lightning.algorithms import (
     check_group_size,
     response_means,
 )
+from aem_lightning.collectives import several_ranks, summed
 from aem_lightning.functional import forecast_sums, response_entropy
 from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
@@ -29,7 +29,7 @@ from aem_lightning.modules.dynamic_sampling import GroupSource, split_groups, wh
 from aem_lightning.modules.finite import FiniteCheck, check_weights
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy
-from aem_lightning.modules.reporting import environment_metrics, over_ranks, rollout_metrics, shown
+from aem_lightning.modules.reporting import environment_metrics, rollout_metrics, shown
 from aem_lightning.modules.resuming import advanced, resume, stored_state, take_up
 from aem_lightning.modules.scoring import Objective, fill_values, score_rows
 from aem_lightning.modules.settings import RolloutSettings, UpdateSettings
@@ -166,7 +166,7 @@ class AgentModule(L.LightningModule):
         )
         self.report(done)
         self.iteration += 1
-        self.tasks_played += len(batch) * self.trainer.world_size
+        self.tasks_played += int(self.global_sum(torch.tensor(len(batch), device=self.device)))
         return {"iteration": done}
 
     # -------------------------------------------------------------------------------------- collect
@@ -186,6 +186,7 @@ class AgentModule(L.LightningModule):
             tasks=lambda: data.tasks(data.train_split),
             key=("train", self.seed, self.iteration, 0),
             environment_seed=stable_seed(self.seed, self.iteration),
+            must_fit=self.iteration == 0,  # a run that has played goes on without such a task
         )
         played = source.collect(tasks, self.rollout.collection_rounds)
         watch.add("environment", source.environment_seconds)
@@ -207,7 +208,7 @@ class AgentModule(L.LightningModule):
             max_new_tokens=settings.max_new_tokens,
             concurrency=settings.concurrency,
             episodes_over=self.episodes_over,
-            must_fit=self.iteration == 0,  # a run that has played goes on without such a task
+            must_fit=self.iteration == 0 and not several_ranks(),  # of several, another's may
         )
 
     # ---------------------------------------------------------------------------------------- score
@@ -245,7 +246,7 @@ class AgentModule(L.LightningModule):
         either on rows without a gradient. Entropies that no engine gave are needed of every row.
         """
         parts = plan.first_epoch
-        from_engine = bool((batch.entropies != 0).any())
+        from_engine = bool(self.global_sum(batch.entropies.count_nonzero()))  # on any rank
         if not (from_engine and plan.is_on_policy):
             with watch("old_logprobs"):
                 idle = [] if from_engine else [plan.idle]
@@ -318,9 +319,7 @@ class AgentModule(L.LightningModule):
 
     def global_sum(self, value: Tensor) -> Tensor:
         """``value`` summed over ranks."""
-        if self.trainer.world_size > 1:
-            dist.all_reduce(value)
-        return value
+        return summed(value)
 
     def configure_model(self) -> None:
         shard(self.policy, self._device_mesh)
@@ -337,7 +336,7 @@ class AgentModule(L.LightningModule):
     def report(self, done: Iteration) -> None:
         """Log the iteration; the x axis is iterations, never optimizer steps."""
         counted = environment_metrics(self.trainer.datamodule.pool)  # type: ignore[attr-defined]
-        episodes = over_ranks({**rollout_metrics(done), **counted}, done.played)
+        episodes = {**rollout_metrics(done), **counted}
         metrics = {**episodes, **done.metrics, "policy/lr": self.learning_rate()}
         for logger in self.loggers:
             logger.log_metrics(metrics, step=done.index)

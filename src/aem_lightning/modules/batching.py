@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aem_lightning.algorithms import AEM, CovarianceControl, Modulation, Stacked
-from aem_lightning.algorithms.ranks import whole_columns
+from aem_lightning.collectives import of_each_rank, whole_columns
 from aem_lightning.functional.losses import Aggregation
 from aem_lightning.modules.settings import RolloutSettings
 from aem_lightning.rollout import PromptEncoder, action_mask, pack
@@ -21,10 +21,15 @@ def make_batch(
     modulation: Modulation,
     encoder: PromptEncoder,
 ) -> RolloutBatch:
-    """The rollout batch, on the CPU, with the tokens of actions where the modulation asks."""
+    """The rollout batch, on the CPU, with the tokens of actions where the modulation asks.
+
+    Every rank must call it: rows are padded to the longest of all, as those of one process are.
+    """
+    longest = max((len(row) for t in trajectories for row in t.rows), default=0)
     batch = pack(
         trajectories,
         encoder.pad_id,
+        width=max(of_each_rank(longest)),
         compact_filtering=settings.compact_filtering,
         anchor_similarity=settings.anchor_similarity,
         may_be_empty=True,

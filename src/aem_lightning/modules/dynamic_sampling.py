@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import pstdev
 
-from aem_lightning.algorithms.ranks import from_all_ranks, of_each_rank, this_rank
+from aem_lightning.collectives import from_all_ranks, of_each_rank, this_rank
 from aem_lightning.modules.settings import RolloutSettings
 from aem_lightning.rollout import Collector, make_groups, stable_seed
 from aem_lightning.types import Task, Trajectory
@@ -28,6 +28,7 @@ class GroupSource:
         tasks: Every training task; asked only when a further round needs new ones.
         key: Seed of the sampling, of all ranks; further rounds add their number.
         environment_seed: Seed of the environments' own randomness.
+        must_fit: Raise where no opening prompt of the first round fits, on any rank.
         environment_seconds: Wall time spent waiting for environments so far.
     """
 
@@ -36,6 +37,7 @@ class GroupSource:
     tasks: Callable[[], Sequence[Task]]
     key: tuple[object, ...]
     environment_seed: int
+    must_fit: bool = False
     environment_seconds: float = 0.0
 
     def collect(self, tasks: Sequence[Task], rounds: int) -> list[Trajectory]:
@@ -45,6 +47,9 @@ class GroupSource:
         uniform (all copies earned the same). Source: DAPO, arXiv 2503.14476, section 3.2. Groups
         count over all ranks, which share out the new tasks: what is played, and with which draws,
         does not hang on their number.
+
+        Raises:
+            ValueError: No opening prompt fits.
         """
         played: list[Trajectory] = []
         shares, groups = of_each_rank([*tasks]), 0
@@ -60,6 +65,8 @@ class GroupSource:
                 shares = shared_out(wanted, len(shares))
                 seen |= {task.id for task in wanted}
             played += self.play(shares, number, groups)
+            if self.must_fit and not number:
+                check_fit(played)
             groups += len(wanted)
         if reason := why_all_broke(played):
             log.warning("There is nothing to learn from in this iteration: %s", reason)
@@ -90,7 +97,7 @@ class GroupSource:
 
 def shared_out(tasks: Sequence[Task], ranks: int) -> list[list[Task]]:
     """``tasks`` in their order, as equal shares as can be, one for each of the ``ranks``."""
-    bounds = [round(rank * len(tasks) / ranks) for rank in range(ranks + 1)]
+    bounds = [-(-rank * len(tasks) // ranks) for rank in range(ranks + 1)]
     return [list(tasks[a:b]) for a, b in pairwise(bounds)]
 
 
@@ -116,11 +123,31 @@ def judged(played: Iterable[Trajectory]) -> list[Trajectory]:
     return [trajectory for trajectory in played if trajectory.turns and not trajectory.infra_error]
 
 
+def check_fit(played: Sequence[Trajectory]) -> None:
+    """Raise unless an opening prompt fits; what several ranks have played counts together.
+
+    Raises:
+        ValueError: None does, in the words of the first.
+    """
+    refused = [t.infra_error for t in played if t.truncated and not t.turns]
+    ranks = of_each_rank((len(refused) < len(played), refused[:1]))
+    reasons = [reason for _, told in ranks for reason in told]
+    if reasons and not any(fits for fits, _ in ranks):
+        raise ValueError(reasons[0])
+
+
 def why_all_broke(played: Sequence[Trajectory]) -> str | None:
-    """Why there is nothing to judge, in the environment's words; ``None`` where there is."""
-    if not played or judged(played):
+    """Why there is nothing to judge, in the environment's words; ``None`` where there is.
+
+    What is ``played`` on several ranks counts together: every rank must call it.
+    """
+    told = [t.infra_error for t in played[-1:]]
+    ranks = of_each_rank((len(played), len(judged(played)), told))
+    counts, whole, reasons = zip(*ranks, strict=True)
+    if not any(counts) or any(whole):
         return None
-    return f"all {len(played)} episodes broke, the last: {played[-1].infra_error}"
+    (*_, last) = (reason for told in reasons for reason in told)
+    return f"all {sum(counts)} episodes broke, the last: {last}"
 
 
 def varied_groups(played: Sequence[Trajectory], share: float) -> set[int]:

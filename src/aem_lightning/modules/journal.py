@@ -54,8 +54,7 @@ class RolloutJournal(L.Callback):
 
         def record(play: Play, seed: tuple[object, ...]) -> Collector:
             name = "-".join(map(str, (seed[2], trainer.global_rank, *seed[4:])))  # and a round
-            path, several = folder / f"{name}.jsonl", trainer.world_size > 1
-            return recorded(play(seed), agent.engine, path, f"{key} {seed}", awake=several)
+            return recorded(play(seed), agent.engine, folder / f"{name}.jsonl", f"{key} {seed}")
 
         agent.recorded = record
 
@@ -96,11 +95,11 @@ def folders(trainer: L.Trainer) -> list[Path]:
 
 
 def remove(trainer: L.Trainer, before: int) -> None:
-    """Delete this rank's journals of the iterations ``before`` one."""
+    """Delete this rank's journals of the iterations ``before`` one, and those of ranks of old."""
     for folder in folders(trainer):
         for path in folder.glob("*-*.*"):
             iteration, rank = path.stem.split("-")[:2]
-            if int(iteration) < before and int(rank) == trainer.global_rank:
+            if int(iteration) < before and int(rank) % trainer.world_size == trainer.global_rank:
                 path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or not empty
             folder.rmdir()

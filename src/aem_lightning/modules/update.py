@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from aem_lightning.algorithms import Loss, Modulation
-from aem_lightning.algorithms.ranks import places_of_rows
+from aem_lightning.collectives import places_of_rows, summed
 from aem_lightning.modules.scoring import Objective
 from aem_lightning.modules.settings import UpdateSettings
 from aem_lightning.rollout import minibatches
@@ -157,8 +156,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], world_size: int) -> 
             parameter.grad = torch.zeros_like(parameter)
     if world_size > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
+        flat = summed(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         pieces = flat.split([gradient.numel() for gradient in gradients])
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)

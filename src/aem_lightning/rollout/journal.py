@@ -41,14 +41,11 @@ TIME_SHARE, DISK_SHARE, MOST_BYTES = 0.005, 0.1, 4 << 30
 UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, TypeError)
 
 
-def recorded(
-    collector: Collector, engine: Any, path: Path, key: str, *, awake: bool = False
-) -> Collector:
+def recorded(collector: Collector, engine: Any, path: Path, key: str) -> Collector:
     """``collector``, which plays one rollout with ``engine`` and keeps its journal at ``path``.
 
     Where ``path`` has the beginning of the rollout ``key``, or all of it, that is not played again.
-    A journal that another process writes to is left alone, and none is kept. With ``awake`` an
-    environment starts even if none is needed: all ranks have the same counters then.
+    A journal that another process writes to is left alone, and none is kept.
     """
     try:
         tape = Tape(path, key)
@@ -56,7 +53,7 @@ def recorded(
         log.warning("no journal of this rollout is kept: %s", error)
         return collector
     player = RecordedResponder(collector.responder, engine, tape)
-    return replace(collector, pool=RecordedPool(collector.pool, tape, awake), responder=player)
+    return replace(collector, pool=RecordedPool(collector.pool, tape), responder=player)
 
 
 class Tape:
@@ -180,7 +177,6 @@ class RecordedPool:
 
     pool: EnvironmentPool
     tape: Tape
-    awake: bool = False
     _starts: dict[str, ResetRequest] = field(default_factory=dict)
     _actions: dict[str, list[str]] = field(default_factory=dict)
     _seen: dict[str, EnvStep] = field(default_factory=dict)
@@ -206,12 +202,6 @@ class RecordedPool:
             self._send(self._sent)
         elif self.tape.recorded is None:
             self._catch_up()
-        elif self.awake and requests:
-            key = next(iter(requests))
-            self.pool.send({key: requests[key]})
-            self.pool.receive()
-            self.pool.release([key])
-            self.awake = False
 
     def receive(self) -> Mapping[str, EnvStep]:
         """The steps of the pass under way."""

@@ -20,6 +20,7 @@ def pack(
     compact_filtering: bool = False,
     anchor_similarity: float = 1.0,
     may_be_empty: bool = False,
+    width: int = 0,
 ) -> RolloutBatch:
     """The rollout batch of ``trajectories``, on the CPU.
 
@@ -35,6 +36,7 @@ def pack(
             count in the baseline of their group (DeepSWE's GRPO++).
         anchor_similarity: How alike two observations are that share an anchor; 1 is equality.
         may_be_empty: Without any response the batch has no row, as on a rank whose episodes broke.
+        width: Tokens that rows are filled up to where none is longer.
 
     Raises:
         ValueError: There is no response where there has to be one.
@@ -51,7 +53,7 @@ def pack(
         )
     rows = [row for trajectory in trajectories for row in trajectory.rows]
     first_row = [0, *accumulate(len(trajectory.rows) for trajectory in trajectories)]
-    shape = (len(rows), max(map(len, rows), default=0))
+    shape = (len(rows), max([width, *map(len, rows)]))
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     response_index = torch.full(shape, -1, dtype=torch.long)
     logprobs, entropies = torch.zeros(shape), torch.zeros(shape)

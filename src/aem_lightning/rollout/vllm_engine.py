@@ -33,8 +33,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
+from aem_lightning.collectives import barrier, number_of_ranks, on_first_rank, this_rank
 from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
 from aem_lightning.rollout.vllm_server import (
     RANKS,
@@ -156,11 +155,11 @@ class VllmEngine:
                 f"engine=vllm needs a policy with save_adapter(folder), not {type(policy).__name__}"
             )
         old = self._adapter
-        self._adapter = _on_first_rank(lambda: self._load(save, version))
+        name, folder = on_first_rank(lambda: self._load(save, version))
+        self._adapter = name, None if this_rank() else folder
         self.version = version
         self._seats.clear()
-        if _ranks() > 1:
-            dist.barrier()  # the others have come from their last request to the old one
+        barrier()  # the others have come from their last request to the old one
         if old is not None:
             self._unload(*old)
 
@@ -340,28 +339,6 @@ def own_share(items: Sequence[T]) -> Sequence[T]:
 
     Without other ranks it is all of them.
     """
-    ranks = _ranks()
-    rank = dist.get_rank() if ranks > 1 else 0
+    ranks, rank = number_of_ranks(), this_rank()
     start, end = (number * len(items) // ranks for number in (rank, rank + 1))
     return items[start : max(end, start + 1)]
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _on_first_rank(work: Callable[[], tuple[str, Path | None]]) -> tuple[str, Path | None]:
-    """What ``work`` returns or raises on rank 0, on every rank; the folder is rank 0's alone."""
-    if _ranks() == 1:
-        return work()
-    done: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            done = [work()]
-        except Exception as error:  # the others would wait for ever
-            done = [error]
-    dist.broadcast_object_list(done, src=0)
-    if isinstance(done[0], Exception):
-        raise done[0]
-    name, folder = done[0]
-    return name, folder if dist.get_rank() == 0 else None

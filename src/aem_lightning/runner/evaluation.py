@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from aem_lightning.algorithms.ranks import from_all_ranks
+from aem_lightning.collectives import from_all_ranks
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import AgentModule, Policy
 from aem_lightning.modules.adapter import with_adapter

@@ -11,9 +11,8 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
-from aem_lightning.algorithms.ranks import from_all_ranks
+from aem_lightning.collectives import from_all_ranks
 from aem_lightning.datamodules import AgentDataModule
-from aem_lightning.datamodules.agent import TaskSampler
 from aem_lightning.envs import check_env
 from aem_lightning.files import write_atomically
 from aem_lightning.metrics import NothingToJudgeError
@@ -86,8 +85,9 @@ def reinforce(
     module = build_agent(cfg, policy, datamodule)
     ending.callback(getattr(module.engine, "release", bool))
     trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
-    # What ranks cannot share is refused now, before a game is played.
-    TaskSampler(1, cfg.tasks_per_iteration, 1, cfg.seed, world_size=trainer.world_size)
+    if trainer.world_size > cfg.tasks_per_iteration:
+        told = "tasks_per_iteration=%d: of %d ranks so many play, for a group lives on one rank"
+        log.warning(told, cfg.tasks_per_iteration, trainer.world_size)
     check_agent(trainer, module)
     checkpoint = earlier.checkpoint if earlier else None
     checked = preflight(cfg, trainer, module, datamodule, checkpoint)

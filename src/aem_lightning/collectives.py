@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,46 @@ T = TypeVar("T")
 def several_ranks() -> bool:
     """Whether other ranks take part."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def number_of_ranks() -> int:
+    """How many ranks take part, this one included."""
+    return dist.get_world_size() if several_ranks() else 1
+
+
+def this_rank() -> int:
+    """This rank's number, from 0 on."""
+    return dist.get_rank() if several_ranks() else 0
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """What ``work`` returns, or raises, on rank 0, which alone does it; every rank must call it."""
+    if not several_ranks():
+        return work()
+    done: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            done = [work()]
+        except Exception as error:  # the others would wait for ever
+            done = [error]
+    dist.broadcast_object_list(done, src=0)
+    if isinstance(done[0], Exception):
+        raise done[0]
+    result: T = done[0]
+    return result
+
+
+def barrier() -> None:
+    """Come back once every rank is here."""
+    if several_ranks():
+        dist.barrier()
+
+
+def summed(value: Tensor) -> Tensor:
+    """``value`` summed over ranks, in place; every rank must call it."""
+    if several_ranks():
+        dist.all_reduce(value)
+    return value
 
 
 def of_each_rank(mine: T) -> list[T]:
@@ -30,11 +70,6 @@ def of_each_rank(mine: T) -> list[T]:
 def from_all_ranks(mine: list[T]) -> list[T]:
     """The entries of all ranks, one rank after the other."""
     return [*chain.from_iterable(of_each_rank(mine))]
-
-
-def this_rank() -> int:
-    """This rank's number, from 0 on."""
-    return dist.get_rank() if several_ranks() else 0
 
 
 def over_ranks(column: Tensor) -> tuple[Tensor, slice]:
