@@ -15,7 +15,7 @@ NAMES = ROOT / "docs" / "names.md"
 # What there was no word for.
 NEW = (
     *("algorithm", "arm", "aem_scope", "fast", "preflight", "strict", "rollout_journal"),
-    "engine.cache",
+    *("engine.cache", "reply_tokens"),
     *("policy.chat_template_kwargs", "policy.thoughts"),
     *("datamodule.memory_gb", "datamodule.pass_environment", "datamodule.on_bad_answer"),
     *(f"callbacks.{name}." for name in ("progress", "hyperparameters", "learning", "trends")),

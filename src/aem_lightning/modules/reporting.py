@@ -10,7 +10,7 @@ from typing import Any
 from aem_lightning.algorithms.ranks import of_each_rank
 from aem_lightning.modules.batching import entropy_sums
 from aem_lightning.modules.dynamic_sampling import judged, mixed_groups
-from aem_lightning.types import Iteration, Trajectory
+from aem_lightning.types import Iteration, Trajectory, malformed_kinds
 
 
 def environment_metrics(pool: Any) -> dict[str, float]:
@@ -50,6 +50,10 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
         "rollout/turns": (len(turns), trained),
         "rollout/response_tokens": (sum(turn.length for turn in turns), turns),
         "rollout/malformed_rate": (sum(turn.action is None for turn in turns), turns),
+        **{
+            f"{KIND}{kind.replace(' ', '_')}": (count, turns)
+            for kind, count in malformed_kinds(turns).items()
+        },
         "rollout/inadmissible_rate": (
             sum(turn.action is not None and not turn.is_valid for turn in turns),
             turns,
@@ -71,6 +75,7 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
     }
 
 
+KIND = "rollout/malformed_rate/"  # of a reason that occurred
 COUNTS = (
     "rollout/infra_errors",
     "rollout/quarantined_tasks",
@@ -88,8 +93,8 @@ def shown(metrics: Mapping[str, float]) -> dict[str, float]:
 def over_ranks(metrics: dict[str, float], played: Sequence[Trajectory]) -> dict[str, float]:
     """Counts added up over ranks, and all else averaged: a rank weighs as many as it can judge.
 
-    A rank without a metric, for it has nothing to average, does not count in it. Every rank must
-    call it.
+    A rank without a metric, for it has nothing to average, does not count in it, but for kinds of
+    malformed responses, of which it has none. Every rank must call it.
 
     Args:
         metrics: Of this rank.
@@ -100,8 +105,8 @@ def over_ranks(metrics: dict[str, float], played: Sequence[Trajectory]) -> dict[
         return metrics
     result = {}
     for name in dict.fromkeys(name for part, _ in found for name in part):
-        values = [part[name] for part, _ in found if name in part]
-        weights = [judged for part, judged in found if name in part]
+        had = [(part.get(name, 0.0), n) for part, n in found if name in part or KIND in name]
+        values, weights = [value for value, _ in had], [judged for _, judged in had]
         if name in COUNTS or not any(weights):
             result[name] = sum(values) if name in COUNTS else statistics.fmean(values)
         else:
