@@ -282,9 +282,9 @@ def page() -> str:
         "writes a conversation of system, user, reply and user message in the same way "
         "(`python -m models.templates FOLDER` does it again); others are from memory. *Tools*: how "
         "calls are written and read with `prompt.action=tool_call`, and the role that answers; "
-        "refused, where they are written in a way that is not read here. *As written*: a "
-        "transcript without thoughts is, token by token, what the template writes of the "
-        "conversation; elsewhere it appends, and keeps in a row "
+        "empty, where the small template tells none, refused, where they are written in a way that "
+        "is not read here. *As written*: a transcript without thoughts is, token by token, what "
+        "the template writes of the conversation; elsewhere it appends, and keeps in a row "
         "what the policy read and wrote (`policy.thoughts=cut`: a row a turn, without earlier "
         "thoughts).",
         "",

@@ -121,7 +121,7 @@ def test_a_call_is_spelled_in_bytes_or_the_tools_are_not_told():
         "<|system|>act(action): Take one action in the environment.\nlook(): See where you are.\n"
         "<|user|>a room<|assistant|>"
     )
-    for call, tokens in (("open red box", 23), ("look", 20)):
+    for call, tokens in (("open red box", 24), ("look", 22)):
         ids = encoder.demonstrate(json.dumps({"name": "act", "arguments": {"action": call}}))
         assert len(ids) <= tokens, encoder.decode(ids)
 

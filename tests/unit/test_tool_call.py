@@ -168,6 +168,9 @@ def test_a_template_does_not_show_the_tools_or_the_call_is_lost_in_ids() -> None
 def test_what_cannot_show_tools_takes_them() -> None:
     with pytest.raises(ValueError, match="no place for tools"):
         PromptEncoder(byte_tokenizer(), ACT)
+    other = "{% if tools %}Call them in <|tool_call|>: {{ tools | tojson }}{% endif %}" + CHATML
+    with pytest.raises(ValueError, match=r"not read here: 'with <\|tool_call\|>'.*hermes"):
+        PromptEncoder(byte_tokenizer(other), ACT)
     with pytest.raises(ValueError, match=r"action=constrained.*prompt\.action=tool_call"):
         PromptEncoder(byte_tokenizer(), ACT, action="constrained")
 

@@ -33,6 +33,7 @@ _PROBES = 0xE000  # private use: no template and no system message has what stan
 _THOUGHT = re.compile(rf"\s*(?:{THOUGHT.pattern})\s*", re.IGNORECASE)
 # Special tokens that a reply is read with: they tell thoughts and calls.
 _MARKS = frozenset({"<|channel|>", "<|message|>", "<|channel>", *tool_call.MARKS})
+_CALL_MARKS = re.compile(f"({'|'.join(map(re.escape, tool_call.MARKS))})")
 
 
 class Encoder(Protocol):
@@ -75,7 +76,7 @@ class PromptEncoder:
 
     Raises:
         ValueError: Unknown ``memory``, ``action`` or ``thoughts``, no chat template, one that
-            refuses a plain conversation, or no token that could end a reply.
+            refuses a plain conversation or the prompt's tools, or no token that could end a reply.
     """
 
     def __init__(
@@ -121,7 +122,9 @@ class PromptEncoder:
         template = str(tokenizer.get_chat_template(tools=self._tools))
         self._native = ToolTemplate()
         if self._tools:
-            self._native = tool_template(partial(self._apply, False), template, self._tools)
+            tokens = " ".join(map(str, tokenizer.added_tokens_decoder.values()))
+            render = partial(self._apply, False)
+            self._native = tool_template(render, f"{template} {tokens}", self._tools)
         self._merges_system = False
         self._merges_system = self._refuses_system()
         written = "".join(self._around(2, reply=False))
@@ -139,6 +142,8 @@ class PromptEncoder:
         # Observations repeat across the copies of a group, so their ids are worth keeping.
         self._follow_up = lru_cache(maxsize=8192)(self._encode_follow_up)
         self._constraint = lru_cache(maxsize=8192)(self._make_constraint)
+        if self._tools and memory == "transcript" and thoughts == "keep":
+            self._make_frame("", "", "")  # where tools are told again and again
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -359,7 +364,7 @@ class PromptEncoder:
             seen = EnvStep(turn.observation, info=info)
             messages += [
                 self._answer(seen, turns[:number]) if number else self.prompt.first_message(seen),
-                Message.of([Piece(outside_thoughts(turn.response), True)]),
+                Message.of(self._said(outside_thoughts(turn.response))),
             ]
         last = self._answer(step, turns)
         body = last.strip()
@@ -369,6 +374,11 @@ class PromptEncoder:
         for message, text in zip([*messages, body], around[1:], strict=True):
             pieces += [*message.strip().pieces, Piece(text, False)]
         return pieces
+
+    def _said(self, reply: str) -> list[Piece]:
+        """An earlier reply; the marks of its calls are what they were."""
+        parts = _CALL_MARKS.split(reply) if self._tools else [reply]
+        return [Piece(part, part not in tool_call.MARKS) for part in parts]
 
     def _encode_follow_up(self, pieces: tuple[Piece, ...], after: str) -> list[int]:
         """Ids between a sampled response and the next one."""

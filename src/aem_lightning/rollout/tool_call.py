@@ -105,7 +105,7 @@ def style_of(text: str, name: str) -> str | None:
     """How a chat template wrote a call of the tool ``name``; ``None`` in no way that is known."""
     squeezed = "".join(text.split())
     for style, (before, _) in STYLES.items():
-        if "".join(before.replace("NAME", name).split()) in squeezed:
+        if "".join(before.replace("NAME", name).removesuffix("[ARGS]").split()) in squeezed:
             return style
     return None
 
@@ -182,9 +182,7 @@ def _meant(action: str, tools: Sequence[Tool]) -> tuple[str, dict[str, Any]]:
         if template is not None and (found := re.fullmatch(pattern, action, re.DOTALL)):
             return tool["function"]["name"], dict(zip(names, found.groups(), strict=True))
     if call := _FUNCTION.fullmatch(action):
-        schema: dict[str, Any] = {
-            tool["function"]["name"]: tool["function"]["parameters"] for tool in tools
-        }
+        schema = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
         texts = dict(_PARAMETER.findall(call[2]))
         typed = {key: _typed(text, schema.get(call[1], {}), key) for key, text in texts.items()}
         return call[1], typed
@@ -200,9 +198,8 @@ def _template(tool: Tool, tools: Sequence[Tool]) -> str | None:
     if "action" in tool:
         return str(tool["action"])
     properties = _arguments(tool)
-    (name, schema), *others = properties.items() or [("", {})]
-    is_text = len(tools) == 1 and not others and schema.get("type") == "string"
-    return f"{{{name}}}" if is_text else None
+    texts = [name for name, schema in properties.items() if schema.get("type") == "string"]
+    return f"{{{texts[0]}}}" if len(tools) == len(properties) == len(texts) == 1 else None
 
 
 def _fields(template: str) -> list[str]:

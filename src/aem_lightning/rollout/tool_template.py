@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ Render = Callable[[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None], st
 """What the template writes of a conversation, with tools or without."""
 
 _PROBE, _ANSWER = "\ue000", '\ue001"\n\ue001'  # an answer with what JSON spells in another way
+_TOOL_ROLE = re.compile(r"""["']tool["']""")
+_CALL_TAG = re.compile(r"<[^<>\s]*tool_call[^<>\s]*>", re.IGNORECASE)
 _OTHERWISE = (
     "Type another prompt (prompt=think_action), or policy.chat_template=/path/to/template.jinja"
 )
@@ -34,54 +37,62 @@ class ToolTemplate(NamedTuple):
     escapes: bool = False
 
 
-def tool_template(render: Render, template: str, tools: Sequence[Tool]) -> ToolTemplate:
-    """What the chat template, whose Jinja is ``template``, makes of ``tools``.
+def tool_template(render: Render, known: str, tools: Sequence[Tool]) -> ToolTemplate:
+    """What a chat template makes of ``tools``; ``known`` is its Jinja, and the model's own tokens.
 
     Raises:
         ValueError: It leaves the tools out, or writes calls in a way that is not read.
     """
     shown = tool_call.schemas(tools)
     asked = [{"role": "user", "content": _PROBE}]
-    if render(asked, shown) == render(asked, None):
+    told = _written(render, asked, shown)
+    if told is None or told == _written(render, asked, None):
         raise ValueError(
             "prompt.action=tool_call is given, and this chat template has no place for tools. "
             f"{_OTHERWISE}"
         )
-    role, escapes = _answers(render, template, shown)
-    return ToolTemplate(_style(render, shown), role, escapes)
+    return ToolTemplate(_style(render, shown, f"{told}{known}"), *_answers(render, known, shown))
 
 
-def _style(render: Render, tools: list[dict[str, Any]]) -> str:
-    """How a call is written; Hermes' way, which is the most common, where none is written."""
+def _written(
+    render: Render, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> str | None:
+    """What the template writes; nothing where it refuses."""
+    try:
+        return render(messages, tools)
+    except (TemplateError, TypeError, ValueError):
+        return None
+
+
+def _style(render: Render, tools: list[dict[str, Any]], known: str) -> str:
+    """How a call is written; Hermes' way, which is the most common, where no other is known."""
     name = tools[0]["function"]["name"]
-    function = {"name": name, "arguments": {"action": _PROBE}}
+    function = {"name": name, "arguments": {"action": _ANSWER}}
     call = {"type": "function", "id": "abcdefghi", "function": function}
     said = {"role": "assistant", "content": "", "tool_calls": [call]}
-    try:
-        text = render([{"role": "user", "content": "a"}, said], tools)
-    except (TemplateError, TypeError) as error:  # arguments may have to be a text
-        text = f"{_PROBE} {error}"
-    if _PROBE not in text:
-        return "hermes"
-    if found := tool_call.style_of(text, name):
+    text = _written(render, [{"role": "user", "content": _PROBE}, said], tools)
+    call_text = None if text is None else text.rpartition(_PROBE)[2]
+    if call_text is not None and _ANSWER[0] not in call_text:
+        others = {tag for tag in _CALL_TAG.findall(known) if tag not in tool_call.MARKS}
+        if "<tool_call>" in known or not others:
+            return "hermes"
+        call_text = f"with {min(others)}"
+    if found := tool_call.style_of(call_text or "", name):
         return found
+    how = "none at all" if call_text is None else repr(call_text[:200])
     raise ValueError(
         "prompt.action=tool_call is given, and this chat template writes calls in a way that is "
-        f"not read here: {text[-200:]!r}. Read are {', '.join(tool_call.STYLES)}. {_OTHERWISE}"
+        f"not read here: {how}. Read are {', '.join(tool_call.STYLES)}. {_OTHERWISE}"
     )
 
 
-def _answers(render: Render, template: str, tools: list[dict[str, Any]]) -> tuple[str, bool]:
+def _answers(render: Render, known: str, tools: list[dict[str, Any]]) -> tuple[str, bool]:
     """The role of an answer, and whether it is written as JSON."""
-    if not re.search(r"""["']tool["']""", template):
-        return "user", False
     turns = (("user", "a"), ("assistant", _PROBE), ("tool", _ANSWER))
-    try:
-        text = render([{"role": role, "content": said} for role, said in turns], tools)
-    except (TemplateError, TypeError):
+    messages = [{"role": role, "content": said} for role, said in turns]
+    text = _written(render, messages, tools) if _TOOL_ROLE.search(known) else None
+    _, _, answer = (text or "").partition(_PROBE)
+    escaped = json.dumps(_ANSWER, ensure_ascii=False)[1:-1]
+    if _ANSWER not in answer and escaped not in answer:
         return "user", False
-    _, found, text = text.partition(_PROBE)
-    escaped = _ANSWER.replace('"', '\\"').replace("\n", "\\n")
-    if not found or (_ANSWER not in text and escaped not in text):
-        return "user", False
-    return "tool", _ANSWER not in text
+    return "tool", _ANSWER not in answer
