@@ -7,7 +7,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from hydra.utils import instantiate
 from models.templates import FOLDER
 from runs import composed
 from tiny_play import CHATML, byte_tokenizer
@@ -17,6 +16,7 @@ from aem_lightning.envs.swe import SweSettings
 from aem_lightning.envs.swe.tools import parse_call, write_call
 from aem_lightning.rollout import Prompt, PromptEncoder
 from aem_lightning.rollout.tool_call import STYLES
+from aem_lightning.runner.build import build_prompt
 from aem_lightning.types import MALFORMED, EnvStep, Turn, function_tool, malformed_kinds
 
 TEXTS = {"opening": "{observation}", "turn": "{observation}", "window": "{history}"}
@@ -176,11 +176,15 @@ def test_what_cannot_show_tools_takes_them() -> None:
 
 
 def test_tool_calls_cannot_be_typed() -> None:
-    words = ["experiment=quickstart", "prompt.action=tool_call"]
-    prompt = instantiate(composed(words).prompt)
+    words = ["experiment=quickstart", "prompt=tool_call"]
+    cfg, look = composed(words), [function_tool("look", "See.", {})]
+    assert (cfg.max_new_tokens, composed(words[:1]).max_new_tokens) == (36, 12)
+    data = SimpleNamespace(tools=lambda: look)
+    assert build_prompt(cfg, data).tools == look
+    prompt = build_prompt(cfg, SimpleNamespace(tools=list))
     assert prompt.parse(prompt.demonstrated("go to desk 1")) == "go to desk 1"
     parameters = "parameters:{type:object,properties:{path:{type:string}},required:[path]}"
     tools = f"+prompt.tools=[{{type:function,function:{{name:edit,{parameters}}}}}]"
-    own = instantiate(composed([*words, tools]).prompt)
+    own = build_prompt(composed([*words, tools]), data)
     made = PromptEncoder(byte_tokenizer((FOLDER / "qwen2_5.jinja").read_text()), own)
     assert '"name": "edit"' in made.read(made.first(EnvStep("a room")))
