@@ -57,7 +57,7 @@ TRAIN = (
     "datamodule=swe_embedded prompt=swe_functions",
     "datamodule=gymnasium datamodule.env_id=x:y prompt=react stage=warm_start",
 )
-GROUPS = ("optimizer", "loss", "trainer", "policy", "callbacks", "prompt", "engine", "paths")
+GROUPS = ("scheduler", "loss", "trainer", "policy", "callbacks", "prompt", "engine", "paths")
 OTHERS = {
     "eval": "policy=api base_url=http://127.0.0.1:9/v1 model=m",
     "stored": "",

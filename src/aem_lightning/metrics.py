@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from aem_lightning.types import Task, Trajectory
+from aem_lightning.types import MALFORMED, Task, Trajectory, malformed_kinds
 
 OTHER = "other"
 _Z = NormalDist().inv_cdf(0.975)
@@ -37,6 +37,7 @@ class EpisodeMetrics(Metric):
     ``turns``                    mean number of turns
     ``valid_action_rate``        share of turns whose action was admissible
     ``malformed_rate``           share of turns without an action in the response
+    ``malformed_rate/{kind}``    the same by reason (`MALFORMED`), where it occurred
     ``inadmissible_rate``        share of turns with an action that was not admissible
     ``episodes``                 their number
     ``infra_errors``             episodes that something outside the policy broke
@@ -69,7 +70,7 @@ class EpisodeMetrics(Metric):
     scores: Tensor
     turns: Tensor
     valid: Tensor
-    malformed: Tensor
+    malformed: Tensor  # [kinds]
     infra_errors: Tensor
 
     def __init__(self, task_types: Sequence[str] = (), **kwargs: Any) -> None:
@@ -83,8 +84,10 @@ class EpisodeMetrics(Metric):
         self.add_state("episodes", torch.zeros(types, dtype=torch.long), dist_reduce_fx="sum")
         for name in ("returns", "scores"):
             self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
-        for name in ("turns", "valid", "malformed", "infra_errors"):
+        for name in ("turns", "valid", "infra_errors"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+        none = torch.zeros(len(MALFORMED), dtype=torch.long)
+        self.add_state("malformed", none, dist_reduce_fx="sum")
 
     def update(self, trajectories: Sequence[Trajectory]) -> None:
         """Add episodes."""
@@ -99,8 +102,8 @@ class EpisodeMetrics(Metric):
             self.returns += trajectory.total_reward
             self.scores += trajectory.score
             self.turns += len(trajectory.turns)
-            malformed = sum(turn.action is None for turn in trajectory.turns)
-            self.malformed += malformed
+            for kind, count in malformed_kinds(trajectory.turns).items():
+                self.malformed[MALFORMED.index(kind)] += count
             self.valid += sum(
                 turn.is_valid and turn.action is not None for turn in trajectory.turns
             )
@@ -122,8 +125,12 @@ class EpisodeMetrics(Metric):
                 values[f"success_rate/{name}"] = wins / count
         if self.turns > 0:
             values["valid_action_rate"] = self.valid / self.turns
-            values["malformed_rate"] = self.malformed / self.turns
-            inadmissible = self.turns - self.valid - self.malformed
+            malformed = self.malformed.sum()
+            values["malformed_rate"] = malformed / self.turns
+            for kind, count in zip(MALFORMED, self.malformed, strict=True):
+                if count > 0:
+                    values[f"malformed_rate/{kind.replace(' ', '_')}"] = count / self.turns
+            inadmissible = self.turns - self.valid - malformed
             values["inadmissible_rate"] = inadmissible / self.turns
         return values
 

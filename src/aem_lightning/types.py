@@ -14,7 +14,8 @@ group size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,6 +35,38 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
+
+Tool = Mapping[str, Any]
+"""A tool as chat templates take it, with ``action`` beside: the environment's words for a call."""
+
+
+def function_tool(
+    name: str,
+    description: str,
+    arguments: Mapping[str, Any],
+    *,
+    optional: Sequence[str] = (),
+    action: str | None = None,
+) -> Tool:
+    """A `Tool`; ``arguments`` are JSON schemas by name, or what a text says.
+
+    Args:
+        name: What it is called by.
+        description: What it does, for the policy.
+        arguments: By name.
+        optional: Those that may be left out.
+        action: The environment's words for a call, ``click[{target}]``; ``None``: the call as JSON,
+            or, of the one text of the only tool, that text.
+    """
+    properties = {
+        key: {"type": "string", "description": about} if isinstance(about, str) else dict(about)
+        for key, about in arguments.items()
+    }
+    required = [key for key in properties if key not in optional]
+    parameters = {"type": "object", "properties": properties, "required": required}
+    function = {"name": name, "description": description, "parameters": parameters}
+    says = {} if action is None else {"action": action}
+    return {"type": "function", "function": function, **says}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +150,8 @@ class Turn:
         finish_reason: ``stop`` (the end token is part of the response) or ``length``.
         reward: What the environment (and the reward shaping) gave for the action.
         is_valid: The action was admissible. A malformed response is never valid.
+        malformed: Why the response holds no action: a kind (`malformed_kinds`), and what it is
+            about. Empty where it holds one.
         messages: What was sent to a model that is talked to in messages; else the prompt stands in
             the row, before ``start``.
     """
@@ -132,11 +167,35 @@ class Turn:
     finish_reason: FinishReason = "stop"
     reward: float = 0.0
     is_valid: bool = True
-    messages: Sequence[Mapping[str, str]] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    malformed: str = ""
 
     @property
     def length(self) -> int:
         return len(self.logprobs)
+
+
+MALFORMED = (
+    *("no action", "several actions", "no thought"),
+    *("no call", "several calls", "not JSON", "no object", "unknown tool"),
+    *("missing argument", "unknown argument", "empty argument", "wrong argument"),
+)
+"""The kinds of reasons why a response is malformed: the first two words of each reason."""
+
+
+def malformed_kinds(turns: Iterable[Turn]) -> Counter[str]:
+    """How many of ``turns`` are malformed, by kind (`MALFORMED`).
+
+    Example:
+        >>> lost = dict(row=0, start=0, logprobs=[], entropies=None)
+        >>> reasons = ("unknown tool 'fly'", "unknown tool 'run'", "no call")
+        >>> turns = [Turn("", (), "", None, malformed=reason, **lost) for reason in reasons]
+        >>> malformed_kinds(turns)
+        Counter({'unknown tool': 2, 'no call': 1})
+    """
+    reasons = (turn.malformed for turn in turns if turn.action is None)
+    kinds = (" ".join(reason.split()[:2]).rstrip(":") for reason in reasons)
+    return Counter(kind if kind in MALFORMED else "no action" for kind in kinds)
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from aem_lightning.algorithms import (
     ReinforcePP,
 )
 from aem_lightning.callbacks import AEMMonitor, Progress
-from aem_lightning.modules import Lora, Policy, RolloutSettings, UpdateSettings
+from aem_lightning.modules import Lora, Policy, RolloutSettings, UpdateSettings, reporting
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.reporting import environment_metrics, rollout_metrics
 from aem_lightning.modules.scoring import score_rows
@@ -269,8 +269,9 @@ def test_the_iterations_scalars_are_rates_over_episodes_and_turns(trained):
     done = recorder.iterations[0]
     turns = [turn for t in done.trajectories for turn in t.turns]
     malformed = sum(turn.action is None for turn in turns[1:]) + 1
-    turns[0].action = None
+    turns[0].action, turns[0].malformed = None, "missing argument 'action'"
     metrics = rollout_metrics(done)
+    assert metrics["rollout/malformed_rate/missing_argument"] == 1 / len(turns)
     assert metrics["rollout/malformed_rate"] == malformed / len(turns)
     assert metrics["rollout/infra_errors"] == 0.0
     assert metrics["rollout/truncated_rate"] == sum(t.truncated for t in done.trajectories) / 8
@@ -278,6 +279,13 @@ def test_the_iterations_scalars_are_rates_over_episodes_and_turns(trained):
     assert metrics["rollout/response_tokens"] == tokens / len(turns)
     mean = sum(sum(turn.entropies) for turn in turns) / tokens
     assert metrics["rollout/entropy"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_rank_without_a_kind_of_malformed_response_has_none_of_it(monkeypatch):
+    kind = "rollout/malformed_rate/no_call"
+    found = [({kind: 0.5, "train/return": 2.0}, 2), ({}, 6)]
+    monkeypatch.setattr(reporting, "of_each_rank", lambda mine: found)
+    assert reporting.over_ranks({}, []) == {kind: 0.125, "train/return": 2.0}
 
 
 def test_a_broken_copy_is_in_no_rate_and_mixes_no_group():

@@ -227,6 +227,26 @@ def test_a_transcript_is_not_the_conversation(run: Run, fake: FakeEndpoint) -> N
     assert longest[5]["content"].startswith("Observation: Nothing happens .")
 
 
+def test_a_call_is_lost_or_answered_by_the_user(run: Run, fake: FakeEndpoint) -> None:
+    def caller(body: dict[str, Any]) -> Any:
+        if len(body["messages"]) == 1:
+            return "I do not know."
+        act = {"name": "act", "arguments": '{"action": "open red box"}'}
+        call = {"id": "c1", "type": "function", "function": act}
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        return Answer(completion(None, message=message))
+
+    fake.think = caller
+    report = run("prompt=tool_call", "memory=transcript", "splits=[valid_seen]")
+    assert report["malformed"] == {"no call": 4}
+    assert report["handled"] == {}, "a call is what is asked for"
+    assert {body["tools"][0]["function"]["name"] for body in fake.bodies} == {"act"}
+    longest = max((body["messages"] for body in fake.bodies), key=len)
+    roles = ["user", "assistant", "user", *["assistant", "tool"] * 2]
+    assert [message["role"] for message in longest] == roles
+    assert longest[-1]["tool_call_id"] == longest[-2]["tool_calls"][0]["id"] == "c1"
+
+
 def test_a_window_is_more_than_one_message(run: Run, fake: FakeEndpoint) -> None:
     fake.think = lambda body: "Thought: hm\nAction: look"
     report = run("prompt=react", "splits=[valid_seen]")

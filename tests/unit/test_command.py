@@ -149,7 +149,7 @@ def test_help_leaves_out_a_comment_of_the_config(capsys, monkeypatch):
         TRAIN.answer(["experiment=quickstart", "--help"])
     assert ended.value.code == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "optimizer: adamw*" in lines
+    assert "scheduler: constant, linear* # of the learning rate, a step an iteration" in lines
     assert "seed 0 key of every random draw of ours" in lines
     assert (
         "memory transcript window: the last turns in one prompt; transcript: everything so far"

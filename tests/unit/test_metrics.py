@@ -18,7 +18,9 @@ from aem_lightning.types import Task, Trajectory, Turn
 
 
 def turn(action: str | None = "look", is_valid: bool = True, reward: float = 0.0) -> Turn:
-    return Turn("see", ("look",), "r", action, 0, 0, [-1.0], None, reward=reward, is_valid=is_valid)
+    why = "" if action else "unknown tool 'fly'"
+    kept = {"reward": reward, "is_valid": is_valid, "malformed": why}
+    return Turn("see", ("look",), "r", action, 0, 0, [-1.0], None, **kept)
 
 
 def episode(task_type: str, won: bool, *turns: Turn, infra_error: str | None = None) -> Trajectory:
@@ -47,6 +49,7 @@ EXPECTED = {
     "turns": 5 / 4,
     "valid_action_rate": 3 / 5,
     "malformed_rate": 1 / 5,
+    "malformed_rate/unknown_tool": 1 / 5,
     "inadmissible_rate": 1 / 5,
 }
 

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+from pathlib import Path
 
 import pytest
-from models.templates import FACTS, FOLDER, encoder, page, play, whole
+from models.templates import (
+    FACTS,
+    FOLDER,
+    GENUINE,
+    HELD,
+    differs,
+    encoder,
+    page,
+    play,
+    tokenizer,
+    whole,
+)
+
+from aem_lightning.rollout import Prompt, PromptEncoder
 
 REPLY = "It is near.</think><action>open red box</action>"
 THOUGHT = "<think>" + REPLY
+REPLIED = {"role": "assistant", "content": ""}
 
 
 def test_a_template_has_no_facts() -> None:
@@ -27,10 +43,12 @@ def test_a_template_is_not_what_its_facts_say(name: str) -> None:
     assert made.prompt.parse(made.decode(shown)) == "open red box"
     first = next(iter(play(made, "go", fact.end)))[1]
     assert first.rstrip().endswith("<think>") == fact.opens
-    reply = REPLY if fact.opens else THOUGHT
+    opening, closing = fact.thought
     for mention in ("", "Not <action>this</action>. "):
-        said = tokenizer(reply.replace("It", mention + "It"), add_special_tokens=False).input_ids
-        assert made.prompt.parse(made.decode([*said, made.end_id])) == "open red box"
+        thought = f"{'' if fact.opens else opening}{mention}It is near.{closing}"
+        said = tokenizer(f"{thought}<action>open red box</action>", add_special_tokens=False)
+        read = made.prompt.read(made.decode([*said.input_ids, made.end_id]))
+        assert read == ("open red box", "")
     lost = "So <action>open red box</action>" if fact.opens else "<think><action>a</action>"
     assert made.prompt.parse(made.decode(tokenizer(lost).input_ids)) is None
 
@@ -81,5 +99,54 @@ def test_an_argument_does_not_reach_the_template() -> None:
     assert (made._opened, quiet._opened) == ("<think>", "")
 
 
+ACT = Prompt("{observation}", "{observation}", "{observation}", action="tool_call")
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_a_call_is_not_written_as_the_template_writes_it_or_not_refused(name: str) -> None:
+    fact, plain = FACTS[name], tokenizer(name)
+    if fact.calls is None:
+        with pytest.raises(ValueError, match=r"prompt\.action=tool_call.*Type another prompt"):
+            PromptEncoder(plain, ACT)
+        return
+    made = PromptEncoder(plain, ACT, "window" if name == "mistral_tekken" else "transcript")
+    assert made._native[:2] == fact.calls
+    ids = made.demonstrate('say "hi"')
+    assert made.prompt.read(made.decode(ids)) == ('say "hi"', "")
+    call = {"name": "act", "arguments": {"action": 'say "hi"'}}
+    said = {"tool_calls": [{"type": "function", "id": "abcdefghi", "function": call}]}
+    whole = made._apply(False, [*made._conversation(["go", ""])[:-1], {**REPLIED, **said}], None)
+    written = plain.decode(ids).split(', "id"')[0].replace("}]</s>", "")
+    assert written in whole.replace(', "id": "abcdefghi"}]</s>', "}")
+    if name == "mistral_tekken":  # the tools stand before the last message
+        with pytest.raises(ValueError, match="rewrites earlier turns"):
+            PromptEncoder(plain, ACT, "transcript")
+    cut = PromptEncoder(plain, ACT, "transcript", thoughts="cut")
+    reply = made.decode(ids)
+    first, _, last = [read for read, _ in play(cut, reply, fact.end)]
+    for mark in plain.convert_tokens_to_ids(["<tool_call>", "</tool_call>", "[TOOL_CALLS]"]):
+        assert last.count(mark) == first.count(mark) + 2 * ids.count(mark)
+    texts = [text for _, text in play(made, "go", fact.end)]
+    assert "act" in texts[0]
+    answered = {"tool_response": "a red box", "ipython": '"a red box"', "RESULTS": "a red box"}
+    role = [mark for mark in answered if mark in texts[-1]]
+    assert bool(role) == (fact.calls[1] == "tool")
+    assert all(answered[mark] in texts[-1] for mark in role)
+
+
+TRL = importlib.util.find_spec("trl")
+
+
+@pytest.mark.skipif(TRL is None, reason="trl, which brings genuine templates, is not installed")
+@pytest.mark.parametrize("name", sorted(GENUINE["trl"]))
+def test_a_template_writes_what_the_genuine_one_does_not(name: str) -> None:
+    folder = Path(TRL.submodule_search_locations[0], "chat_templates")
+    file = folder / GENUINE["trl"][name]
+    if not file.is_file():
+        pytest.skip(f"this trl has no {file.name}")
+    assert not differs(name, file.read_text(encoding="utf-8"))
+
+
 def test_the_page_leaves_a_template_out() -> None:
-    assert all(f"| {name} |" in page() for name in FACTS)
+    shown = page()
+    assert all(f"| {name} | {HELD.get(name, 'memory')} |" in shown for name in FACTS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 from local_coin import LocalCoin
 from tiny_play import PLAIN, SMALL, TAGGED, word_tokenizer
@@ -12,10 +15,11 @@ from aem_lightning.modules.settings import WarmStartSettings
 from aem_lightning.rollout import Prompt, PromptEncoder, RewardShaping
 from aem_lightning.rollout.expert import check_round_trip
 from aem_lightning.runner.warm_start import play_demonstrations, tiny_base
-from aem_lightning.types import EnvStep
+from aem_lightning.types import EnvStep, function_tool
 
 FUNCTION = Prompt(opening="{observation}", turn="", window="", action="function")
 TOOL_CALL = '{"name": "act", "arguments": {"action": "go to Desk 1"}}'
+LOOK = function_tool("look", "See where you are.", {})
 TEXTS = [
     "click[Buy Now]",
     TOOL_CALL,
@@ -107,3 +111,25 @@ def test_expert_play_stops_at_the_first_action_that_is_lost():
     settings = WarmStartSettings(demonstrations=4, slip=0.0)
     with pytest.raises(ValueError, match=r"loses a part of the expert's action 'OPEN"):
         play_demonstrations(Loud(), encoder, settings, RewardShaping(), limits)
+
+
+def test_a_call_is_spelled_in_bytes_or_the_tools_are_not_told():
+    prompt = replace(PLAIN, action="tool_call", tools=(*PLAIN.tools, LOOK))
+    encoder = PromptEncoder(tiny_base(LocalCoin(), SMALL, 0, prompt).tokenizer, prompt)
+    told = encoder.read(encoder.first(EnvStep("a room")))
+    assert told == (
+        "<|system|>act(action): Take one action in the environment.\nlook(): See where you are.\n"
+        "<|user|>a room<|assistant|>"
+    )
+    for call, tokens in (("open red box", 24), ("look", 22)):
+        ids = encoder.demonstrate(json.dumps({"name": "act", "arguments": {"action": call}}))
+        assert len(ids) <= tokens, encoder.decode(ids)
+
+
+def test_expert_play_that_no_response_could_hold_stops_a_warm_start():
+    prompt = replace(PLAIN, action="tool_call")
+    encoder = PromptEncoder(tiny_base(LocalCoin(), SMALL, 0, prompt).tokenizer, prompt)
+    limits = {"max_turns": 4, "max_context": 256, "max_new_tokens": 6}
+    settings = WarmStartSettings(demonstrations=4, slip=0.0)
+    with pytest.raises(ValueError, match=r"max_new_tokens=6 cuts.*Type max_new_tokens=2\d"):
+        play_demonstrations(LocalCoin(), encoder, settings, RewardShaping(), limits)

@@ -16,7 +16,12 @@ import pytest
 from rich.console import Console, RenderableType
 from runs import COMMAND_ENVIRONMENT, process
 
-from aem_lightning.callbacks.transcripts import append_json_line, episode_record
+from aem_lightning.callbacks.transcripts import (
+    append_json_line,
+    episode_markdown,
+    episode_record,
+    recorded_episode,
+)
 from aem_lightning.types import Task, Trajectory, Turn
 from aem_lightning.viewer import Wish, chosen, episode_view, list_view, page, read_episodes
 from aem_lightning.viewer.__main__ import main
@@ -31,6 +36,9 @@ def turn(action: str | None = "look", valid: bool = True, **changes: Any) -> Tur
     for name, value in changes.items():
         setattr(made, name, value)
     return made
+
+
+NO_TOOL = turn(None, malformed="unknown tool 'fly'")
 
 
 def episode(number: int, kind: str, *turns: Turn, **outcome: Any) -> dict[str, Any]:
@@ -62,7 +70,7 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "transcripts.jsonl"
     for record in (
         episode(0, "pick", turn(), turn("open", reward=10.0), won=True),
-        episode(1, "pick", turn("fly", valid=False), turn(None), truncated=True),
+        episode(1, "pick", turn("fly", valid=False), NO_TOOL, truncated=True),
         episode(2, "heat", turn(), infra_error="the worker died"),
         {**episode(3, "heat", turn(finish_reason="length")), "stage": "evaluate"},
     ):
@@ -138,7 +146,11 @@ def test_an_episode_shows_each_turn_with_what_was_recorded(file: Path) -> None:
     assert "turn 0  reward 0  entropy 0.125  α 1.5  A -0.25  3 tokens" in text
     assert "turn 1  reward 0  entropy 0.75  3 tokens" in text, "nothing is made up for turn 1"
     assert "▸ fly  (not admissible)" in text
-    assert "▸ no action in it  (malformed)" in text
+    assert "▸ no action in it  (malformed: unknown tool 'fly')" in text
+    written = episode_markdown(records[1])
+    assert "action fly (not admissible)" in written
+    assert "no action found: malformed, unknown tool 'fly'" in written
+    assert recorded_episode(records[1]).turns[1].malformed == "unknown tool 'fly'"
     assert "the worker died" in printed(episode_view(3, records[2]))
     assert "3 tokens, cut" in printed(episode_view(4, records[3]))
 

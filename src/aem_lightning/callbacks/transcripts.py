@@ -201,6 +201,7 @@ def recorded_episode(record: Mapping[str, Any]) -> Trajectory:
                 reward=turn["reward"] or 0.0,
                 is_valid=turn["valid"],
                 messages=messages,
+                malformed=turn.get("malformed", ""),
             )
             for turn, messages in zip(
                 record["turns"], recorded_messages(record["turns"]), strict=True
@@ -270,6 +271,7 @@ def _turn_record(turn: Turn, scores: Sequence[float] | None) -> dict[str, Any]:
         "observation": turn.observation,
         "response": turn.response,
         "action": turn.action,
+        "malformed": turn.malformed,
         "valid": bool(turn.is_valid),
         "tokens": turn.length,
         "finish_reason": turn.finish_reason,
@@ -296,7 +298,7 @@ def _number(value: float | None) -> str:
 
 def _verdict(turn: Mapping[str, Any]) -> str:
     if turn["action"] is None:
-        return "no action found: malformed"
+        return f"no action found: malformed, {_escape(turn['malformed'])}"
     return f"action {_escape(turn['action'])}" + ("" if turn["valid"] else " (not admissible)")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aem_lightning.envs import EnvPool, TextEnv, in_worker
 from aem_lightning.envs.pool import OnBadAnswer, check_pool_settings
-from aem_lightning.types import Count, Natural, Positive, Seed, Task
+from aem_lightning.types import Count, Natural, Positive, Seed, Task, Tool
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -176,6 +176,14 @@ class AgentDataModule(LightningDataModule):
 
     def vocabulary(self) -> list[str]:
         """Texts that hold every word the environment can say: one token each for `policy=tiny`."""
+        return []
+
+    def tools(self) -> list[Tool]:
+        """The environment's tools, for ``prompt.action=tool_call``; none: the one ``act(action)``.
+
+        `function_tool` makes them. An environment gets its own words where the tool has some
+        (``action``), else the call as JSON.
+        """
         return []
 
     def task_types(self) -> list[str]:

@@ -26,8 +26,9 @@ from aem_lightning.envs.swe.generate import FORMATS, REPOSITORIES, SPLITS, gener
 from aem_lightning.envs.swe.instances import SOURCES, Source
 from aem_lightning.envs.swe.official import check_official
 from aem_lightning.envs.swe.sandbox import Limits
+from aem_lightning.envs.swe.tools import tool_schemas
 from aem_lightning.envs.swe.vocabulary import vocabulary_texts
-from aem_lightning.types import Count, Task
+from aem_lightning.types import Count, Task, Tool
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +170,10 @@ class SweDataModule(AgentDataModule):
         """An expert that plays the gold patch."""
         instance = next(i for i in self.instances(task.split) if i.instance_id == task.id)
         return WordsExpert(instance) if self.play.dialect == "words" else FunctionsExpert(instance)
+
+    def tools(self) -> list[Tool]:
+        """Editor, search and shell; words have none."""
+        return [] if self.play.dialect == "words" else tool_schemas()
 
     def vocabulary(self) -> list[str]:
         """Every word that embedded libraries and the environment can say."""

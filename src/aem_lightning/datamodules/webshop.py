@@ -25,7 +25,7 @@ from aem_lightning.envs.webshop import (
     vocabulary_texts,
 )
 from aem_lightning.envs.webshop.nouns import FALLBACK
-from aem_lightning.types import Count, Task
+from aem_lightning.types import Count, Task, Tool, function_tool
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,23 @@ class WebShopDataModule(AgentDataModule):
         """An expert that reads; it knows what is wanted, not which product that is."""
         goal = self.catalogue.goal(int(task.id.rpartition("/")[2]))
         return ShoppingExpert(goal, self.catalogue.product(goal.product).query)
+
+    def tools(self) -> list[Tool]:
+        """Search and click."""
+        return [
+            function_tool(
+                "search",
+                "Search the shop, on its first page.",
+                {"keywords": "what to look for"},
+                action="search[{keywords}]",
+            ),
+            function_tool(
+                "click",
+                "Click a product, an option or a button that the page shows.",
+                {"target": "its text"},
+                action="click[{target}]",
+            ),
+        ]
 
     def vocabulary(self) -> list[str]:
         """Every word of the catalogue's pages and goals."""

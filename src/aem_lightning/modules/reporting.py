@@ -10,9 +10,10 @@ from typing import Any
 from aem_lightning.collectives import of_each_rank
 from aem_lightning.modules.batching import entropy_sums
 from aem_lightning.modules.dynamic_sampling import judged, mixed_groups
-from aem_lightning.types import Iteration
+from aem_lightning.types import Iteration, malformed_kinds
 
 Share = tuple[float, float]  # a sum, and how many it is over
+MALFORMED = "rollout/malformed_rate"  # below it, one for each kind that occurred
 
 
 def environment_metrics(pool: Any) -> dict[str, float]:
@@ -53,7 +54,11 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
         "train/return": (sum(t.total_reward for t in played), len(played)),
         "rollout/turns": (len(turns), len(trained)),
         "rollout/response_tokens": (sum(turn.length for turn in turns), len(turns)),
-        "rollout/malformed_rate": (sum(turn.action is None for turn in turns), len(turns)),
+        MALFORMED: (sum(turn.action is None for turn in turns), len(turns)),
+        **{
+            f"{MALFORMED}/{kind.replace(' ', '_')}": (count, len(turns))
+            for kind, count in malformed_kinds(turns).items()
+        },
         "rollout/inadmissible_rate": (
             sum(turn.action is not None and not turn.is_valid for turn in turns),
             len(turns),
@@ -79,7 +84,8 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
 def over_ranks(shares: Mapping[str, Share], added: Mapping[str, float]) -> dict[str, float]:
     """The means of ``shares`` and the counts ``added`` up, as one process would have them.
 
-    Means over nothing are left out. Every rank must call it, and may have names of its own.
+    Means over nothing are left out. Every rank must call it, and may have names of its own; one
+    without a kind of malformed response has none of it among its own.
     """
     total, over, counts = (defaultdict[str, float](float) for _ in range(3))
     for theirs, also in of_each_rank((shares, added)):
@@ -88,6 +94,7 @@ def over_ranks(shares: Mapping[str, Share], added: Mapping[str, float]) -> dict[
             over[name] += number
         for name, value in also.items():
             counts[name] += value
+    over |= {name: over[MALFORMED] for name in total if name.startswith(MALFORMED)}
     return {**{name: total[name] / over[name] for name in total if over[name]}, **counts}
 
 

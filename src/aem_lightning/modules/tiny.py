@@ -16,6 +16,9 @@ END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 TAGS = ("<think>", "</think>", "<action>", "</action>")
 CHAT_TEMPLATE = (
+    "{% for tool in tools or () %}{% if loop.first %}<|system|>{% endif %}{{ tool.function.name }}("
+    "{{ tool.function.parameters.properties | join(', ') }}): {{ tool.function.description }}\n"
+    "{% endfor %}"
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
     "{% if message.role == 'assistant' %}" + END + "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -9,13 +9,15 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from aem_lightning.rollout.collector import Live
 from aem_lightning.rollout.encoder import Memory
 from aem_lightning.rollout.endpoint import Endpoint
 from aem_lightning.rollout.engine import Result
 from aem_lightning.rollout.prompt import Prompt
-from aem_lightning.rollout.reply import Message, Reply
+from aem_lightning.rollout.reply import Message, Reply, written_calls
+from aem_lightning.rollout.tool_call import schemas
 from aem_lightning.types import EnvStep, Trajectory
 
 
@@ -24,19 +26,9 @@ class TextEncoder:
     """Stands where an encoder stands, for a model whose tokens are out of sight.
 
     Prompts are empty, since `ChatResponder` writes them as messages; an id is a character.
-
-    Raises:
-        ValueError: ``prompt.action`` is ``tool_call``.
     """
 
     prompt: Prompt
-
-    def __post_init__(self) -> None:
-        if self.prompt.action == "tool_call":
-            raise ValueError(
-                "prompt.action=tool_call needs the model's own chat template, and policy=api talks "
-                "to an endpoint in messages. Type another prompt: prompt=think_action."
-            )
 
     def first(self, step: EnvStep) -> list[int]:
         """Nothing: the prompt is a message."""
@@ -63,7 +55,9 @@ class ChatResponder:
     """A model behind an endpoint, as the responder of a collector; it waits for each reply.
 
     Under ``memory=window`` a prompt is one user message with the last turns; under ``transcript``
-    it is the conversation so far. Log-probabilities are not known (NaN, one a token).
+    it is the conversation so far. Log-probabilities are not known (NaN, one a token). With
+    ``prompt.action=tool_call`` the endpoint is given the tools, and what it called is answered as
+    a tool's word; its calls are read as text.
 
     Attributes:
         endpoint: Whom to ask.
@@ -91,6 +85,7 @@ class ChatResponder:
     completion_tokens: int = field(default=0, init=False)
     handled: Counter[str] = field(default_factory=Counter, init=False)
     _asked: deque[str] = field(default_factory=deque, init=False)
+    _replies: dict[str, Reply] = field(default_factory=dict, init=False)
     _chats: dict[str, list[Message]] = field(default_factory=dict, init=False)
 
     def ask(self, live: Mapping[str, Live]) -> None:
@@ -111,7 +106,9 @@ class ChatResponder:
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             handled=self.handled,
+            tools=self._tools,
         )
+        self._replies[key] = reply
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
         unknown = [math.nan] * reply.completion_tokens
@@ -120,17 +117,25 @@ class ChatResponder:
 
     def _read(self, reply: Reply) -> str:
         """The reply as the prompt's format expects it, reasoning in think tags included."""
-        prompt = self.encoder.prompt
+        prompt, text = self.encoder.prompt, reply.text
+        if self._tools and (called := written_calls(reply.calls)) not in text:
+            text = f"{text}\n{called}"
         expects = prompt.require_thinking and prompt.action not in ("plain", "react")
-        if not (expects and reply.reasoning) or "</think>" in reply.text:
-            return reply.text
-        return f"<think>{reply.reasoning}</think>{reply.text}"
+        if not (expects and reply.reasoning) or "</think>" in text:
+            return text
+        return f"<think>{reply.reasoning}</think>{text}"
+
+    @property
+    def _tools(self) -> list[dict[str, Any]] | None:
+        prompt = self.encoder.prompt
+        return schemas(prompt.tools) if prompt.action == "tool_call" else None
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop the conversations of finished episodes."""
         for key in keys:
             self.live.pop(key, None)
             self._chats.pop(key, None)
+            self._replies.pop(key, None)
 
     def messages(self, key: str) -> list[Message]:
         """The conversation that the next reply answers."""
@@ -143,12 +148,21 @@ class ChatResponder:
             text = prompt.window_message(step, turns, self.history_length)
             self._chats[key] = [*opening, _message("user", text)]
         else:
-            said = turns[-1].response or "..."  # some endpoints refuse an empty message
-            self._chats[key] += [
-                _message("assistant", said),
-                _message("user", prompt.next_message(step, turns)),
-            ]
+            self._chats[key] += self._answered(key, prompt.next_message(step, turns))
         return list(self._chats[key])
+
+    def _answered(self, key: str, answer: str) -> list[Message]:
+        """The last reply, and the ``answer`` to it."""
+        turn, reply = self.live[key].trajectory.turns[-1], self._replies[key]
+        call = reply.calls[0] if self._tools and len(reply.calls) == 1 else {}
+        if turn.action is None or not call.get("id"):
+            said = turn.response or "..."  # some endpoints refuse an empty message
+            return [_message("assistant", said), _message("user", answer)]
+        said = "" if reply.text == written_calls(reply.calls) else reply.text
+        return [
+            {"role": "assistant", "content": said, "tool_calls": [call]},
+            {"role": "tool", "content": answer, "tool_call_id": call["id"]},
+        ]
 
 
 def _message(role: str, content: str) -> Message:

@@ -291,17 +291,19 @@ class Collector:
         else:
             rows.append(prompt + list(result.tokens))
         response = self.encoder.decode(result.tokens)
+        action, malformed = self.encoder.prompt.read(response)
         item.trajectory.turns.append(
             Turn(
                 observation=item.step.observation,
                 admissible_actions=item.step.admissible_actions,
                 response=response,
-                action=self.encoder.prompt.parse(response),
+                action=action,
                 row=len(rows) - 1,
                 start=len(prompt),
                 logprobs=list(result.logprobs),
                 entropies=None if result.entropies is None else list(result.entropies),
                 finish_reason=result.finish_reason,
+                malformed=malformed,
             )
         )
 

@@ -8,16 +8,19 @@ template rendered with the message itself.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from jinja2.exceptions import TemplateError
 
+from aem_lightning.rollout import tool_call
 from aem_lightning.rollout.constraint import BLANK, Constraint, PlainActions, TaggedActions
-from aem_lightning.rollout.prompt import Message, Piece, Prompt, outside_thoughts
+from aem_lightning.rollout.prompt import THOUGHT, Message, Piece, Prompt, outside_thoughts
 from aem_lightning.rollout.tokens import TextTokens
+from aem_lightning.rollout.tool_template import ToolTemplate, tool_template
 from aem_lightning.types import EnvStep, Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -27,7 +30,10 @@ Memory = Literal["window", "transcript"]
 ActionMode = Literal["free", "constrained"]
 Thoughts = Literal["keep", "cut"]
 _PROBES = 0xE000  # private use: no template and no system message has what stands there
-_THINK = re.compile(r"\s*</?think>\s*")
+_THOUGHT = re.compile(rf"\s*(?:{THOUGHT.pattern})\s*", re.IGNORECASE)
+# Special tokens that a reply is read with: they tell thoughts and calls.
+_MARKS = frozenset({"<|channel|>", "<|message|>", "<|channel>", *tool_call.MARKS})
+_CALL_MARKS = re.compile(f"({'|'.join(map(re.escape, tool_call.MARKS))})")
 
 
 class Encoder(Protocol):
@@ -70,7 +76,7 @@ class PromptEncoder:
 
     Raises:
         ValueError: Unknown ``memory``, ``action`` or ``thoughts``, no chat template, one that
-            refuses a plain conversation, or no token that could end a reply.
+            refuses a plain conversation or the prompt's tools, or no token that could end a reply.
     """
 
     def __init__(
@@ -112,25 +118,32 @@ class PromptEncoder:
         self.action = action
         self.thoughts = thoughts
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self._tools = (
-            [_plain(tool) for tool in prompt.tools] if prompt.action == "tool_call" else None
-        )
-        self._merges_system = False
+        self._tools = tool_call.schemas(prompt.tools) if prompt.action == "tool_call" else None
+        template = str(tokenizer.get_chat_template(tools=self._tools))
+        self._native = ToolTemplate()
         if self._tools:
-            self._refuse_toolless()
+            tokens = " ".join(map(str, tokenizer.added_tokens_decoder.values()))
+            render = partial(self._apply, False)
+            self._native = tool_template(render, f"{template} {tokens}", self._tools)
+        self._merges_system = False
         self._merges_system = self._refuses_system()
         written = "".join(self._around(2, reply=False))
-        template = tokenizer.get_chat_template(tools=self._tools)
         self._tokens = TextTokens(tokenizer, f"{template}{written}")
         self.end_id = self._find_end()
-        tail = self._around(1)[-1]
         # Some templates open the reasoning themselves; a reply is read with that tag.
-        opened = tail.rpartition("<think>")[1:]
-        self._opened = opened[0] if "</think>" not in opened[1] else ""
+        tags = [*THOUGHT.finditer(self._around(1)[-1])]
+        opens = tags and str(tags[-1].lastgroup).startswith("open")
+        self._opened = tags[-1].group().strip() if opens else ""
+        added = tokenizer.added_tokens_decoder.items()
+        special = {number: str(token) for number, token in added if token.special}
+        self._marks = {n for n, text in special.items() if text in _MARKS or THOUGHT.search(text)}
+        self._dropped = set(special) - self._marks
         self._frame = lru_cache(maxsize=64)(self._make_frame)
         # Observations repeat across the copies of a group, so their ids are worth keeping.
         self._follow_up = lru_cache(maxsize=8192)(self._encode_follow_up)
         self._constraint = lru_cache(maxsize=8192)(self._make_constraint)
+        if self._tools and memory == "transcript" and thoughts == "keep":
+            self._make_frame("", "", "")  # where tools are told again and again
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -155,11 +168,19 @@ class PromptEncoder:
         ended = turns[-1].finish_reason == "stop"
         # What ended the reply; nothing where a limit cut it.
         after = str(self.tokenizer.convert_ids_to_tokens(row[-1])) if ended else ""
-        return row + self._follow_up(self.prompt.next_message(step, turns).pieces, after)
+        return row + self._follow_up(self._answer(step, turns).pieces, after)
+
+    def _answer(self, step: EnvStep, turns: Sequence[Turn]) -> Message:
+        """The message behind the last response, spelt as the template spells it."""
+        message = self.prompt.next_message(step, turns)
+        if not self._native.escapes:
+            return message
+        pieces = message.strip().pieces
+        return Message.of(Piece(json.dumps(t, ensure_ascii=False)[1:-1], own) for t, own in pieces)
 
     def demonstrate(self, action: str, thought: str = "") -> list[int]:
         """The ids of an expert's response, end token included."""
-        pieces = list(self.prompt.demonstrated(action, thought).pieces)
+        pieces = list(self.prompt.demonstrated(action, thought, self._native.style).pieces)
         if self._opened and pieces and not pieces[0].is_content:  # the tag stands in the prompt
             pieces[0] = pieces[0]._replace(text=pieces[0].text.removeprefix(self._opened))
         return [*self._tokens.encode(pieces), self.end_id]
@@ -183,12 +204,17 @@ class PromptEncoder:
     def decode(self, tokens: Sequence[int]) -> str:
         """A response as text, without its end token and other special tokens.
 
-        It begins with the tag that opens the reasoning, where that stands in the prompt.
+        Those that tell thoughts and calls stay, and it begins with the tag that opens the
+        reasoning, where that stands in the prompt.
         """
         tokens = list(tokens)
         if tokens and tokens[-1] in self.stop_ids:  # some are no special token
             tokens.pop()
-        return self._opened + str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        marked = not self._marks.isdisjoint(tokens)
+        if marked:
+            tokens = [number for number in tokens if number not in self._dropped]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=not marked)
+        return self._opened + str(text).strip()
 
     def read(self, tokens: Sequence[int]) -> str:
         """Ids as the policy reads them, special tokens included."""
@@ -213,17 +239,20 @@ class PromptEncoder:
             *([] if self._merges_system else opening),
             {"role": "user", "content": first},
             *(
-                {"role": ("assistant", "user")[number % 2], "content": text}
+                {"role": ("assistant", self._native.role)[number % 2], "content": text}
                 for number, text in enumerate(others)
             ),
         ]
 
     def _render(self, messages: Sequence[str], reply: bool = True) -> str:
+        return self._apply(reply, self._conversation(messages), self._tools)
+
+    def _apply(self, reply: bool, conversation: Sequence[Mapping[str, Any]], tools: Any) -> str:
         text = self.tokenizer.apply_chat_template(
-            self._conversation(messages),
+            [dict(message) for message in conversation],
             tokenize=False,
             add_generation_prompt=reply,
-            **{"tools": self._tools, **self.chat_template_kwargs},
+            **{"tools": tools, **self.chat_template_kwargs},
         )
         return str(text)
 
@@ -255,22 +284,6 @@ class PromptEncoder:
                 )
             parts.append(before)
         return [*parts, text]
-
-    def _refuse_toolless(self) -> None:
-        """Refuse a chat template that leaves the tools out.
-
-        Raises:
-            ValueError: It writes the same without them.
-        """
-        tools, shown = self._tools, self._around(1)
-        self._tools = None
-        hidden, self._tools = self._around(1), tools
-        if shown == hidden:
-            raise ValueError(
-                "prompt.action=tool_call is given, and this chat template has no place for tools. "
-                "Type another prompt (prompt=think_action), or give a template that writes "
-                "`tools`: policy.chat_template=/path/to/template.jinja"
-            )
 
     def _refuses_system(self) -> bool:
         """Whether the system message has to be a part of the first user message."""
@@ -331,7 +344,7 @@ class PromptEncoder:
             return head, tail
         first, later = self._around(1), self._around(3, start, end)
         # Thoughts may be left out of earlier replies, and with them the tags that open them.
-        asked, answered = (_THINK.sub("", text) for text in (first[1], later[1]))
+        asked, answered = (_THOUGHT.sub("", text) for text in (first[1], later[1]))
         if first[0] != later[0] or not (answered.startswith(asked) or asked.startswith(answered)):
             raise ValueError(
                 "The chat template rewrites earlier turns when a new one is added, so a transcript "
@@ -349,12 +362,11 @@ class PromptEncoder:
         for number, turn in enumerate(turns):
             info = {**step.info, "admissible_actions": turn.admissible_actions}
             seen = EnvStep(turn.observation, info=info)
-            say = self.prompt.next_message(seen, turns[:number])
             messages += [
-                say if number else self.prompt.first_message(seen),
-                Message.of([Piece(outside_thoughts(turn.response), True)]),
+                self._answer(seen, turns[:number]) if number else self.prompt.first_message(seen),
+                Message.of(self._said(outside_thoughts(turn.response))),
             ]
-        last = self.prompt.next_message(step, turns)
+        last = self._answer(step, turns)
         body = last.strip()
         start, _, end = last.partition(body) if body else (last, "", "")
         around = self._around(len(messages) + 1, start, end)
@@ -363,15 +375,11 @@ class PromptEncoder:
             pieces += [*message.strip().pieces, Piece(text, False)]
         return pieces
 
+    def _said(self, reply: str) -> list[Piece]:
+        """An earlier reply; the marks of its calls are what they were."""
+        parts = _CALL_MARKS.split(reply) if self._tools else [reply]
+        return [Piece(part, part not in tool_call.MARKS) for part in parts]
+
     def _encode_follow_up(self, pieces: tuple[Piece, ...], after: str) -> list[int]:
         """Ids between a sampled response and the next one."""
         return self._tokens.encode(self._framed(Message.of(pieces), after=after))
-
-
-def _plain(value: Any) -> Any:
-    """A config's mappings and lists as those that a chat template writes as JSON."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value

@@ -15,6 +15,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
@@ -165,6 +166,7 @@ class Endpoint:
         max_new_tokens: int,
         temperature: float | None,
         handled: Counter[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Reply:
         """The model's answer to a conversation.
 
@@ -173,6 +175,7 @@ class Endpoint:
             max_new_tokens: Longest reply.
             temperature: Of the sampling; ``None`` leaves it to the endpoint.
             handled: Where what was out of the ordinary is counted, by kind, on the way as well.
+            tools: What the model may call; with them, a reply that only calls is an ordinary one.
 
         Raises:
             ContextFullError: The conversation is too long for the model.
@@ -180,7 +183,8 @@ class Endpoint:
             EndpointError: No request will be answered.
             StoppedError: The budget is spent, or `stop` was called.
         """
-        fields = {"max_tokens": max_new_tokens, "temperature": temperature, **self.request}
+        fields = {"max_tokens": max_new_tokens, "temperature": temperature, "tools": tools}
+        fields |= self.request
         body = {name: value for name, value in fields.items() if value is not None}
         handled = self._http.counts.here = Counter() if handled is None else handled
         problem = ""
@@ -196,6 +200,8 @@ class Endpoint:
             except ContextFullError:
                 handled["context_full"] += 1
                 raise
+            if tools and reply.kind == "tool_call":
+                reply = replace(reply, kind=None)
             if reply.kind is not None:
                 handled[reply.kind] += 1
             with self._lock:

@@ -16,8 +16,25 @@ from aem_lightning.rollout import tool_call
 from aem_lightning.types import EnvStep, Turn
 
 _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL | re.IGNORECASE)
-THINK = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
-_THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
+# How thoughts open and close, each a kind of its own.
+_THOUGHTS = (
+    *((f"<{name}>", f"</{name}>") for name in ("think(?:ing)?", "thought", "reasoning")),
+    ("<seed:think>", "</seed:think>"),
+    (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command
+    (r"<\|inner_prefix\|>", r"<\|inner_suffix\|>"),  # Apertus
+    (r"<\|channel>thought", r"<channel\|>"),  # Gemma 4
+    (
+        r"<\|channel\|>(?!final)[^<]*<\|message\|>",
+        r"<\|channel\|>final[^<]*<\|message\|>",
+    ),  # gpt-oss
+)
+THOUGHT = re.compile(
+    "|".join(
+        f"(?P<open_{n}>{tags[0]})|(?P<close_{n}>{tags[1]})" for n, tags in enumerate(_THOUGHTS)
+    ),
+    re.IGNORECASE,
+)
 _FUNCTION = re.compile(r"<function\s*=.*?</function\s*>", re.DOTALL)
 # Lines of ReAct: some models number them, and some write them in bold or as a list.
 _LINE = r"^[ \t>*_#-]*{}[ \t]*\d*[ \t*_]*:[ \t*_]*"
@@ -96,24 +113,37 @@ def fill_in(template: str, fields: Mapping[str, object]) -> Message:
 
 
 def outside_thoughts(response: str) -> str:
-    """What stands outside of think tags.
+    """What stands outside of thoughts.
 
     A tag that opens twice opens once. One that closes without having opened closes reasoning that
-    began in the prompt, or went on after a mention of the tag; reasoning may also never close.
+    began in the prompt, or went on after a mention of the tag; reasoning may also never close. In
+    a thought, only its own kind of tag counts.
 
     Example:
         >>> outside_thoughts("<think>not <action>this</action></think>but that")
         'but that'
+        >>> outside_thoughts("[THINK]a </think> [/THINK]b")
+        'b'
     """
+    return _without_thoughts(response)[0]
+
+
+def _without_thoughts(response: str) -> tuple[str, bool]:
+    """What stands outside of thoughts, and whether a thought opens and closes in it."""
     kept: list[str] = []
-    thinking, start = False, 0
-    for tag in _THINK_TAG.finditer(response):
+    thinking, thought, start = "", False, 0
+    for tag in THOUGHT.finditer(response):
+        side, _, kind = str(tag.lastgroup).partition("_")
+        closes = side == "close"
+        if thinking and kind != thinking:
+            continue
         if not thinking:
             kept.append(response[start : tag.start()])
-            if tag[1]:
+            if closes:
                 kept.clear()
-        thinking, start = not tag[1], tag.end()
-    return "".join(kept) if thinking else "".join([*kept, response[start:]])
+        thought |= bool(thinking) and closes
+        thinking, start = "" if closes else kind, tag.end()
+    return "".join(kept if thinking else [*kept, response[start:]]), thought
 
 
 @dataclass(frozen=True)
@@ -137,10 +167,10 @@ class Prompt:
             ``Action: ...`` before any line ``Observation: ...`` (what a model makes up for itself
             is not read), ``plain`` takes the whole reply, ``function`` the first
             ``<function=...>...</function>`` behind the reasoning, blanks and line breaks as they
-            are, ``tool_call`` one native call of a tool, as JSON: the text that it hands over, or,
-            where there is more than one text argument to choose, the call itself.
+            are, ``tool_call`` one native call of a tool: the environment's words for it, or the
+            call as JSON (`tool_call.read`).
         tools: With ``tool_call``: the tools as JSON schemas, as chat templates take them; the
-            default is one, ``act(action)``.
+            default is the environment's own (`AgentDataModule.tools`), else ``act(action)``.
         require_thinking: With ``tagged``, a reply without think tags is malformed too; with
             ``react``, one without a line ``Thought: ...``.
         role: Who the policy is in this environment: the sentence that a format written for every
@@ -195,14 +225,15 @@ class Prompt:
         """The user message that answers the last response, under ``memory=transcript``."""
         return fill_in(self.turn, self._fields(step, turns, 0))
 
-    def demonstrated(self, action: str, thought: str = "") -> Message:
+    def demonstrated(self, action: str, thought: str = "", style: str = "hermes") -> Message:
         """An expert's ``action`` as a response, with the ``thought`` behind it.
 
-        With ``action=tool_call`` the field ``{action}`` is the whole call.
+        With ``action=tool_call`` the field ``{action}`` is the whole call, in the ``style`` of a
+        chat template.
         """
         shown = action
         if self.action == "tool_call":
-            before, text, after = tool_call.written(action, self.tools)
+            before, text, after = tool_call.written(action, self.tools, style)
             shown = Message.of([Piece(before, False), Piece(text, True), Piece(after, False)])
         return fill_in(self.demonstration, {"action": shown, "thought": thought})
 
@@ -223,42 +254,40 @@ class Prompt:
             ]
         return fill_in(self.window, self._fields(step, turns, len(recent), Message.of(history)))
 
-    def parse(self, response: str) -> str | None:
-        """The action in ``response``, or ``None`` where the response is malformed."""
-        said = outside_thoughts(response)
+    def read(self, response: str) -> tuple[str | None, str]:
+        """The action in ``response``; where it is malformed ``None``, and why: `Turn.malformed`."""
+        said, thought = _without_thoughts(response)
         if self.action == "plain":
-            return " ".join(said.split()) or None
-        thinking = THINK.search(response)
-        if self.action == "tool_call":
-            try:
-                called = tool_call.read(said, self.tools)
-            except tool_call.MalformedCallError:
-                return None
-            return called if thinking or not self.require_thinking else None
-        if self.action == "function":
-            call = _FUNCTION.search(said)
-            return call.group() if call and (thinking or not self.require_thinking) else None
+            action = " ".join(said.split())
+            return (action, "") if action else (None, "no action")
         if self.action == "react":
             said = _OBSERVATION_LINE.split(said, maxsplit=1)[0]
-            thinking = _THOUGHT_LINE.search(said)
+            thought = _THOUGHT_LINE.search(said) is not None
             found = [line.strip(" \t\r*`") for line in _ACTION_LINE.findall(said)]
+        elif self.action == "tool_call":
+            try:
+                found = [tool_call.read(said, self.tools)]
+            except tool_call.MalformedCallError as error:
+                return None, str(error)
+        elif self.action == "function":
+            found = [call.group() for call in [_FUNCTION.search(said)] if call]
         else:
             found = _ACTION.findall(said)
-        if len(found) != 1 or (self.require_thinking and not thinking):
-            return None
-        return " ".join(found[0].split()) or None
+        if self.action in ("react", "tagged"):
+            found = [" ".join(action.split()) for action in found]
+        if len(found) != 1 or not found[0]:
+            return None, "several actions" if len(found) > 1 else "no action"
+        if self.require_thinking and not thought:
+            return None, "no thought"
+        return found[0], ""
+
+    def parse(self, response: str) -> str | None:
+        """The action in ``response``, or ``None`` where the response is malformed."""
+        return self.read(response)[0]
 
     def malformed(self, response: str) -> str:
         """Why ``response`` holds no action; nothing where it does."""
-        if self.parse(response) is not None:
-            return ""
-        if self.action == "tool_call":
-            try:
-                tool_call.read(outside_thoughts(response), self.tools)
-            except tool_call.MalformedCallError as error:
-                return str(error)
-            return "no thought"
-        return "no action"
+        return self.read(response)[1]
 
     def _fields(
         self,

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from aem_lightning.types import FinishReason
 
-Message = Mapping[str, str]
-"""A message of a chat: its ``role`` and its ``content``."""
+Message = Mapping[str, Any]
+"""A message of a chat: its ``role`` and its ``content``, a text; with calls, ``tool_calls``."""
 
 # What an endpoint counts as a token where it does not count: about that many characters.
 CHARACTERS_PER_TOKEN = 4
@@ -35,6 +35,7 @@ class Reply:
         prompt_tokens: Tokens of the conversation, as the endpoint counts them.
         completion_tokens: Tokens of the reply, unseen reasoning included.
         reasoning: What was thought before, where the endpoint hands it over by itself.
+        calls: The calls of tools, as the endpoint says them.
         kind: Why it is no ordinary one: the model or a filter refused, called tools in place of an
             answer, never came to the end of its reasoning, or said nothing. ``None``: it is one.
     """
@@ -44,6 +45,7 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     reasoning: str = ""
+    calls: Sequence[Mapping[str, Any]] = ()
     kind: Literal["refusal", "tool_call", "reasoning_only", "empty"] | None = None
 
     @property
@@ -66,7 +68,8 @@ def read_reply(text: str, messages: Sequence[Message]) -> Reply:
         said = _readable(message.get("content") or "")
         reasoning = _readable(message.get("reasoning_content") or message.get("reasoning") or "")
         refusal = _readable(message.get("refusal") or "")
-        calls = _written(message.get("tool_calls") or ())
+        called = message.get("tool_calls") or ()
+        calls = written_calls(called)
         kind: Any = None
         if refusal or finish == "content_filter":
             kind = "refusal"
@@ -81,6 +84,7 @@ def read_reply(text: str, messages: Sequence[Message]) -> Reply:
             prompt_tokens=_count(usage.get("prompt_tokens"), asked),
             completion_tokens=_count(usage.get("completion_tokens"), len(said) + len(reasoning)),
             reasoning=reasoning,
+            calls=called,
             kind=kind,
         )
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -94,8 +98,8 @@ def _readable(content: str | Iterable[Mapping[str, Any]]) -> str:
     return content.encode(errors="replace").decode()  # half a surrogate pair fits no request
 
 
-def _written(calls: Iterable[Mapping[str, Any]]) -> str:
-    """Calls of tools as text."""
+def written_calls(calls: Iterable[Mapping[str, Any]]) -> str:
+    """Calls of tools as Hermes writes them."""
     lines = []
     for call in calls:
         function = call["function"]

@@ -28,7 +28,13 @@ from aem_lightning.rollout import (
     stable_seed,
 )
 from aem_lightning.runner.api_play import Player, play
-from aem_lightning.runner.build import build_datamodule, instantiate, plain, warm_start_data
+from aem_lightning.runner.build import (
+    build_datamodule,
+    build_prompt,
+    instantiate,
+    plain,
+    warm_start_data,
+)
 from aem_lightning.runner.episode_store import EpisodeStore
 from aem_lightning.runner.parts import check_classes, made
 from aem_lightning.runner.report import game_hashes, results_of, write_report
@@ -88,7 +94,7 @@ def _evaluate(cfg: DictConfig, endpoint: Endpoint, datamodule: AgentDataModule) 
     responder = partial(
         ChatResponder,
         endpoint,
-        TextEncoder(instantiate(cfg.prompt)),
+        TextEncoder(build_prompt(cfg, datamodule)),
         **{name: cfg[name] for name in _LIMITS if name != "max_turns"},
     )
     player = Player(responder, instantiate(cfg.rewards), cfg.max_turns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from aem_lightning.modules import (
     WarmStartSettings,
     check_dtype,
 )
-from aem_lightning.rollout import PromptEncoder
+from aem_lightning.rollout import Prompt, PromptEncoder
 from aem_lightning.runner import ranks
 from aem_lightning.runner.broken_batch import BrokenBatch
 from aem_lightning.runner.checkpoint_io import SealedCheckpointIO
@@ -129,13 +129,20 @@ def build_datamodule(cfg: DictConfig) -> AgentDataModule:
     return datamodule
 
 
-def build_encoder(cfg: DictConfig, policy: Policy) -> PromptEncoder:
-    """Messages to token ids, for this policy's tokenizer."""
+def build_prompt(cfg: DictConfig, datamodule: AgentDataModule) -> Prompt:
+    """The prompt, with the environment's own tools where it calls tools and none are typed."""
+    prompt: Prompt = instantiate(cfg.prompt)
+    tools = datamodule.tools() if prompt.action == "tool_call" and "tools" not in cfg.prompt else ()
+    return replace(prompt, tools=tools) if tools else prompt
+
+
+def build_encoder(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) -> PromptEncoder:
+    """Messages to token ids, for this policy's tokenizer and this environment's tools."""
     settings = {name: cfg[name] for name in ("memory", "history_length", "action")}
     # Earlier checkpoints have no such keys.
     settings["thoughts"] = cfg.policy.get("thoughts", "keep")
     kwargs = plain(cfg.policy).get("chat_template_kwargs")
-    prompt = instantiate(cfg.prompt)
+    prompt = build_prompt(cfg, datamodule)
     return PromptEncoder(policy.tokenizer, prompt, **settings, chat_template_kwargs=kwargs)
 
 
@@ -189,7 +196,7 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
     folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / name
     if model is None:
         architecture = Architecture(**plain(cfg.policy.architecture))
-        base = tiny_base(datamodule, architecture, settings.seed, instantiate(cfg.prompt))
+        base = tiny_base(datamodule, architecture, settings.seed, build_prompt(cfg, datamodule))
     else:
         base = load_policy(cfg, model, lora=lora_of(cfg))
     trainer = {
@@ -204,7 +211,7 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
         return run_warm_start(
             base,
             datamodule,
-            build_encoder(cfg, base),
+            build_encoder(cfg, base, datamodule),
             settings,
             rewards=instantiate(cfg.rewards),
             limits=limits,
@@ -251,7 +258,7 @@ def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) ->
     agent = AgentModule(
         policy,
         engine=instantiate(cfg.engine),
-        encoder=build_encoder(cfg, policy),
+        encoder=build_encoder(cfg, policy, datamodule),
         rewards=instantiate(cfg.rewards),
         estimator=instantiate(cfg.advantage),
         modulation=instantiate(cfg.modulation),

@@ -79,6 +79,7 @@ class TrainOptions(RolloutSettings, UpdateSettings, PlayOptions):
     iterations: Count
     algorithm: str | None
     fast: Group | None = None
+    reply_tokens: Group | None = None
     aem_scope: Literal["task", "trajectory", "batch", "anchor_state"] = "task"
     action: Literal["free", "constrained"]
     policy: PolicyOptions

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from aem_lightning.datamodules import AgentDataModule
-from aem_lightning.types import Trajectory
+from aem_lightning.types import Trajectory, malformed_kinds
 
 ENOUGH = 16  # whole episodes, under which none won says little
 MOST = 0.9
@@ -75,6 +75,7 @@ class Played:
             "score": _share(sum(t.score for t in whole), len(whole)),
             "mixed_groups": _share(sum(len(set(r)) > 1 for r in compared), len(compared)),
             "malformed": _share(sum(t.action is None for t in turns), len(turns)),
+            "malformed_kinds": dict(malformed_kinds(turns).most_common()),
             "inadmissible": _share(
                 sum(t.action is not None and not t.is_valid for t in turns), len(turns)
             ),
@@ -123,8 +124,9 @@ def _judged(cfg: DictConfig, found: dict[str, Any]) -> tuple[str, str]:
             else "type"
         )
         return "malformed_replies", (
-            f"this will not learn: {share(found['malformed'])} of the replies hold no action. "
-            f"{more} another prompt=..., or warm-start the policy (stage=warm_start)"
+            f"this will not learn: {share(found['malformed'])} of the replies hold no action "
+            f"(mostly: {next(iter(found['malformed_kinds']), '')}). {more} another prompt=..., or "
+            "warm-start the policy (stage=warm_start)"
         )
     if (found["inadmissible"] or 0) >= MOST:
         return "inadmissible_actions", (

@@ -18,8 +18,8 @@ from aem_lightning.files import write_atomically
 from aem_lightning.metrics import success_summary
 from aem_lightning.modules import AgentModule
 from aem_lightning.runner.next_steps import command
-from aem_lightning.runner.summary import print_results
-from aem_lightning.types import Trajectory
+from aem_lightning.runner.summary import print_counts, print_results
+from aem_lightning.types import Trajectory, malformed_kinds
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def results_of(
             for split, part in parts.items()
             if not all(trajectory.infra_error for trajectory in part)
         },
+        "malformed": dict(malformed_kinds(turn for t in played for turn in t.turns).most_common()),
         "episodes": list(
             map(_outcome, sorted(played, key=lambda t: (t.task.split, t.task.id, t.copy)))
         ),
@@ -86,6 +87,7 @@ def write_report(folder: Path, report: Mapping[str, Any], title: str) -> None:
     for line in _who_played(report):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     print_results(title, {"success": report["success"], **report["by_split"]})
+    print_counts("malformed responses", report["malformed"])
     log.info("written: %s", target)
     viewer = command("-m", "aem_lightning.viewer", str(report["transcripts"]))
     log.info("to see the episodes: %s", viewer)

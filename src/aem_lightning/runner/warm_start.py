@@ -43,6 +43,7 @@ from aem_lightning.rollout import (
     RewardShaping,
     stable_seed,
 )
+from aem_lightning.rollout.tool_call import example
 from aem_lightning.types import Trajectory
 
 log = logging.getLogger(__name__)
@@ -84,9 +85,12 @@ def _template_texts(prompt: Prompt | None) -> list[str]:
     if prompt is None:
         return []
     templates = (prompt.opening, prompt.turn, prompt.window, prompt.history_item)
+    tools = prompt.tools if prompt.action == "tool_call" else ()
     return [
         prompt.role,
         prompt.system or "",
+        *(str(tool["function"].get("description", "")) for tool in tools),
+        *map(example, tools),
         *(
             literal
             for template in (*templates, prompt.demonstration)
@@ -128,6 +132,15 @@ def play_demonstrations(
             f"The expert won none of {len(episodes)} episodes within "
             f"max_turns={limits['max_turns']}, so there is nothing to learn from. Type a larger "
             "policy.warm_start.max_turns=..."
+        )
+    limit = limits["max_new_tokens"]
+    longest = [max(trajectory.turns, key=lambda turn: turn.length) for trajectory in won]
+    cut = sorted((turn for turn in longest if turn.length > limit), key=lambda turn: turn.length)
+    if 2 * len(cut) > len(won):
+        raise ValueError(
+            f"max_new_tokens={limit} cuts a response in {len(cut)} of {len(won)} games that the "
+            f"expert won, so the policy could not say it: {cut[-1].response!r} has "
+            f"{cut[-1].length} tokens. Type max_new_tokens={cut[-1].length}"
         )
     log.info("expert play: %d of %d episodes won", len(won), len(episodes))
     return won, responder.slips

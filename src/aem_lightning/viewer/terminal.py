@@ -85,7 +85,8 @@ def _turn(
     yield Padding(Text(_plain(turn["response"])), _IN)
     found = verdict(turn)
     action = "no action in it" if turn["action"] is None else _plain(turn["action"])
-    yield Padding(Text(f"▸ {action}  ({found})", _VERDICTS[found]), (0, 0, 1, 2))
+    reason = f": {_plain(turn['malformed'])}" if turn.get("malformed") else ""
+    yield Padding(Text(f"▸ {action}  ({found}{reason})", _VERDICTS[found]), (0, 0, 1, 2))
 
 
 def _prompt(prompt: Record, unfolded: bool) -> Iterator[RenderableType]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 
 from aem_lightning.envs.swe.sandbox import WORKDIR, CommandResult, Session
+from aem_lightning.types import Tool, function_tool
 
 TOOLBOX = files("aem_lightning.envs.swe").joinpath("toolbox.py").read_text(encoding="utf-8")
 # Isolated from what the agent leaves in the working folder, and quick to start.
@@ -56,7 +57,7 @@ class CallError(ValueError):
 
 
 def parse_call(action: str) -> Call:
-    """The first call in ``action``.
+    """The first call in ``action``; one alone may also be JSON, with ``name`` and ``arguments``.
 
     Raises:
         CallError: There is none, or of a tool or with an argument that does not exist.
@@ -66,17 +67,15 @@ def parse_call(action: str) -> Call:
         Call(tool='execute_bash', arguments={'cmd': 'ls -l'})
     """
     found = FUNCTION.search(action)
-    if found is None:
+    said = (found[1], dict(PARAMETER.findall(found[2]))) if found else _said_in_json(action)
+    if said is None:
         raise CallError(
             "No call was found. Write <function=NAME>, <parameter=KEY>VALUE</parameter> for each "
             f"argument, and </function>; NAME is one of {', '.join(TOOLS)}."
         )
     # Values without the line breaks that set them apart from their tags.
-    arguments = {
-        key: value.removeprefix("\n").removesuffix("\n")
-        for key, value in PARAMETER.findall(found[2])
-    }
-    name = RENAMED.get(found[1], found[1])
+    arguments = {k: text.removeprefix("\n").removesuffix("\n") for k, text in said[1].items()}
+    name = RENAMED.get(said[0], said[0])
     if name in SHORT:
         name, arguments["command"] = "file_editor", SHORT[name]
     if name == "file_editor":
@@ -95,6 +94,28 @@ def parse_call(action: str) -> Call:
     if name == "finish":
         return Call("finish")
     raise CallError(f"There is no function {name}; there are {', '.join(TOOLS)}.")
+
+
+def tool_schemas() -> list[Tool]:
+    """The tools for chat templates; what calls one is an action as JSON."""
+    edited = {
+        "command": {"type": "string", "enum": [*EDITOR_COMMANDS]},
+        "path": "absolute, below /testbed",
+        "view_range": "with view: [first, last] line",
+        "file_text": "with create: what the file holds",
+        "old_str": "with str_replace: what occurs exactly once",
+        "new_str": "with str_replace and insert: what is put there",
+        "insert_line": "with insert: the line before it",
+    }
+    where = {"search_term": "a text", "path": "a file or a folder"}
+    return [
+        function_tool(
+            "file_editor", "Look at files and change them.", edited, optional=[*edited][2:]
+        ),
+        function_tool("search", "The lines that hold a text.", where, optional=["path"]),
+        function_tool("execute_bash", "Run a command in /testbed.", {"cmd": "the command"}),
+        function_tool("finish", "Hand the work in; hidden tests then decide.", {}),
+    ]
 
 
 def run_call(session: Session, call: Call) -> CommandResult:
@@ -141,6 +162,16 @@ def write_call(name: str, **arguments: str) -> str:
         edge = "\n" if "\n" in value else ""
         lines.append(f"<parameter={key}>{edge}{value}{edge}</parameter>")
     return "\n".join([f"<function={name}>", *lines, "</function>"])
+
+
+def _said_in_json(action: str) -> tuple[str, dict[str, str]] | None:
+    try:
+        call = json.loads(action)
+        given = call["arguments"].items()
+        texts = {key: text if isinstance(text, str) else json.dumps(text) for key, text in given}
+        return str(call["name"]), texts
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _checked(
