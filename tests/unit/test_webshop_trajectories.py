@@ -7,6 +7,7 @@ of the purchase, and the reward with its parts.
 
 import json
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def row(asin):
 
 def clicks(visits):
     """What leads from each recorded page to the next; nothing where it was loaded again."""
-    for before, visit in zip(visits, visits[1:], strict=False):
+    for before, visit in pairwise(visits):
         content, was = visit["content"], before["content"]
         match before["page"], visit["page"]:
             case "index", "search_results":
