@@ -44,7 +44,7 @@ def names(package: str) -> list[str]:
     def is_for_one(entry_point: str) -> bool:  # some games cannot be imported, or do not start
         place = entry_point.partition(":")[0].removeprefix("textarena.").replace(".", "/")
         source = Path(textarena.__file__).parent / f"{place}.py"
-        return "SinglePlayerState" in source.read_text(encoding="utf-8")
+        return source.is_file() and "SinglePlayerState" in source.read_text(encoding="utf-8")
 
     return [
         name

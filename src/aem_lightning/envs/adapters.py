@@ -124,14 +124,15 @@ class TextArenaEnv:
         library = import_extra("textarena", "adapters")
         self._make = partial(library.make, env_id, **arguments)
         self._win_at = win_at
-        self._stream = random.Random(0).getstate()
+        self._stream: Any = random.Random(0).getstate()
+        self._env: Any = None
+        reason = ""
         with self._own_stream():  # some games fail at a reset only, for want of a file or a key
-            self._env, reason = None, ""
             try:
                 self._env = self._make()
                 self._env.reset(num_players=1, seed=0)
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         # Of several players' games not all notice that there is one.
         state = getattr(self._env, "state", None)
         alone = getattr(library, "SinglePlayerState", object)
