@@ -63,9 +63,10 @@ models: install ## Measure models of many families against themselves, and write
 fuzz: install ## 2,000 random command lines: each runs or names its key. ARGS="--lines 200 --seed 1"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(BIN)/python" tests/fuzz_commands.py $(ARGS)
 
-test-adapters: install ## Install what only the adapters and SWE-bench's images need, and test against it
+test-adapters: install ## Install what only the adapters and SWE-bench's images need, test against it, write docs/adapters.md
 	@"$(BIN)/python" -m pip install -q -c constraints.txt -e '.[adapters,swebench]'
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest tests/unit/test_adapters.py tests/unit/test_swe_official.py $(ARGS)
+	@PYTHONPATH=tests:tests/unit OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(BIN)/python" -m adapters
 
 test-matrix: install ## Train an iteration of every algorithm, modulation and loss, or be told why not: some minutes
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n auto --maxprocesses 4 -m soak \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -36,6 +37,18 @@ class Stop(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if (self._iteration, self._stage) == (pl_module.iteration, "update"):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class KeepWeights(L.Callback):
+    """Leaves each rank's last weights in ``folder``."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._folder.mkdir(exist_ok=True)
+        trained = {name: p.detach().clone() for name, p in pl_module.policy.trainable().items()}
+        torch.save(trained, self._folder / f"rank_{trainer.global_rank}.pt")
 
 
 class MemoryRunsOut(L.Callback):

@@ -24,6 +24,7 @@ from aem_lightning.envs.adapters import (
     TextArenaEnv,
     task_number,
 )
+from aem_lightning.envs.answers import RESET, STEP, BadAnswerError, checked_answer
 from aem_lightning.runner.build import build_datamodule, instantiate
 
 SMALL = ("datamodule.sizes={train: 4, valid: 3}", "datamodule.workers=1")
@@ -130,6 +131,60 @@ def test_games_that_are_played_in_turn_do_not_share_their_luck(monkeypatch):
     assert random.random() == expected
 
 
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        ("Use `[i j op]`.", r"reward='Use `\[i j op\]`\.'; expected a number"),
+        (None, "reward=None; expected a number"),
+        (float("nan"), "reward=nan; expected a finite number"),
+    ],
+)
+def test_a_game_that_answers_no_number_for_a_reward_is_refused_in_words(reward, told, monkeypatch):
+    class Talks(FakeGame):
+        def close(self):
+            return {0: reward}, {0: {}}
+
+    monkeypatch.setitem(sys.modules, "textarena", fake_textarena(Talks))
+    env = TextArenaEnv("talks")
+    start(env, 1)
+    answer = [env.step(WORDS[0]) for _ in range(3)][-1]
+    with pytest.raises(BadAnswerError, match=told):
+        checked_answer(answer, STEP)
+    assert answer[-1]["won"] is False
+    if reward != reward:  # a number, which `info` would have too
+        return
+    assert checked_answer(answer, STEP, uses_reward=False).reward == 0.0
+
+
+def fake_textarena(game, **more):
+    library = ModuleType("textarena")
+    library.make = lambda env_id: game()
+    vars(library).update(more)
+    return library
+
+
+@pytest.mark.parametrize("notices", [True, False])
+def test_a_game_for_several_players_is_refused_where_it_is_made(notices, monkeypatch):
+    class Duel(FakeGame):
+        def reset(self, num_players, seed=None):
+            assert num_players == 2 or not notices, f"2 players, received {num_players}"
+
+    alone = type("SinglePlayerState", (), {})
+    monkeypatch.setitem(sys.modules, "textarena", fake_textarena(Duel, SinglePlayerState=alone))
+    with pytest.raises(ValueError, match=r"env_id='duel' .* for several players.*=GuessTheNumber"):
+        TextArenaEnv("duel")
+
+
+def test_a_game_that_does_not_start_says_why_where_it_is_made(monkeypatch):
+    class Locked(FakeGame):
+        def reset(self, num_players, seed=None):
+            raise LookupError("no word list; fetch it")
+
+    monkeypatch.setitem(sys.modules, "textarena", fake_textarena(Locked))
+    with pytest.raises(ValueError, match="LookupError: no word list; fetch it"):
+        TextArenaEnv("locked")
+
+
 # ------------------------------------------------------------------------------------ reasoning-gym
 
 
@@ -154,6 +209,30 @@ def test_an_answer_is_scored_and_ends_the_episode(monkeypatch):
     assert env.step("7")[1:4] == (1.0, True, False)
     start(env, 6)
     assert env.step("8")[-1] == {"task_id": "train/6", "won": False, "score": 0.25}
+
+
+def test_a_checker_that_raises_and_one_without_a_score_are_told_in_words(monkeypatch):
+    class Strict:
+        def __getitem__(self, number):
+            return {"question": None if number == 9 else "Factors of 6?", "answer": None}
+
+        def score_answer(self, answer, entry):
+            return None if answer == "" else float(int(answer) == 6)
+
+    library = ModuleType("reasoning_gym")
+    library.create_dataset = lambda name, seed, size: Strict()
+    monkeypatch.setitem(sys.modules, "reasoning_gym", library)
+    env = ReasoningGymEnv("strict")
+    start(env, 1)
+    with pytest.raises(
+        BadAnswerError, match=r"checker of strict raised ValueError: .*answer 'six'"
+    ):
+        env.step("six")
+    assert checked_answer(env.step("6"), STEP).info["won"]
+    with pytest.raises(BadAnswerError, match="reward=None; expected a number"):
+        checked_answer(env.step(""), STEP)
+    with pytest.raises(BadAnswerError, match="observation=None; expected str"):
+        checked_answer(env.reset(options={"task_id": "train/9"}), RESET)
 
 
 # ------------------------------------------------------------------------------------------ OpenEnv

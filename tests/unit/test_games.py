@@ -1,8 +1,9 @@
 import json
+import logging
 
 import pytest
 
-from aem_lightning.envs.alfworld import games_hash, list_games
+from aem_lightning.envs.alfworld import check_folder, games_hash, list_games
 
 NAME = "pick_and_place_simple-Mug-None-Shelf-{}"
 
@@ -85,3 +86,58 @@ def test_unknown_split_or_task_type_is_refused_with_what_is_allowed(root):
         list_games(root, "test")
     with pytest.raises(ValueError, match="pick_two_obj_and_place"):
         list_games(root, "train", task_types=["juggle"])
+
+
+def _annotate(root, name, said, split="train"):
+    path = root / "json_2.1.1" / split / name / "trial_1" / "traj_data.json"
+    about = json.loads(path.read_text())
+    about["turk_annotations"] = {"anns": [{"task_desc": sentence} for sentence in said]}
+    path.write_text(json.dumps(about))
+
+
+def test_human_goals_are_one_annotation_of_each_game_and_another_set_of_games(root):
+    said = ["Put the mug away. ", "Shelve it, please."]
+    for number in (2, 9, 10):
+        _annotate(root, NAME.format(number), said if number != 9 else [" ", "Mug \\1, shelf."])
+    games = list_games(root, "train", goals="human")
+    assert games == list_games(root, "train", goals="human")
+    assert {game.goal for game in games[:2]} <= set(said)
+    assert games[2].goal == "Mug \\1, shelf."
+    assert games_hash(games) != games_hash(list_games(root, "train"))
+    with pytest.raises(ValueError, match="goals='spoken'; allowed: template, human"):
+        list_games(root, "train", goals="spoken")
+
+
+def test_a_game_that_nobody_annotated_is_named_with_what_to_type(root):
+    with pytest.raises(ValueError, match=r"train/.*Shelf-10/trial_1 has no annotation.*=template"):
+        list_games(root, "train", goals="human")
+
+
+def test_a_folder_is_checked_as_a_whole_against_the_published_counts(root, caplog):
+    _write(root, "pick_and_place_with_movable_recep-Mug-Bowl-Shelf-1")
+    _write(root, NAME.format(3), solvable=False)
+    (_write(root, NAME.format(4)) / "game.tw-pddl").write_text("{")
+    (_write(root, NAME.format(5)) / "game.tw-pddl").unlink()
+    (_write(root, NAME.format(6)) / "traj_data.json").unlink()
+    _write(root, NAME.format(7), split="valid_seen")
+    with caplog.at_level(logging.INFO):
+        found = check_folder(root)
+    digest = games_hash(list_games(root, "train"))
+    assert (
+        f"train: 3 of 8 games can be played, hash {digest}; left out: 1 broken, 1 unsolvable, "
+        "1 with movable receptacles or sliced objects, 1 without a game file, "
+        "1 without traj_data.json" in caplog.messages
+    )
+    (warning,) = [text for text in caplog.messages if "published" in text]
+    assert "(train has 3 of 3553, valid_seen has 1 of 140, valid_unseen has 0 of 134)" in warning
+    assert f"ALFWORLD_DATA={root} alfworld-download" in warning
+    assert list_games(root, "train", found=found["train"]) == list_games(root, "train")
+
+
+def test_a_folder_with_the_published_counts_is_not_warned_of(root, caplog, monkeypatch):
+    for split in ("valid_seen", "valid_unseen"):
+        _write(root, NAME.format(7), split=split)
+    published = {"train": 3, "valid_seen": 1, "valid_unseen": 1}
+    monkeypatch.setattr("aem_lightning.envs.alfworld.games.PUBLISHED", published)
+    check_folder(root)
+    assert "published" not in caplog.text

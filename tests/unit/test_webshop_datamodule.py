@@ -1,7 +1,12 @@
+import gzip
+import shutil
+from pathlib import Path
+
 import pytest
 
 from aem_lightning.datamodules import WebShopDataModule
 from aem_lightning.envs.webshop import WebShopEnv
+from aem_lightning.envs.webshop.expert import _listings
 from aem_lightning.modules import build_tokenizer
 
 
@@ -119,3 +124,44 @@ def test_missing_official_files_say_how_to_do_without(tmp_path):
     datamodule = WebShopDataModule(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"WEBSHOP_DATA.*datamodule=webshop_generated"):
         datamodule.prepare_data()
+
+
+def test_the_expert_reads_price_ranges_and_titles_that_name_a_price():
+    page = (
+        "Next > [SEP] B000000001 [SEP] Lamp for $5 [SEP] $12.5 to $20.0 [SEP] "
+        "B000000002 [SEP] Lamp 2 [SEP] $3.0"
+    )
+    assert dict(_listings(page, ["click[next >]", "click[b000000001]", "click[b000000002]"])) == {
+        "b000000001": ("Lamp for $5", "$12.5 to $20.0"),
+        "b000000002": ("Lamp 2", "$3.0"),
+    }
+
+
+GENUINE = Path(__file__).parents[3] / "shared" / "real" / "webshop"
+
+
+@pytest.mark.skipif(not GENUINE.is_dir(), reason="the official products are not at hand")
+def test_genuine_synthetic_goals_are_all_there_and_the_expert_wins_most(tmp_path):
+    names = {"products": "items_shuffle_1000.json", "attributes": "items_ins_v2_1000.json"}
+    packed = (GENUINE / f"{names['products']}.gz").read_bytes()
+    (tmp_path / names["products"]).write_bytes(gzip.decompress(packed))
+    shutil.copy(GENUINE / names["attributes"], tmp_path)
+    datamodule = WebShopDataModule(
+        str(tmp_path), **names, goals="synthetic", nouns="fallback", evaluation_splits=["test"]
+    )
+    datamodule.prepare_data()
+    assert datamodule.catalogue.num_goals == 6910
+    tasks = datamodule.tasks("train")[::50]
+    env = datamodule.env_factory()()
+    won = 0
+    for task in tasks:
+        expert = datamodule.make_expert(task, 0)
+        observation, info = env.reset(options={"task_id": task.id})
+        over, turns = False, 0
+        while not over and turns < 15:
+            action = expert.act(observation, info["admissible_actions"])
+            observation, _, over, _, info = env.step(action)
+            turns += 1
+        won += info["won"]
+    assert len(tasks) > 100
+    assert won > 0.7 * len(tasks)

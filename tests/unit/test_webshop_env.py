@@ -116,7 +116,7 @@ def test_sub_pages_show_their_content_and_keep_the_options(odd_folder):
     assert shopper("click[description]").parts == [*HEAD, "< Prev", "It shines."]
     # The button, not the option of that name.
     assert shopper("click[< prev]", "click[features]").parts == [*HEAD, "< Prev", "bright", "tall"]
-    assert shopper("click[< prev]", "click[reviews]").parts[4:] == ["No reviews found"]
+    assert shopper("click[< prev]", "click[reviews]").parts == [*HEAD, "< Prev"]
     assert shopper("click[< prev]", "click[attributes]").parts[4:] == [
         *("DUMMY_ATTR", "garden", "lamp", "Home › Lamps"),
     ]
@@ -127,7 +127,7 @@ def test_sub_pages_show_their_content_and_keep_the_options(odd_folder):
 def test_a_product_without_features_or_description_has_empty_sub_pages(shopper):
     shopper("search[lamp]", "click[b000000000]")
     assert shopper("click[description]").parts == [*HEAD, "< Prev"]
-    assert shopper("click[< prev]", "click[features]").parts == [*HEAD, "< Prev", "No Features"]
+    assert shopper("click[< prev]", "click[features]").parts == [*HEAD, "< Prev"]
 
 
 def test_going_back_to_the_results_loses_the_options(shopper):
@@ -243,6 +243,82 @@ def test_the_rich_mode_marks_buttons_and_what_was_clicked(odd_folder):
     shopper("click[< prev]")
     assert "\n\n[clicked button] B000000002 [clicked button_]\nLamp 2\n$12.5\n" in shopper.text
     assert "\n\n[button] B000000003 [button_]\nLamp 3\n" in shopper.text
+
+
+ODD_VALUES = [
+    *(
+        "1 Pack [2 Count]",
+        "[",
+        "]",
+        "a] [b",
+        "x [",
+        "tail]",
+        "[[a]",
+        "a[b[c",
+        "] now [",
+        "Ünï 毛巾 ［ÿ］",
+    ),
+    *(" /ends in blanks/ ", "two\nlines [of it]", "no\u00a0break", "İ ΑΣ ẞ", "line\u2028end"),
+    *("Buy Now", "Reviews", "< Prev", "Next >", "Attributes", "Back to Search", "Search", " ", ""),
+]
+BUTTONS_OF_AN_ITEM = {"buy now": "done", "reviews": "sub", "< prev": "results"}
+BUTTONS_OF_AN_ITEM |= {"back to search": "search"}
+
+
+@pytest.fixture(scope="module")
+def bracket_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("brackets")
+    options = {"Count [of]": [{"value": value} for value in ODD_VALUES]}
+    rows = [{**ROWS[0], "customization_options": options}]
+    wish = {**HUMAN["B000000000"][0], "instruction": "A [bright] lamp [\nor two]"}
+    contents = {
+        "items_shuffle": rows,
+        "items_ins_v2": {},
+        "items_human_ins": {"B000000000": [wish]},
+    }
+    for name, content in contents.items():
+        (root / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return prepare_catalogue(CatalogueFiles(root, nouns="given"), progress=False)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_whatever_is_offered_can_be_done(bracket_folder, exact):
+    item = ("search[lamp]", "click[b000000000]")
+    shopper = Shopper(bracket_folder, exact_actions=exact)(*item)
+    offered = shopper.info["admissible_actions"]
+    assert len(set(offered)) == len(offered) == 6 + 15 + 2  # buttons; odd values; two names more
+    for action in offered:
+        assert shopper.env.step(action)[-1]["is_action_valid"], action
+        name = action[len("click[") : -1]
+        expected = BUTTONS_OF_AN_ITEM.get(
+            name, "sub" if name in ("description", "features") else "item"
+        )
+        assert shopper.env._session.place == expected, action
+        if expected == "item":  # as it stands in the data, with its blanks
+            (value,) = shopper.env._session.chosen.values()
+            assert " ".join(value.split()) == name
+            assert value in [v.strip().replace("/", " | ").lower() for v in ODD_VALUES]
+        shopper = Shopper(bracket_folder, exact_actions=exact)(*item)
+
+
+def test_a_value_is_taken_as_it_is_shown_and_as_a_response_spells_it(bracket_folder):
+    shopper = Shopper(bracket_folder)("search[lamp]", "click[b000000000]")
+    for action in (
+        "click[ | ends in blanks | ]",
+        "click[1 PACK [2 Count]]",
+        "click[two\nlines [of it]]",
+    ):
+        assert shopper(action).info["is_action_valid"], action
+    for action in ("click[ tail]]", "click[1 pack [2 count]", "say click[1 pack [2 count]]"):
+        assert not shopper(action).info["is_action_valid"], action
+
+
+def test_a_listed_search_with_brackets_finds_and_others_stay_upstreams(bracket_folder):
+    shopper = Shopper(bracket_folder, suggest_search=True)
+    (listed,) = shopper.info["admissible_actions"]
+    assert listed == "search[A [bright] lamp [ or two]]"
+    assert not shopper("search[a [bright] lamp]").info["is_action_valid"]
+    assert shopper(listed).parts[3] == "Page 1 (Total results: 1)"
 
 
 def test_settings_of_the_pages_are_followed(odd_folder):

@@ -15,11 +15,14 @@ from aem_lightning.envs.alfworld import (
     AlfworldEnv,
     Game,
     SearchingExpert,
+    check_folder,
     games_hash,
     generate_games,
     list_games,
     vocabulary_texts,
 )
+from aem_lightning.envs.alfworld.games import Folder
+from aem_lightning.envs.alfworld.goals import Goals
 from aem_lightning.types import Count, Task
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,8 @@ class AlfworldDataModule(AgentDataModule):
             ``alfworld-download`` fills, or where generated games go.
         generate: What to generate in ``root``; ``None`` reads what is there.
         task_types: Keep these task types only.
+        goals: In whose words a game's goal is said: ``template``, the generator's, or ``human``,
+            one of the annotations of the game.
         cached_engine: Use the caches that make the engine 20 to 40 times faster, transcripts
             unchanged.
         settings: Arguments of `AgentDataModule`.
@@ -63,6 +68,7 @@ class AlfworldDataModule(AgentDataModule):
         *,
         generate: GeneratedGames | Mapping[str, Any] | None = None,
         task_types: Sequence[str] | None = None,
+        goals: Goals = "template",
         cached_engine: bool = True,
         **settings: Any,
     ) -> None:
@@ -70,18 +76,31 @@ class AlfworldDataModule(AgentDataModule):
         self.root = Path(root).expanduser().absolute()
         self.generate = GeneratedGames(**generate) if isinstance(generate, Mapping) else generate
         self.kept_types = task_types
+        self.goals: Goals = goals
         self.cached_engine = cached_engine
         self._games: dict[str, list[Game]] = {}
+        self._found: dict[str, Folder] = {}
 
     def prepare_data(self) -> None:
-        """Generate the games, where they are to be generated and are not there yet."""
+        """Generate the games where they are to be generated and are not there yet.
+
+        Of a folder of official games the log says what it holds, and how the published one differs.
+        """
         if self.generate is not None:
             generate_games(self.root, **vars(self.generate), workers=self.workers)
+        else:
+            self._found = check_folder(self.root, self.goals)
 
     def games(self, split: str) -> list[Game]:
         """The games of ``split``, sorted by id."""
         if split not in self._games:
-            games = list_games(self.root, split, task_types=self.kept_types)
+            games = list_games(
+                self.root,
+                split,
+                task_types=self.kept_types,
+                goals=self.goals,
+                found=self._found.get(split),
+            )
             digest = games_hash(games)
             log.info("%s: %d games, hash %s, in %s", split, len(games), digest, self.root)
             self._games[split] = games
@@ -98,7 +117,7 @@ class AlfworldDataModule(AgentDataModule):
 
     def env_factory(self) -> Callable[[], TextEnv]:
         """A factory of engines that play any game below ``root``."""
-        return partial(AlfworldEnv, str(self.root), cached=self.cached_engine)
+        return partial(AlfworldEnv, str(self.root), cached=self.cached_engine, goals=self.goals)
 
     def make_expert(self, task: Task, seed: int) -> SearchingExpert:
         """An expert that searches: it opens places until it sees what it needs."""
@@ -106,5 +125,6 @@ class AlfworldDataModule(AgentDataModule):
         return SearchingExpert(game.params, seed=seed)
 
     def vocabulary(self) -> list[str]:
-        """Every word that the text engine knows."""
-        return vocabulary_texts()
+        """Every word that the text engine knows, and of human goals those to train on."""
+        human = self.games(self.train_split) if self.goals == "human" else []
+        return [*vocabulary_texts(), *(game.goal for game in human)]

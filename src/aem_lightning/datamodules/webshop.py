@@ -24,7 +24,7 @@ from aem_lightning.envs.webshop import (
     task_id,
     vocabulary_texts,
 )
-from aem_lightning.envs.webshop.nouns import FALLBACK
+from aem_lightning.envs.webshop.nouns import FALLBACK, GIVEN
 from aem_lightning.types import Count, Task, Tool, function_tool
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,8 @@ class WebShopDataModule(AgentDataModule):
     def make_expert(self, task: Task, seed: int) -> ShoppingExpert:
         """An expert that reads; it knows what is wanted, not which product that is."""
         goal = self.catalogue.goal(int(task.id.rpartition("/")[2]))
-        return ShoppingExpert(goal, self.catalogue.product(goal.product).query)
+        kind = self.catalogue.product(goal.product).query
+        return ShoppingExpert(goal, kind, reads_attributes=self.files.nouns == GIVEN)
 
     def tools(self) -> list[Tool]:
         """Search and click."""

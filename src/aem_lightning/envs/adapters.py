@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from aem_lightning.envs.answers import BadAnswerError
 from aem_lightning.envs.base import RESERVED_INFO_KEYS, Reset, Step, import_extra
 
 
@@ -114,13 +115,34 @@ class TextArenaEnv:
         env_id: As for ``textarena.make``, e.g. ``GuessTheNumber-v0``.
         win_at: The reward of a win.
         arguments: More for ``textarena.make``.
+
+    Raises:
+        ValueError: There is no such game, it is one for several players, or it does not start.
     """
 
     def __init__(self, env_id: str, *, win_at: float = 1.0, **arguments: Any) -> None:
-        self._make = partial(import_extra("textarena", "adapters").make, env_id, **arguments)
-        self._env = self._make()
+        library = import_extra("textarena", "adapters")
+        self._make = partial(library.make, env_id, **arguments)
         self._win_at = win_at
-        self._stream: Any = None
+        self._stream: Any = random.Random(0).getstate()
+        self._env: Any = None
+        reason = ""
+        with self._own_stream():  # some games fail at a reset only, for want of a file or a key
+            try:
+                self._env = self._make()
+                self._env.reset(num_players=1, seed=0)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        # Of several players' games not all notice that there is one.
+        state = getattr(self._env, "state", None)
+        alone = getattr(library, "SinglePlayerState", object)
+        if state is not None and not isinstance(state, alone):
+            reason = "it is a game for several players"
+        if reason:
+            raise ValueError(
+                f"env_id={env_id!r} cannot be played by one player ({reason}); allowed: the games "
+                "of TextArena for one, e.g. datamodule.env.env_id=GuessTheNumber-v0"
+            )
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start with the task's number as TextArena's seed."""
@@ -141,17 +163,17 @@ class TextArenaEnv:
             if not done:
                 return text, 0.0, False, False, self._known | {"is_action_valid": not errors}
             rewards, game = self._env.close()
-        reward = float((rewards or {}).get(0, 0.0))
         valid = not game.get(0, {}).get("invalid_move", False)
-        ended = {"is_action_valid": valid, "won": valid and reward >= self._win_at, "score": reward}
+        reward, ended = _outcome((rewards or {}).get(0, 0.0), self._win_at)
+        ended = {"is_action_valid": valid, **ended, "won": valid and ended["won"]}
         return text, reward, True, False, self._known | ended
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _observation(self) -> str:
+    def _observation(self) -> Any:
         _, seen = self._env.get_observation()
-        return seen if isinstance(seen, str) else "\n".join(message[1] for message in seen)
+        return "\n".join(m[1] for m in seen) if isinstance(seen, list | tuple) else seen
 
     @contextlib.contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -186,21 +208,39 @@ class ReasoningGymEnv:
     ) -> None:
         library = import_extra("reasoning_gym", "adapters")
         self._questions = library.create_dataset(name, seed=seed, size=size, **arguments)
-        self._win_at = win_at
+        self._name, self._win_at = name, win_at
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """The question of the task's number."""
         self._entry = self._questions[task_number(options)]
         self._known = {"task_id": str((options or {})["task_id"])}
-        return str(self._entry["question"]), dict(self._known)
+        return self._entry["question"], dict(self._known)
 
     def step(self, action: str, /) -> Step:
-        """The score of an answer; the episode ends."""
-        score = float(self._questions.score_answer(answer=action, entry=self._entry))
-        return "", score, True, False, self._known | {"won": score >= self._win_at, "score": score}
+        """The score of an answer; the episode ends.
+
+        Raises:
+            BadAnswerError: The data set's checker raised.
+        """
+        try:
+            score = self._questions.score_answer(answer=action, entry=self._entry)
+        except Exception as error:  # some read no answers but those of their own form
+            raise BadAnswerError(
+                f"no score: the checker of {self._name} raised {type(error).__name__}: {error} on "
+                f"the answer {action[:100]!r}; expected a number"
+            ) from error
+        reward, ended = _outcome(score, self._win_at)
+        return "", reward, True, False, self._known | ended
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _outcome(value: Any, win_at: float) -> tuple[Any, dict[str, Any]]:
+    """A reward and what ``info`` says of it; what is no number stays, to be refused as it is."""
+    if not hasattr(value, "__float__"):
+        return value, {"won": False}
+    return float(value), {"won": float(value) >= win_at, "score": float(value)}
 
 
 class OpenEnvEnv:

@@ -160,7 +160,8 @@ def _check_episodes(
     """
     starts = {}
     env = envs[0]
-    for task in tasks:
+    for number, task in enumerate(tasks, 1):
+        logger.info("check: task %d of %d, %s", number, len(tasks), task.id)
         trial = Trial(envs, task, effort.seed, effort.turns, breaches, prompt)
         if (start := trial.run()) is not None:
             starts[task.id] = start
@@ -168,9 +169,11 @@ def _check_episodes(
         if not breaches:
             breaches += _check_differences(env, starts, effort)
         if not breaches and effort.resets:
+            logger.info("check: what %d episodes leave behind", effort.resets)
             sizes = {"seed": effort.seed, "resets": effort.resets}
             breaches += find_leaks(env, tasks, **sizes, count=pool.counters)
         if not breaches:
+            logger.info("check: a worker that is killed in the middle of an episode")
             breaches += _check_crash(pool, env, tasks[0], starts[tasks[0].id], effort)
     except EnvBreach as breach:
         breaches.append(str(breach))

@@ -5,7 +5,13 @@ alfworld and textworld are optional and imported on use.
 
 from aem_lightning.envs.alfworld.engine import AlfworldEnv
 from aem_lightning.envs.alfworld.expert import SearchingExpert
-from aem_lightning.envs.alfworld.games import SPLITS, Game, games_hash, list_games
+from aem_lightning.envs.alfworld.games import (
+    SPLITS,
+    Game,
+    check_folder,
+    games_hash,
+    list_games,
+)
 from aem_lightning.envs.alfworld.generator import generate_games
 from aem_lightning.envs.alfworld.problem import TASK_TYPES
 from aem_lightning.envs.alfworld.vocabulary import vocabulary_texts
@@ -16,6 +22,7 @@ __all__ = [
     "AlfworldEnv",
     "Game",
     "SearchingExpert",
+    "check_folder",
     "games_hash",
     "generate_games",
     "list_games",

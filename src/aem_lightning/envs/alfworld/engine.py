@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import re
 import sys
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from aem_lightning.envs.alfworld.cache import apply_engine_caches
+from aem_lightning.envs.alfworld.goals import GOAL, GOALS, Goals, human_goal
 from aem_lightning.envs.alfworld.package import import_optional
 from aem_lightning.envs.base import Reset, Step, TextEnv
 from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
@@ -18,7 +19,6 @@ from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
 logger = logging.getLogger(__name__)
 
 BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"
-GOAL = re.compile(r"Your task is to: (.*?)\.?\s*$", re.MULTILINE)
 
 
 class AlfworldEnv:
@@ -33,13 +33,20 @@ class AlfworldEnv:
         cached: Speed the engine up and remember transitions (`cache`, `transition_cache`); what is
             shown stays the same. This patches the engine in this process: meant for worker
             processes.
+        goals: In whose words the goal is said: ``template``, the game file's, or ``human``, one of
+            the annotations of the game, where official files made for it have theirs.
 
     Raises:
+        ValueError: Other ``goals``, or a game that nobody annotated.
         MissingExtraError: alfworld or textworld is not installed.
         FileNotFoundError: There is no such data folder.
     """
 
-    def __init__(self, root: str | Path, *, cached: bool = True) -> None:
+    def __init__(self, root: str | Path, *, cached: bool = True, goals: Goals = "template") -> None:
+        if goals not in GOALS:
+            raise ValueError(f"goals={goals!r}; allowed: {', '.join(GOALS)}")
+        self._games, self._goal = Path(root) / "json_2.1.1", ""
+        self._is_human = goals == "human"
         game: TextEnv = _GameEngine(Path(root), cached=cached)
         self._game = TransitionCache(game, shared_store()) if cached else game
 
@@ -55,11 +62,21 @@ class AlfworldEnv:
                 f"reset(options={options!r}): give options={{'task_id': id}}, the id of a game "
                 "as in list_games(root, split)"
             )
-        return self._game.reset(seed=seed, options={"task_id": options["task_id"]})
+        observation, info = self._game.reset(seed=seed, options={"task_id": options["task_id"]})
+        if self._is_human:
+            self._goal = _annotation(self._games, options["task_id"])
+            said = f"Your task is to: {self._goal}."
+            observation = GOAL.sub(lambda _: said, observation)
+        return observation, self._worded(info)
 
     def step(self, action: str) -> Step:
         """Play ``action``; one that is not admissible is answered "Nothing happens."."""
-        return self._game.step(action)
+        observation, reward, terminated, truncated, info = self._game.step(action)
+        return observation, reward, terminated, truncated, self._worded(info)
+
+    def _worded(self, info: dict[str, Any]) -> dict[str, Any]:
+        """``info`` with the goal in the words that are asked for."""
+        return info | {"goal": self._goal} if self._is_human else info
 
     def counters(self) -> dict[str, int]:
         """Hits and misses of the transitions that this process remembers, since last asked."""
@@ -129,6 +146,13 @@ def _stack_engine(*, cached: bool) -> Any:
         apply_engine_caches()
     wanted = textworld.EnvInfos(won=True, admissible_commands=True, extras=["gamefile"])
     return wrappers.AlfredInfos(wrappers.AlfredDemangler(pddl.PddlEnv(wanted), shuffle=False))
+
+
+@lru_cache(4096)
+def _annotation(games: Path, task_id: str) -> str:
+    """The human goal of a game."""
+    about = (games / task_id / "traj_data.json").read_text(encoding="utf-8")
+    return human_goal(json.loads(about), task_id)
 
 
 @cache

@@ -137,47 +137,61 @@ class WebShopEnv:
 
     def _act(self, session: _Session, action: str) -> bool:
         """Whether ``action`` was one of the page's."""
-        found = _ACTION.match(action)
-        name, argument = (found[1], found[2].lower()) if found else ("", "")
-        if not self._exact:
-            name, argument = name.strip().lower(), argument.strip()
+        name, argument = self._read(session, action)
         if name == "search" and argument:
             session.found = self._catalogue.search(argument)
             self._open(session, "results", shown=1)
             return True
-        is_padded = self._exact and argument != argument.strip()
-        clicked = pages.single_blanks(argument)
-        part = session.clickables.get(clicked)
-        if name != "click" or is_padded or part is None:
+        part = session.clickables.get(pages.single_blanks(argument))
+        if name != "click" or part is None:
             return False
-        self._click(session, clicked, part)
+        if self._exact and argument not in (argument.strip(), part.text.lower()):
+            return False
+        self._click(session, part)
         return True
 
-    def _click(self, session: _Session, name: str, part: Part) -> None:
-        """A button's name goes before an option's value, as upstream has it."""
-        sub_pages = {title.lower(): title for title in (*pages.SUB_PAGES, pages.ATTRIBUTES)}
-        if name == pages.BUY.lower():
-            self._buy(session)
-        elif name == pages.BACK.lower():
-            session.seen.clear()
-            self._open(session, "search")
-        elif name == pages.NEXT.lower() and session.place == "results":
-            self._open(session, "results", shown=session.shown + 1)
-        elif name == pages.PREVIOUS.lower():
-            # One level up: sub page, product, results, the page of results before.
-            step = 1 if session.place == "results" else 0
-            place = "item" if session.place == "sub" else "results"
-            self._open(session, place, shown=session.shown - step)
-        elif name in sub_pages and session.place == "item":
-            self._open(session, "sub", sub_pages[name])
+    def _read(self, session: _Session, action: str) -> tuple[str, str]:
+        """Name and argument of ``action``; where upstream finds none, those of what is offered.
+
+        Upstream splits at the last opening bracket of a line, and so refuses values with brackets
+        or line ends, though it lists them.
+        """
+        found = _ACTION.match(action)
+        name, argument = found.groups() if found else ("[", "")
+        if is_split := "[" in name:
+            name, _, rest = action.partition("[")
+            argument = rest.rpartition("]")[0]
+        argument = argument.lower()
+        if not self._exact:
+            name, argument = name.strip().lower(), argument.strip()
+        if is_split and name == "search" and argument != self._suggested(session).lower():
+            return "", ""
+        return name, argument
+
+    def _click(self, session: _Session, part: Part) -> None:
+        """Do what ``part`` is for."""
+        if part.kind == "option":
+            session.chosen[part.axis] = part.text
+            self._open(session, "item")
         elif part.kind == "product":
             found = [n for n in self._on_page(session) if self._product(n).asin == part.text]
             session.product, session.chosen = found[0], {}
             session.seen.add(part.text)
             self._open(session, "item")
+        elif part.text == pages.BUY:
+            self._buy(session)
+        elif part.text == pages.BACK:
+            session.seen.clear()
+            self._open(session, "search")
+        elif part.text == pages.NEXT:
+            self._open(session, "results", shown=session.shown + 1)
+        elif part.text == pages.PREVIOUS:
+            # One level up: sub page, product, results, the page of results before.
+            step = 1 if session.place == "results" else 0
+            place = "item" if session.place == "sub" else "results"
+            self._open(session, place, shown=session.shown - step)
         else:
-            session.chosen[part.axis] = part.text
-            self._open(session, "item")
+            self._open(session, "sub", part.text)
 
     def _open(self, session: _Session, place: str, name: str = "", *, shown: int = 0) -> None:
         """Go to a page."""
@@ -214,9 +228,14 @@ class WebShopEnv:
         session.page = pages.done_page(bought.asin, session.chosen, session.score)
         session.clickables = {}
 
+    def _suggested(self, session: _Session) -> str:
+        """The query that is listed in place of the hint; responses are read with single blanks."""
+        return pages.single_blanks(session.goal.wish) if self._suggest else ""
+
     def _shown(self, session: _Session, *, is_valid: bool) -> Reset:
         """The page and ``info``."""
-        listed = f"search[{session.goal.wish}]" if self._suggest else SEARCH_HINT
+        suggested = self._suggested(session)
+        listed = f"search[{suggested}]" if suggested else SEARCH_HINT
         hint = (listed,) if session.place == "search" else ()
         info = {
             "task_id": task_id(session.number),

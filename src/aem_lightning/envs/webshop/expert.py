@@ -11,6 +11,7 @@ from aem_lightning.envs.webshop.pages import single_blanks
 _CLICKED = re.compile(r"You have clicked .*\n|clicked (?=button)")  # what text_rich marks
 _MARKS = re.compile(r"\[(?:clicked )?button_\]|\[SEP\]")  # around a title
 _PRICE = re.compile(r"\$(\d+(?:\.\d+)?)")
+_TAG = re.compile(r"\$\d+(?:\.\d+)?(?: to \$\d+(?:\.\d+)?)?")
 BUY, NEXT, BACK, PREVIOUS = (
     "click[buy now]",
     "click[next >]",
@@ -33,15 +34,22 @@ class ShoppingExpert:
         goal: What is wanted.
         kind: The kind of product, in words.
         pages: Pages of results that it reads before it searches with other words.
+        reads_attributes: Texts name the attributes, as generated ones do. Of official products
+            they rarely do: there it goes by options and price alone.
     """
 
-    def __init__(self, goal: Goal, kind: str, *, pages: int = 5) -> None:
+    def __init__(
+        self, goal: Goal, kind: str, *, pages: int = 5, reads_attributes: bool = True
+    ) -> None:
         self._attributes = [attribute.lower() for attribute in goal.attributes]
         self._options = [single_blanks(option.lower()) for option in goal.option_values]
         self._cap = goal.price_cap
         self._instruction = goal.instruction
         full = " ".join([*self._attributes, kind])
-        self._queries = (full, f"{full} {' '.join(self._options)}", kind)
+        with_options = f"{full} {' '.join(self._options)}"
+        some = (full, with_options) if reads_attributes else (with_options, full)
+        self._queries = (*some, kind)
+        self._reads_attributes = reads_attributes
         self._pages = pages
         self._searches = 0
         self._turned = 0  # pages turned since the last search
@@ -124,7 +132,8 @@ class ShoppingExpert:
         return f"{self._opened if is_own else ''}{observation}"
 
     def _has_attributes(self, text: str, which: Callable[[Iterator[bool]], bool] = all) -> bool:
-        return which(attribute in text.lower() for attribute in self._attributes)
+        found = which(attribute in text.lower() for attribute in self._attributes)
+        return found or not self._reads_attributes
 
 
 def _listings(observation: str, admissible: Sequence[str]) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -138,11 +147,11 @@ def _listings(observation: str, admissible: Sequence[str]) -> Iterator[tuple[str
     ends = [*(place for place, _ in places[1:]), len(observation)]
     for (place, name), end in zip(places, ends, strict=False):  # without places there is no end
         text = observation[place + len(name) : end]
-        title, dollar, price = text.rpartition("$" if "$" in text else " ")
-        found = _PRICE.match(dollar + price)
-        yield name, (_MARKS.sub("", title).strip(" \n,;|"), found[0] if found else "")
+        tags = list(_TAG.finditer(text))  # a title may name a price too: the last one is the tag
+        title = text[: tags[-1].start()] if tags else text
+        yield name, (_MARKS.sub("", title).strip(" \n,;|"), tags[-1][0] if tags else "")
 
 
 def _dollars(text: str) -> float:
-    """The highest price in ``text``; 0 where it has none."""
-    return max((float(price) for price in _PRICE.findall(text)), default=0.0)
+    """The lowest price in ``text``, since of a range any may be meant; 0 where it has none."""
+    return min((float(price) for price in _PRICE.findall(text)), default=0.0)

@@ -63,14 +63,18 @@ class Page:
     def clickables(self) -> dict[str, Part]:
         """What can be clicked, in lower case: buttons, products, then options.
 
-        A value of two options stands for the last one. Blanks count as one: responses are read so.
-        The search button is not among them: a search needs words.
+        A name that is a button's stands for the button, as upstream has it, and a value of two
+        options for the last one. Blanks count as one: responses are read so. Neither the search
+        button is among them, which needs words, nor what is blank.
         """
-        buttons = (p for p in self.parts if p.kind in ("button", "product"))
-        options = (p for p in self.parts if p.kind == "option")
-        found = {single_blanks(part.text.lower()): part for part in buttons}
-        found |= {single_blanks(part.text): part for part in options}
-        found.pop(SEARCH.lower(), None)
+        found: dict[str, Part] = {}
+        # Sorting keeps the order within each of the two.
+        for part in sorted(self.parts, key=lambda part: part.kind == "option"):
+            name = single_blanks(part.text.lower())
+            if part.kind == "text" or name in ("", SEARCH.lower()):
+                continue
+            if part.kind != "option" or found.get(name, part).kind == "option":
+                found[name] = part
         return found
 
 
@@ -135,8 +139,8 @@ def sub_page(instruction: str, product: Product, name: str) -> Page:
     """One of a product's sub pages, by the name of its button."""
     contents = {
         "Description": [product.description],
-        "Features": product.bullets or ["No Features"],
-        "Reviews": ["No reviews found"],
+        "Features": product.bullets,
+        "Reviews": (),  # upstream reads no reviews, and prints nothing in their place
         ATTRIBUTES: [
             *product.attributes,
             product.category,
