@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from aem_lightning.rollout import micro_batches
+from aem_lightning.rollout.shortage import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-# What a RuntimeError says where torch has no class of its own: on a CPU, and inside cuBLAS.
-_SHORT = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class TokenBudget:
@@ -54,7 +52,7 @@ class TokenBudget:
             micro, tried = self.cut(rows, lengths), list[list[int]]()
             try:
                 return work(_remembering(micro, tried))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 released = self._release()
@@ -93,12 +91,6 @@ class TokenBudget:
             self.tokens,
             self.tokens,
         )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether ``error`` is the accelerator's or the CPU's way to say that memory ran out."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _SHORT)
 
 
 def _remembering(batches: list[list[int]], tried: list[list[int]]) -> Iterator[list[int]]:

@@ -48,6 +48,8 @@ _TOKENS, _DRAWN, _LEAST = 24, 2, 3
 # What may be computed for it: floating-point operations, on a CPU and on a GPU, and logits.
 _OPERATIONS = {"cpu": 2e10, "cuda": 1e13}
 _LOGITS = 2**26
+CHECKED: WeakSet[Policy] = WeakSet()
+"""Policies that have passed."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def self_check(
         rows, own, _ = trial or _Trial(texts, [_own(policy, row) for row in texts])
         wanted = [logprobs for logprobs, _ in own]
         if not torch.cat(wanted).isfinite().all():
+            CHECKED.add(policy)
             return None
         padded = _held(policy, "padded", _gap(policy, _scores(policy, rows, packed=False), wanted))
 
@@ -119,6 +122,7 @@ def self_check(
         packed = None if in_rows is None else _held(policy, "packed", in_rows.gap)
         if engine is not None:
             gap = _held(policy, "engine", (trial or _tried(policy, engine, texts)).gap)
+    CHECKED.add(policy)
     return Gaps(padded, packed, gap, allowed, len(texts[0]))
 
 

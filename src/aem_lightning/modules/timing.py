@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch.profiler import record_function
 
+from aem_lightning.rollout.shortage import in_stage
+
 STAGES = (
     "rollout",
     "environment",
@@ -24,18 +26,20 @@ class Stopwatch:
     """Wall seconds by stage.
 
     On a GPU the stage's kernels are waited for, so that they count where they belong. In a
-    profiler's trace a stage is a span.
+    profiler's trace a stage is a span. Memory that runs out in one is told by its name, and by the
+    settings that ``limits`` it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, **limits: int) -> None:
         self._device = device
+        self._limits = limits
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time spent inside this context to ``stage``."""
         start = self._now()
-        with record_function(stage):
+        with record_function(stage), in_stage(stage, **self._limits):
             yield
         self.add(stage, self._now() - start)
 

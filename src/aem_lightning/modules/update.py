@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from aem_lightning.algorithms import Loss, Modulation
@@ -14,6 +15,7 @@ from aem_lightning.algorithms.ranks import places_of_rows
 from aem_lightning.modules.scoring import Objective
 from aem_lightning.modules.settings import UpdateSettings
 from aem_lightning.rollout import minibatches
+from aem_lightning.rollout.shortage import in_stage
 from aem_lightning.types import RolloutBatch
 
 
@@ -171,6 +173,12 @@ def clip_globally(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     sum_gradients(trained, world_size)
     return torch.nn.utils.clip_grad_norm_(trained, max_norm)
+
+
+def take_step(optimizer: LightningOptimizer) -> None:
+    """Change the weights; the first step makes the optimizer's states."""
+    with in_stage("optimizer step", "a smaller policy.lora.r=..., or a smaller policy=..."):
+        optimizer.step()
 
 
 def reason_to_skip(

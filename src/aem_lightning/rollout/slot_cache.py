@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,6 +127,14 @@ class SlotCache:
         return block[rows[:, 0], :, : self._read]
 
 
+def bytes_of_token(config: Any, kind: torch.dtype) -> int:
+    """Bytes of the keys and values of a token, over all layers; ``config`` is transformers'."""
+    queries = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return int(2 * config.num_hidden_layers * heads * width * kind.itemsize)
+
+
 def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     """What matrix products on ``device`` compute in: autocast's type, else the ``stored`` one."""
     autocast = torch.is_autocast_enabled(device.type)
@@ -145,7 +154,7 @@ def check_room(token_bytes: int, slots: int, length: int, free: int) -> None:
     """Raise where keys and values of ``slots`` episodes do not fit into ``free`` bytes.
 
     Args:
-        token_bytes: Of the keys and values of a token, over all layers.
+        token_bytes: Of the keys and values of a token, `bytes_of_token`.
         slots: Episodes that can be open at once.
         length: Tokens of each.
         free: What there is.

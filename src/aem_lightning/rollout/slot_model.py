@@ -19,7 +19,13 @@ from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.head import Head, probe_rows
 from aem_lightning.rollout.padding import doubled, filled, spread, widened
 from aem_lightning.rollout.sampling import evaluated
-from aem_lightning.rollout.slot_cache import SlotCache, check_room, compute_dtype, free_bytes
+from aem_lightning.rollout.slot_cache import (
+    SlotCache,
+    bytes_of_token,
+    check_room,
+    compute_dtype,
+    free_bytes,
+)
 
 _ATTENTION = "aem_slots"
 # A wave of prompts is padded to its longest. Its padding may reach a quarter of its tokens, or this
@@ -103,10 +109,7 @@ class SlotModel:
         free = free_bytes(self.device)
         if free is None or self.cache.nbytes:
             return
-        config, queries = self._config, self._config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or queries
-        width = getattr(config, "head_dim", None) or config.hidden_size // queries
-        token = 2 * config.num_hidden_layers * heads * width * self._kind.itemsize
+        token = bytes_of_token(self._config, self._kind)
         check_room(token, self.cache.slots, self._max_length, free)
 
     def _try(self) -> None:
