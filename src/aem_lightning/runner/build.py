@@ -217,7 +217,7 @@ def _warm_start_folder(cfg: DictConfig) -> Path:
 
 def _warm_start_limits(cfg: DictConfig) -> dict[str, int]:
     limits = {key: cfg[key] for key in ("max_context", "max_new_tokens")}
-    return limits | {"max_turns": cfg.policy.warm_start.max_turns or cfg.max_turns}
+    return limits | {"max_turns": cfg.policy.warm_start.get("max_turns") or cfg.max_turns}
 
 
 def warm_start(
