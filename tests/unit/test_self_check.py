@@ -55,7 +55,7 @@ def without_window(monkeypatch, policy):
     monkeypatch.setattr(
         slot_model.SlotModel, "mask", lambda self, p, r, sees: rule(self, p, r, None)
     )
-    slot_model._TRIED.add(policy.causal_lm)  # as where its window is too long to try
+    slot_model.TRIED.add(policy.causal_lm)  # as where its window is too long to try
 
 
 def without_segments(monkeypatch, policy):

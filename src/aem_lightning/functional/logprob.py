@@ -12,10 +12,11 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 HALF = (torch.float16, torch.bfloat16)
+CHUNK = 512  # tokens whose logits are there at once
 
 
 def token_logprob_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 512
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, computed in chunks of tokens.
 
@@ -77,7 +78,7 @@ def logprob_entropy_through(
     hidden: Tensor,
     targets: Tensor,
     temperature: float = 1.0,
-    chunk: int = 512,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprob_entropy` through any ``head``, hidden states [c, d] to logits [c, V].
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,12 @@ from aem_lightning.gpu_check.piece import Check
 from aem_lightning.modules import Policy, build_tokenizer
 from aem_lightning.runner.build import build_datamodule
 from aem_lightning.runner.cli import accept_plus
+from aem_lightning.runner.known_models import SHAPES as KNOWN
 
-# Those of Qwen2.5; `tiny` stands for them on a CPU.
-SHAPES: dict[str, dict[str, Any]] = {
-    "1.5b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
+# `tiny` stands for the others on a CPU.
+SHAPES: dict[str, Mapping[str, Any]] = {
+    "1.5b": KNOWN["qwen2.5-1.5b"][1],
+    "7b": KNOWN["qwen2.5-7b"][1],
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,

@@ -42,6 +42,7 @@ from aem_lightning.modules.update import (
     means_of_steps,
     reason_to_skip,
     rows_with_gradient,
+    take_step,
 )
 from aem_lightning.rollout import (
     Collector,
@@ -130,7 +131,7 @@ class AgentModule(L.LightningModule):
 
     def training_step(self, batch: list[Task], batch_idx: int) -> dict[str, Iteration]:
         """One iteration: play a group for each task, then update; examples/loop.py is its page."""
-        watch = Stopwatch(self.device)
+        watch = Stopwatch(self.device, micro_batch_tokens=self.update_settings.micro_batch_tokens)
         with watch("rollout"):
             played = self.collect(batch, watch)
             trajectories, dropped = split_groups(played, self.rollout)
@@ -302,7 +303,7 @@ class AgentModule(L.LightningModule):
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / tokens
             norms.append(clip_globally(self.policy.parameters(), limit, self.trainer.world_size))
             check("gradient norm", norms[-1])
-            optimizer.step()
+            take_step(optimizer)
             check_weights(self.iteration, self.policy, optimizer.optimizer, self.finite)
         metrics = means_of_steps(sums or objective.no_stats(), plan, self.global_sum)
         metrics["grad_norm"] = float(torch.stack(norms).mean())

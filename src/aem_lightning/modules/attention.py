@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, get_args
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from aem_lightning.rollout.slot_cache import compute_dtype
 PACKED = "aem_packed"
 CAUSAL: object = _causal
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Models of which it is known that packed rows come out right.
+TRIED: WeakSet[nn.Module] = WeakSet()
 _KERNEL_SIZES = range(8, 257, 8)  # of a head, for FlashAttention
 
 
@@ -121,7 +124,7 @@ def packing_obstacle(model: PreTrainedModel) -> str | None:
         return f"its attention is {config._attn_implementation!r}, and packing needs 'sdpa'"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} has an attention of its own"
-    return _trial(model)
+    return None if model in TRIED else _trial(model)
 
 
 def _trial(model: PreTrainedModel) -> str | None:

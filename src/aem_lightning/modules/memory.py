@@ -16,13 +16,11 @@ from aem_lightning.modules.policy import Policy
 from aem_lightning.modules.settings import UpdateSettings
 from aem_lightning.modules.sharding import in_step
 from aem_lightning.rollout import micro_batches
+from aem_lightning.rollout.shortage import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-# What a RuntimeError says where torch has no class of its own: on a CPU, and inside cuBLAS.
-_SHORT = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class TokenBudget:
@@ -75,7 +73,7 @@ class TokenBudget:
             try:
                 with nullcontext() if self._shared is None else in_step(self._shared, len(micro)):
                     return work(_remembering(micro, tried))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self._shared is not None:
@@ -119,12 +117,6 @@ class TokenBudget:
             self.tokens,
             self.tokens,
         )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether ``error`` is the accelerator's or the CPU's way to say that memory ran out."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _SHORT)
 
 
 def _remembering(batches: list[list[int]], tried: list[list[int]]) -> Iterator[list[int]]:

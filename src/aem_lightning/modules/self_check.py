@@ -3,24 +3,33 @@
 What a policy is trained on are log-probabilities that this project computes by parts of the model,
 in padded rows, in packed rows and over the engine's cache. Here each is compared with the logits of
 the model's own forward pass. A family that one of the parts gets wrong ends the run at its start.
+
+It is the one trial of a run: what comes out right here is tried neither by packing nor by the
+engine again. What does not is: their own smaller trials say whether ``auto`` has another way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from aem_lightning.modules.attention import is_packed
+from aem_lightning.modules import attention
 from aem_lightning.modules.policy import Policy
 from aem_lightning.modules.settings import Packing
-from aem_lightning.rollout import Request, RolloutEngine, Sampling
+from aem_lightning.rollout import Request, RolloutEngine, Sampling, slot_model
 from aem_lightning.rollout.head import widest_window
 from aem_lightning.rollout.sampling import evaluated
 from aem_lightning.rollout.slot_cache import compute_dtype
+
+log = logging.getLogger(__name__)
 
 TEXTS = (
     "You are in the middle of a room. Looking quickly around you, you see a bed 1, a desk 2, a desk"
@@ -35,10 +44,12 @@ _WAYS = {
     "packed": ("in packed rows", "packing=padded"),
     "engine": ("as the engine samples", "engine=auto, or engine=plain"),
 }
-_TOKENS, _DRAWN, _LEAST = 24, 3, 3
+_TOKENS, _DRAWN, _LEAST = 24, 2, 3
 # What may be computed for it: floating-point operations, on a CPU and on a GPU, and logits.
 _OPERATIONS = {"cpu": 2e10, "cuda": 1e13}
 _LOGITS = 2**26
+CHECKED: WeakSet[Policy] = WeakSet()
+"""Policies that have passed."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +98,83 @@ def self_check(
     Raises:
         ValueError: A gap is too large, or the engine refuses the model.
     """
-    rows = _rows(policy, engine)
+    model, texts, allowed = policy.causal_lm, _rows(policy, engine), _allowed(policy)
+    gap: float | None = None
     with torch.random.fork_rng(devices=[]), evaluated(policy):
-        own = [_own(policy, row)[0] for row in rows]
-        if not torch.cat(own).isfinite().all():
-            return None
-        padded = _held(policy, "padded", _gap(policy, _scores(policy, rows, packed=False), own))
-        packed = in_engine = None
-        if is_packed(packing, policy.causal_lm):
-            packed = _held(policy, "packed", _gap(policy, _scores(policy, rows, packed=True), own))
+        trial = None
         if engine is not None:
-            in_engine = _held(policy, "engine", _engine_gap(policy, engine, rows))
-    return Gaps(padded, packed, in_engine, _allowed(policy), len(rows[0]))
+            trial = _trusted(
+                slot_model.TRIED, model, partial(_sampled, policy, engine, texts), allowed
+            )
+        rows, own, _ = trial or _Trial(texts, [_own(policy, row) for row in texts])
+        wanted = [logprobs for logprobs, _ in own]
+        if not torch.cat(wanted).isfinite().all():
+            CHECKED.add(policy)
+            return None
+        padded = _held(policy, "padded", _gap(policy, _scores(policy, rows, packed=False), wanted))
+
+        def pack() -> _Trial | None:
+            if not attention.is_packed(packing, model):
+                return None
+            return _Trial(rows, own, _gap(policy, _scores(policy, rows, packed=True), wanted))
+
+        in_rows = _trusted(attention.TRIED, model, pack, allowed) or pack()
+        packed = None if in_rows is None else _held(policy, "packed", in_rows.gap)
+        if engine is not None:
+            gap = _held(policy, "engine", (trial or _tried(policy, engine, texts)).gap)
+    CHECKED.add(policy)
+    return Gaps(padded, packed, gap, allowed, len(texts[0]))
+
+
+class _Trial(NamedTuple):
+    """Token ids, what an engine drew included, and what is known of them.
+
+    Attributes:
+        rows: Rows of ids.
+        own: Of each the model's own log-probabilities of its tokens from 1 on, and entropies.
+        gap: Of who was tried.
+    """
+
+    rows: list[list[int]]
+    own: list[tuple[Tensor, Tensor]]
+    gap: float = math.nan
+
+
+def _trusted(
+    known: WeakSet[nn.Module],
+    model: nn.Module,
+    attempt: Callable[[], _Trial | None],
+    allowed: float,
+) -> _Trial | None:
+    """The trial of a part that takes ``model`` for ``known``, where it stays if that was right.
+
+    ``None`` where it was not: the part is then asked again, and tries the model in its own way.
+    """
+    was_known = model in known
+    known.add(model)
+    try:
+        if (trial := attempt()) is not None and trial.gap <= allowed:
+            return trial
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a family does that none before it did
+        log.debug("self-check: %r", error)
+    if not was_known:
+        known.discard(model)
+    return None
+
+
+def _tried(policy: Policy, engine: Any, texts: list[list[int]]) -> _Trial:
+    """The trial of an engine that could not be trusted; ``engine=auto`` has another cache."""
+    trial = _sampled(policy, engine, texts)
+    if not trial.gap <= _allowed(policy) and getattr(engine, "cache", None) == "auto":
+        told = (
+            "engine=auto samples over transformers' own caches, slower: its own are %.2g nats off"
+        )
+        log.warning(told, trial.gap)
+        engine.cache = "plain"
+        trial = _sampled(policy, engine, texts)
+    return trial
 
 
 def _held(policy: Policy, way: str, gap: float) -> float:
@@ -130,7 +206,7 @@ def _rows(policy: Policy, engine: RolloutEngine | None) -> list[list[int]]:
     if room := [size for size in limits if isinstance(size, int)]:  # an engine draws twice
         wanted = min(wanted, min(room) - 2 * _DRAWN - _LEAST)
     rows = []
-    for text, length in zip(TEXTS, (wanted, wanted * 2 // 3), strict=True):
+    for text, length in zip(TEXTS, (wanted, wanted // 3), strict=True):
         ids = policy.tokenizer(text, add_special_tokens=False).input_ids
         ids = [token for token in ids if token < vocabulary] or [0]
         rows.append([ids[i % len(ids)] for i in range(max(length, _LEAST))])
@@ -161,38 +237,36 @@ def _scores(policy: Policy, rows: list[list[int]], *, packed: bool) -> list[Tens
     return list(scored[0].split([length - 1 for length in lengths]))
 
 
-def _engine_gap(policy: Policy, engine: RolloutEngine, rows: list[list[int]]) -> float:
-    """Two turns of an episode a row, the second with the keys of the first."""
+def _sampled(policy: Policy, engine: RolloutEngine, texts: list[list[int]]) -> _Trial:
+    """Two turns of an episode a text, the second with the keys of the first."""
     counts = dict(getattr(engine, "stats", {}))
     engine.sync(policy, 0)
     sampling = Sampling(temperature=1.0, max_new_tokens=_DRAWN)
-    prompts = {f"self-check {i}": list(row) for i, row in enumerate(rows)}
-    drawn: dict[str, list[tuple[int, float, float | None]]] = {key: [] for key in prompts}
-    for turn in range(2):
-        engine.submit([Request(key, p, sampling, turn) for key, p in prompts.items()])
-        for result in engine.poll(wait_all=True):
-            start = len(prompts[result.key])
-            entropies: Sequence[float | None] = result.entropies or [None] * len(result.tokens)
-            drawn[result.key] += zip(
-                range(start, start + len(result.tokens)), result.logprobs, entropies, strict=True
-            )
-            prompts[result.key] = [*prompts[result.key], *result.tokens, *rows[0][:1]]
-    for key in prompts:
-        engine.close(key)
-    if counts:
-        engine.stats.update(counts)  # type: ignore[attr-defined]
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for key, tokens in drawn.items():
-            own = _own(policy, prompts[key])
-            for column, wanted in enumerate(own):
-                kept = [token for token in tokens if token[column + 1] is not None]
-                places = torch.tensor([token[0] - 1 for token in kept], dtype=torch.long)
-                found = torch.tensor([token[column + 1] for token in kept])
-                yield found, wanted.cpu()[places]
-
-    found, wanted = zip(*pairs(), strict=True)
-    return _gap(policy, list(found), list(wanted))
+    prompts = {f"self-check {i}": list(row) for i, row in enumerate(texts)}
+    drawn: list[tuple[str, int, float, float | None]] = []
+    try:
+        for turn in range(2):
+            engine.submit([Request(key, p, sampling, turn) for key, p in prompts.items()])
+            for result in engine.poll(wait_all=True):
+                places = range(start := len(prompts[result.key]), start + len(result.tokens))
+                entropies: Sequence[float | None] = result.entropies or [None] * len(places)
+                keys = [result.key] * len(places)
+                drawn += zip(keys, places, result.logprobs, entropies, strict=True)
+                prompts[result.key] = [*prompts[result.key], *result.tokens, *texts[0][:1]]
+    finally:
+        for key in prompts:
+            engine.close(key)
+        if counts:
+            engine.stats.update(counts)  # type: ignore[attr-defined]
+    own = {key: _own(policy, row) for key, row in prompts.items()}
+    told, wanted = [], []
+    for key, place, *values in drawn:
+        for value, column in zip(values, own[key], strict=True):
+            if value is not None:
+                told.append(value)
+                wanted.append(column[place - 1])
+    gap = _gap(policy, [torch.tensor(told)], [torch.stack(wanted).cpu()])
+    return _Trial([*prompts.values()], [*own.values()], gap)
 
 
 def _gap(policy: Policy, found: list[Tensor], own: list[Tensor]) -> float:

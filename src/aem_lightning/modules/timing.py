@@ -10,6 +10,7 @@ import torch
 from torch.profiler import record_function
 
 from aem_lightning.beats import beat
+from aem_lightning.rollout.shortage import in_stage
 
 STAGES = (
     "rollout",
@@ -26,11 +27,13 @@ class Stopwatch:
     """Wall seconds by stage.
 
     On a GPU the stage's kernels are waited for, so that they count where they belong. In a
-    profiler's trace a stage is a span.
+    profiler's trace a stage is a span. Memory that runs out in one is told by its name, and by the
+    settings that ``limits`` it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, **limits: int) -> None:
         self._device = device
+        self._limits = limits
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextlib.contextmanager
@@ -38,7 +41,7 @@ class Stopwatch:
         """Add the time spent inside this context to ``stage``."""
         beat(stage)
         start = self._now()
-        with record_function(stage):
+        with record_function(stage), in_stage(stage, **self._limits):
             yield
         self.add(stage, self._now() - start)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from aem_lightning.algorithms import Loss, Modulation
@@ -13,6 +14,7 @@ from aem_lightning.collectives import places_of_rows, summed
 from aem_lightning.modules.scoring import Objective
 from aem_lightning.modules.settings import UpdateSettings
 from aem_lightning.rollout import minibatches
+from aem_lightning.rollout.shortage import in_stage
 from aem_lightning.types import RolloutBatch
 
 
@@ -169,6 +171,12 @@ def clip_globally(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     sum_gradients(trained, world_size)
     return torch.nn.utils.clip_grad_norm_(trained, max_norm)
+
+
+def take_step(optimizer: LightningOptimizer) -> None:
+    """Change the weights; the first step makes the optimizer's states."""
+    with in_stage("optimizer step", "a smaller policy.lora.r=..., or a smaller policy=..."):
+        optimizer.step()
 
 
 def reason_to_skip(

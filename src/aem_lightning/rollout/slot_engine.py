@@ -32,6 +32,7 @@ from aem_lightning.rollout.engine import Request, Result, SyncablePolicy
 from aem_lightning.rollout.finite import NotFiniteError
 from aem_lightning.rollout.plain_model import PlainModel
 from aem_lightning.rollout.sampling import allowed_tokens, draw, request_uniforms
+from aem_lightning.rollout.shortage import in_stage
 from aem_lightning.rollout.slot_model import SlotModel, waves
 from aem_lightning.rollout.slots import Job, Slot, check_request, common_prefix
 from aem_lightning.types import Count, Places
@@ -160,12 +161,15 @@ class SlotEngine:
         Raises:
             RuntimeError: ``sync`` was never called.
             NotFiniteError: The model gave logits that are not finite.
+            ShortOfMemoryError: Memory ran out in a prefill or a decode step.
         """
         done: list[tuple[int, Result]] = []
         with self._policy().sampling_mode():
             while (self._waiting or self._running) and (wait_all or len(done) < at_least):
-                self._admit()
-                done += self._step()
+                with in_stage("prefill", concurrency=self.slots, max_context=self.max_length):
+                    self._admit()
+                with in_stage("decode", concurrency=self.slots, max_context=self.max_length):
+                    done += self._step()
         return [result for _, result in sorted(done, key=lambda pair: pair[0])]
 
     def close(self, key: str) -> None:

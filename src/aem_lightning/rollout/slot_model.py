@@ -42,7 +42,7 @@ _ATTENTION = "aem_slots"
 _FREE_PADDING = 256
 _WAVE_TOKENS = 8192
 # Models of which it is known that their logits come out right.
-_TRIED: WeakSet[nn.Module] = WeakSet()
+TRIED: WeakSet[nn.Module] = WeakSet()
 
 
 class SlotModel:
@@ -86,9 +86,9 @@ class SlotModel:
         self.graphs: DecodeGraphs | None = None
         self.adapters = AdapterCopies(causal_lm, self._kind)
         self.few_shapes = self.device.type == "cuda"
-        if not trial and causal_lm not in _TRIED:
+        if not trial and causal_lm not in TRIED:
             self._try()
-            _TRIED.add(causal_lm)
+            TRIED.add(causal_lm)
 
     def inherit(self, earlier: SlotModel) -> None:
         """Take over the cache of an earlier model, and its graphs, as far as they fit this one.

@@ -36,7 +36,8 @@ from aem_lightning.modules import (
     WarmStartSettings,
     check_dtype,
 )
-from aem_lightning.rollout import Prompt, PromptEncoder
+from aem_lightning.rollout import Prompt, PromptEncoder, RolloutEngine
+from aem_lightning.rollout.shortage import in_stage
 from aem_lightning.runner import ranks
 from aem_lightning.runner.broken_batch import BrokenBatch
 from aem_lightning.runner.checkpoint_io import SealedCheckpointIO
@@ -49,6 +50,7 @@ from aem_lightning.runner.signals import stop_signals
 from aem_lightning.runner.stopping import KeepLastIteration
 from aem_lightning.runner.warm_start import (
     WarmStart,
+    finished,
     run_warm_start,
     tiny_base,
     warm_start_key,
@@ -146,17 +148,48 @@ def build_encoder(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) 
     return PromptEncoder(policy.tokenizer, prompt, **settings, chat_template_kwargs=kwargs)
 
 
-def build_policy(cfg: DictConfig, datamodule: AgentDataModule) -> tuple[Policy, WarmStart | None]:
-    """The policy with its adapters, after its warm start where it comes from one."""
-    start = None
-    model = cfg.policy.model
-    if model is None:
-        start = warm_start(cfg, datamodule)
-        model = str(start.folder)
+def model_to_load(cfg: DictConfig) -> str | None:
+    """The folder or hub name that a run begins with; ``None`` for a tiny model from nothing."""
+    begin: str | None = cfg.policy.model or cfg.policy.warm_start.get("base")
+    if cfg.policy.model is None and (done := finished(_warm_start_folder(cfg))) is not None:
+        return str(done.folder)
+    return begin
+
+
+def known_policy(cfg: DictConfig) -> Policy | None:
+    """The policy, or what its warm start begins with, as far as it depends on no games.
+
+    ``None`` for a tiny model from nothing, whose vocabulary is that of the games, and where a warm
+    start is done already.
+    """
+    if cfg.stage == "warm_start" and finished(_warm_start_folder(cfg)) is not None:
+        return None
+    begin = model_to_load(cfg)
+    return None if begin is None else _seeded_policy(cfg, begin)
+
+
+def build_policy(
+    cfg: DictConfig, datamodule: AgentDataModule, known: Policy | None = None
+) -> tuple[Policy, WarmStart | None]:
+    """The policy with its adapters, after its warm start where it comes from one.
+
+    Args:
+        cfg: The config.
+        datamodule: Where a warm start plays.
+        known: What `known_policy` gave.
+    """
+    start = None if cfg.policy.model else warm_start(cfg, datamodule, known)
+    model = cfg.policy.model if start is None else str(start.folder)
+    if known is not None and (start is None or known.causal_lm.name_or_path == model):
+        return known, start
+    return _seeded_policy(cfg, model), start
+
+
+def _seeded_policy(cfg: DictConfig, model: str) -> Policy:
+    """A policy whose new adapters depend on the seed alone: not on what a warm start has drawn."""
     with torch.random.fork_rng(devices=[]):
-        # New adapters depend on the seed alone: not on what a warm start has drawn before.
         torch.manual_seed(cfg.seed)
-        return load_policy(cfg, model, lora_of(cfg), sharded=is_sharded(cfg)), start
+        return load_policy(cfg, model, lora_of(cfg), sharded=is_sharded(cfg))
 
 
 def lora_of(cfg: DictConfig) -> Lora:
@@ -167,38 +200,54 @@ def lora_of(cfg: DictConfig) -> Lora:
 def load_policy(cfg: DictConfig, model: str, lora: Lora | None, *, sharded: bool = False) -> Policy:
     """A policy from a model folder or the hub; the trainer reads the weights of a sharded one."""
     options = ("dtype", "quantization", "gradient_checkpointing")
-    return Policy.from_pretrained(
-        str(Path(model).expanduser()) if model.startswith("~") else model,
-        lora=lora,
-        sharded=sharded,
-        chat_template=read_template(cfg.policy.chat_template),
-        **{name: cfg.policy[name] for name in options},
-    )
+    folder = str(Path(model).expanduser()) if model.startswith("~") else model
+    with in_stage("loading the policy", "policy.quantization=nf4, or a smaller policy=..."):
+        return Policy.from_pretrained(
+            folder,
+            lora=lora,
+            sharded=sharded,
+            chat_template=read_template(cfg.policy.chat_template),
+            **{name: cfg.policy[name] for name in options},
+        )
 
 
-def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
-    """The model folder that the supervised stage leaves, keyed by everything that it depends on."""
-    settings = WarmStartSettings(**plain(cfg.policy.warm_start))
-    limits = {key: cfg[key] for key in ("max_context", "max_new_tokens")}
-    limits["max_turns"] = settings.max_turns or cfg.max_turns
+def _warm_start_folder(cfg: DictConfig) -> Path:
+    """Where the result of the supervised stage lies, keyed by everything that it depends on."""
     policy_config = plain(cfg.policy)
-    model = cfg.policy.model or settings.base
-    if model is None:
+    if not (cfg.policy.model or cfg.policy.warm_start.get("base")):
         policy_config.pop("lora")  # a tiny model is warm-started without adapters
     key = warm_start_key(
         policy_config,
         plain(cfg.prompt),
         {name: cfg[name] for name in ("memory", "history_length")},
-        limits,
+        _warm_start_limits(cfg),
         warm_start_data(cfg),
     )
-    name = f"{type(datamodule).__name__.lower()}_{key}"
-    folder = Path(cfg.paths.data_dir).absolute() / "warm_start" / name
-    if model is None:
+    kind = str(cfg.datamodule.get("_target_")).rpartition(".")[2].lower()
+    return Path(cfg.paths.data_dir).absolute() / "warm_start" / f"{kind}_{key}"
+
+
+def _warm_start_limits(cfg: DictConfig) -> dict[str, int]:
+    limits = {key: cfg[key] for key in ("max_context", "max_new_tokens")}
+    return limits | {"max_turns": cfg.policy.warm_start.get("max_turns") or cfg.max_turns}
+
+
+def warm_start(
+    cfg: DictConfig, datamodule: AgentDataModule, base: Policy | None = None
+) -> WarmStart:
+    """The model folder that the supervised stage leaves; it begins with ``base``, if there is one.
+
+    One that another run has left is taken as it is.
+    """
+    if (done := finished(folder := _warm_start_folder(cfg))) is not None:
+        return done
+    settings = WarmStartSettings(**plain(cfg.policy.warm_start))
+    model = cfg.policy.model or settings.base
+    if base is None and model is not None:
+        base = load_policy(cfg, model, lora=lora_of(cfg))
+    elif base is None:
         architecture = Architecture(**plain(cfg.policy.architecture))
         base = tiny_base(datamodule, architecture, settings.seed, build_prompt(cfg, datamodule))
-    else:
-        base = load_policy(cfg, model, lora=lora_of(cfg))
     trainer = {
         "accelerator": cfg.trainer.accelerator,
         "devices": 1,
@@ -214,7 +263,7 @@ def warm_start(cfg: DictConfig, datamodule: AgentDataModule) -> WarmStart:
             build_encoder(cfg, base, datamodule),
             settings,
             rewards=instantiate(cfg.rewards),
-            limits=limits,
+            limits=_warm_start_limits(cfg),
             folder=folder,
             trainer=trainer,
         )
@@ -252,12 +301,17 @@ def warn_of_window(policy: Policy, max_context: int) -> None:
         )
 
 
-def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) -> AgentModule:
-    """The LightningModule of the run."""
+def build_agent(
+    cfg: DictConfig,
+    policy: Policy,
+    datamodule: AgentDataModule,
+    engine: RolloutEngine | None = None,
+) -> AgentModule:
+    """The LightningModule of the run, with an ``engine`` that is there already, or a new one."""
     warn_of_window(policy, cfg.max_context)
     agent = AgentModule(
         policy,
-        engine=instantiate(cfg.engine),
+        engine=engine or instantiate(cfg.engine),
         encoder=build_encoder(cfg, policy, datamodule),
         rewards=instantiate(cfg.rewards),
         estimator=instantiate(cfg.advantage),

@@ -19,7 +19,7 @@ from aem_lightning.modules.settings import (
 )
 from aem_lightning.runner.schema import ANYTHING, arguments_of, wrong_settings, wrong_value
 from aem_lightning.runner.several import problems_of_ranks
-from aem_lightning.types import Count, Natural, NonNegative, Positive, Seed
+from aem_lightning.types import Count, Natural, NonNegative, Places, Positive, Seed
 
 NO_FOLDER_YET = "HydraConfig was not set"  # OmegaConf's words, before Hydra has made the run's
 Group = Mapping[str, Any]
@@ -66,6 +66,8 @@ class PlayOptions:
 class TrainOptions(RolloutSettings, UpdateSettings, PlayOptions):
     """The keys of ``configs/train.yaml``."""
 
+    concurrency: Places | Literal["auto"] = 128  # type: ignore[assignment]  # a number in a run
+    micro_batch_tokens: Count | Literal["auto"] = 16384  # type: ignore[assignment]
     stage: Literal["train", "warm_start", "check"]
     ckpt_path: str | None
     profile: bool

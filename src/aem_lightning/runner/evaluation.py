@@ -8,10 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import lightning as L
-from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,17 +17,15 @@ from aem_lightning.collectives import from_all_ranks
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import AgentModule, Policy
 from aem_lightning.modules.adapter import with_adapter
-from aem_lightning.modules.self_check import self_check
-from aem_lightning.rollout import VllmEngine
 from aem_lightning.runner.adapter_folder import WEIGHTS, read_adapter
 from aem_lightning.runner.api import evaluate_api
 from aem_lightning.runner.build import (
     build_agent,
     build_datamodule,
     build_policy,
-    build_trainer,
     check_parts,
     check_server,
+    known_policy,
     load_policy,
     plain,
 )
@@ -37,6 +33,7 @@ from aem_lightning.runner.checkpoints import needed_checkpoint, read_checkpoint
 from aem_lightning.runner.checks import TrainOptions, refuse, wrong_options
 from aem_lightning.runner.early import check_evaluation, read_template, with_base_model
 from aem_lightning.runner.folder import held
+from aem_lightning.runner.memory_plan import planned
 from aem_lightning.runner.ranks import first_rank_first
 from aem_lightning.runner.report import (
     about,
@@ -45,12 +42,12 @@ from aem_lightning.runner.report import (
     write_report,
     write_transcripts,
 )
+from aem_lightning.runner.starting import Start, check_policy
 from aem_lightning.runner.summary import percent
 from aem_lightning.runner.trust import check_trusted, literal
 
 log = logging.getLogger(__name__)
 
-_CHECKED: WeakSet[Policy] = WeakSet()
 PROGRESS = {"progress": {"_target_": "aem_lightning.callbacks.Progress"}}
 
 
@@ -62,6 +59,7 @@ class Restored:
     config: DictConfig
     module: AgentModule
     datamodule: AgentDataModule
+    trainer: L.Trainer
 
 
 @contextlib.contextmanager
@@ -79,18 +77,17 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
     checkpoint = read_checkpoint(path)
     trained = checked_config(cfg, checkpoint["aem_lightning"]["config"])
     check_server(trained)
-    with first_rank_first("tasks"):
-        datamodule, ending = build_datamodule(trained), contextlib.ExitStack()
-    try:
-        policy, _ = build_policy(trained, datamodule)
-        module = build_agent(trained, policy, datamodule)
-        ending.callback(getattr(module.engine, "release", bool))
+    with contextlib.ExitStack() as ending:
+        start = Start.of(trained, weights=checkpoint["state_dict"])
+        ending.callback(getattr(start.engine, "release", bool))
+        with first_rank_first("tasks"):
+            datamodule = build_datamodule(trained)
+        ending.callback(datamodule.close)
+        policy, _ = build_policy(trained, datamodule, start.policy)
+        module = build_agent(trained, policy, datamodule, start.engine)
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
-        yield Restored(path, trained, module, datamodule)
-    finally:
-        ending.close()
-        datamodule.close()
+        yield Restored(path, trained, module, datamodule, start.trainer)
 
 
 @contextlib.contextmanager
@@ -103,25 +100,29 @@ def loaded(cfg: DictConfig) -> Iterator[Restored]:
     """
     config = _showing_progress(_wished(with_base_model(cfg), cfg), cfg)
     _check_repeats(config, cfg)
+    config = planned(config, trains=False)
     check_parts(config)
     check_server(config)
+    adapter = cfg.get("adapter")
+    start = Start.of(config, policy=_played_policy(config, adapter, cfg.policy.model))
     datamodule = build_datamodule(config)
     try:
-        policy = _played_policy(config, cfg.get("adapter"), cfg.policy.model, datamodule)
-        path = Path(cfg.get("adapter") or str(policy.causal_lm.name_or_path))
-        yield Restored(path, config, build_agent(config, policy, datamodule), datamodule)
+        policy = start.policy
+        if policy is None or config.policy.model is None:  # a warm start makes it
+            policy, _ = build_policy(config, datamodule, policy)
+        path = Path(adapter or str(policy.causal_lm.name_or_path))
+        module = build_agent(config, policy, datamodule, start.engine)
+        yield Restored(path, config, module, datamodule, start.trainer)
     finally:
         datamodule.close()
 
 
-def _played_policy(
-    config: DictConfig, adapter: str | None, typed: str | None, datamodule: AgentDataModule
-) -> Policy:
-    """The policy of a model; a warm start makes one where there is none."""
+def _played_policy(config: DictConfig, adapter: str | None, typed: str | None) -> Policy | None:
+    """The policy of a model, as far as it depends on no games."""
     # A server is given policies as adapters: new ones change nothing.
     is_served = str(config.engine.get("_target_")).endswith("VllmEngine")
     if adapter is None and (config.policy.model is None or is_served):
-        return build_policy(config, datamodule)[0]
+        return known_policy(config)
     policy = load_policy(config, config.policy.model, lora=None)
     policy.requires_grad_(False)
     if adapter is not None:
@@ -154,7 +155,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         agent.module.repeats = cfg.get("repeats") or 1
         checkpoint = agent.path if is_run else None
         report = about(agent.module, agent.config, cfg.get("adapter"), checkpoint)
-        trainer = build_trainer(agent.config)
+        trainer = agent.trainer
         results = play_all(trainer, agent.module, agent.datamodule)
         transcripts = Path(cfg.paths.output_dir).absolute() / "transcripts.jsonl"
         if trainer.is_global_zero:
@@ -188,22 +189,8 @@ def play_all(
 
 
 def check_agent(trainer: L.Trainer, module: AgentModule) -> None:
-    """The self-check of a policy, once, on the device and in the precision that it will run in.
-
-    The sampler of a vLLM server is checked by every iteration's ``policy/sampler_gap``.
-
-    Raises:
-        ValueError: The model is scored or sampled wrongly.
-    """
-    is_hollow = module.policy.sharded and module.policy.shard_group is None
-    if module.policy in _CHECKED or is_hollow:  # its strategy asks again
-        return
-    module.to(trainer.strategy.root_device)
-    engine = None if isinstance(module.engine, VllmEngine) else module.engine
-    with isolate_rng(), trainer.precision_plugin.forward_context():
-        gaps = self_check(module.policy, engine, module.update_settings.packing)
-    _CHECKED.add(module.policy)
-    log.info("self-check: %s", gaps or "the model's own logits are not finite")
+    """The self-check of the module's policy, see `check_policy`."""
+    check_policy(trainer, module.policy, module.engine, module.update_settings.packing)
 
 
 def checked_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
@@ -217,6 +204,7 @@ def checked_config(cfg: DictConfig, stored: Mapping[str, Any]) -> DictConfig:
     check_trusted(trained, cfg.overrides)
     refuse(wrong_options(trained, TrainOptions, whole=False))
     _check_repeats(trained, cfg)
+    trained = planned(trained, trains=False)
     check_parts(trained)
     return trained
 

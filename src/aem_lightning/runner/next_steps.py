@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,14 @@ def to_continue(cfg: DictConfig, checkpoint: Path) -> str:
     """The command that goes on from ``checkpoint`` with the overrides of this run."""
     words = _without(overrides_of(cfg), OF_ONE_RUN)
     return command(_script("train.py"), *words, override("ckpt_path", str(checkpoint)))
+
+
+def train_instead(cfg: DictConfig, changes: Mapping[str, Any]) -> str:
+    """The command of ``cfg`` with other ``changes``, options or groups, in the place of its own."""
+    words = _without(overrides_of(cfg), [*changes, *OF_ONE_RUN[1:]])
+    return command(
+        _script("train.py"), *words, *(override(key, value) for key, value in changes.items())
+    )
 
 
 def overrides_of(cfg: DictConfig) -> list[str]:

@@ -28,8 +28,8 @@ from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.files import write_atomically
 from aem_lightning.functional import forecast_sums
 from aem_lightning.modules import AgentModule, Policy
-from aem_lightning.modules.memory import is_out_of_memory
 from aem_lightning.rollout import make_groups, pack, stable_seed
+from aem_lightning.rollout.shortage import is_out_of_memory
 from aem_lightning.runner.checkpoints import read_checkpoint
 from aem_lightning.runner.preflight_report import Played, advice, expected_hours, share
 from aem_lightning.types import EnvStep, ResetRequest, Task

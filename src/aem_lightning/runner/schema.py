@@ -70,6 +70,8 @@ def wrong_value(
         if choices:
             words = (choice if isinstance(choice, str) else shown(choice) for choice in choices)
             wanted = f"allowed are {', '.join(f'{key}={word}' for word in words)}"
+            others = [kind for kind in kinds if not _choices(kind) and kind is not type(None)]
+            wanted += "".join(f", or {_in_words(kind)}" for kind in others)
         else:
             wanted = " or ".join(map(_in_words, kinds))
         if type(default) in _NAMES and not choices:

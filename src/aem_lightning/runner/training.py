@@ -16,12 +16,11 @@ from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.envs import check_env
 from aem_lightning.files import write_atomically
 from aem_lightning.metrics import NothingToJudgeError
-from aem_lightning.modules import AgentModule
+from aem_lightning.modules import AgentModule, Policy
 from aem_lightning.runner.build import (
     build_agent,
     build_datamodule,
     build_policy,
-    build_trainer,
     check_parts,
     check_server,
     instantiate,
@@ -31,10 +30,12 @@ from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
 from aem_lightning.runner.early import check_training
 from aem_lightning.runner.evaluation import check_agent, play_all
 from aem_lightning.runner.folder import held
+from aem_lightning.runner.memory_plan import planned
 from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
 from aem_lightning.runner.preflight import preflight
 from aem_lightning.runner.ranks import first_rank_first
 from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
+from aem_lightning.runner.starting import Start
 from aem_lightning.runner.stopping import requeued_checkpoint
 from aem_lightning.runner.summary import StageClock, forecast_of, learning_verdict, write_summary
 from aem_lightning.runner.trust import remember
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run ``cfg``; returns what ``summary.json`` holds."""
     check_training(cfg)
+    if cfg.stage == "train":
+        cfg = planned(cfg)
     check_parts(cfg)
     if cfg.stage == "train":
         check_server(cfg)
@@ -54,37 +57,36 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         # Now: a broken file must show before anything is made.
         earlier = None if checkpoint is None else earlier_run(cfg, checkpoint)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
-        clock = StageClock()
+        clock, start = StageClock(), None
+        if cfg.stage != "check":
+            clock.seconds["tasks"] = 0.0  # the first that is shown, though a policy may come before
+            with clock("warm_start"):
+                start = Start.of(cfg, earlier.iteration if earlier else 0)
+            # The trainer and its module hold each other: keys, values and graphs of one run would
+            # be there in the next.
+            ending.callback(getattr(start.engine, "release", bool))
         with clock("tasks"), first_rank_first("tasks"):
             datamodule = build_datamodule(cfg)
-        try:
-            if cfg.stage == "check":
-                return check_only(cfg, datamodule)
-            if cfg.stage == "warm_start":
-                return warm_start_only(cfg, datamodule, clock)
-            return reinforce(cfg, datamodule, clock, earlier, ending)
-        finally:
-            datamodule.close()
+        ending.callback(datamodule.close)
+        if start is None:
+            return check_only(cfg, datamodule)
+        if cfg.stage == "warm_start":
+            return warm_start_only(cfg, datamodule, clock, start.policy)
+        return reinforce(cfg, datamodule, clock, start, earlier)
 
 
 def reinforce(
     cfg: DictConfig,
     datamodule: AgentDataModule,
     clock: StageClock,
+    start: Start,
     earlier: Earlier | None,
-    ending: ExitStack,
 ) -> dict[str, Any]:
-    """The reinforcement stage, between two evaluations; ``earlier`` is the run it goes on from.
-
-    What has to be given back, however the run ends, is left with ``ending``: the trainer and its
-    module hold each other, so keys, values and graphs of one run would be there in the next.
-    """
-    output = Path(cfg.paths.output_dir)
+    """The reinforcement stage, between two evaluations; ``earlier`` is the run it goes on from."""
+    output, trainer = Path(cfg.paths.output_dir), start.trainer
     with clock("warm_start"):
-        policy, _ = build_policy(cfg, datamodule)
-    module = build_agent(cfg, policy, datamodule)
-    ending.callback(getattr(module.engine, "release", bool))
-    trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
+        policy, _ = build_policy(cfg, datamodule, start.policy)
+    module = build_agent(cfg, policy, datamodule, start.engine)
     if trainer.world_size > cfg.tasks_per_iteration:
         told = "tasks_per_iteration=%d: of %d ranks so many play, for a group lives on one rank"
         log.warning(told, cfg.tasks_per_iteration, trainer.world_size)
@@ -146,11 +148,11 @@ def _success(
 
 
 def warm_start_only(
-    cfg: DictConfig, datamodule: AgentDataModule, clock: StageClock
+    cfg: DictConfig, datamodule: AgentDataModule, clock: StageClock, base: Policy | None
 ) -> dict[str, Any]:
     """The supervised stage alone; its folder is what the next command starts from."""
     with clock("warm_start"):
-        done = warm_start(cfg, datamodule)
+        done = warm_start(cfg, datamodule, base)
     summary = {
         "name": cfg.name,
         "iterations": 0,

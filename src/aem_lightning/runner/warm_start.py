@@ -33,7 +33,7 @@ from aem_lightning.modules import (
     collate_demonstrations,
     demonstrations_dataset,
 )
-from aem_lightning.modules.self_check import self_check
+from aem_lightning.modules.self_check import CHECKED, self_check
 from aem_lightning.rollout import (
     Collector,
     Episode,
@@ -43,6 +43,7 @@ from aem_lightning.rollout import (
     RewardShaping,
     stable_seed,
 )
+from aem_lightning.rollout.shortage import in_stage
 from aem_lightning.rollout.tool_call import example
 from aem_lightning.types import Trajectory
 
@@ -61,6 +62,14 @@ class WarmStart:
     cached: bool
     seconds: float
     report: Mapping[str, Any]
+
+
+def finished(folder: Path) -> WarmStart | None:
+    """What an earlier run left in ``folder``, where that is complete."""
+    result = folder / RESULT
+    if not result.exists():
+        return None
+    return WarmStart(folder, True, 0.0, json.loads(result.read_text(encoding="utf-8")))
 
 
 def warm_start_key(*parts: Any) -> str:
@@ -158,12 +167,13 @@ def run_warm_start(
     trainer: Mapping[str, Any],
 ) -> WarmStart:
     """Train ``base`` on expert play and save it; a complete ``folder`` is taken as it is."""
-    result = folder / RESULT
-    if result.exists():
-        return WarmStart(folder, True, 0.0, json.loads(result.read_text(encoding="utf-8")))
+    if (done := finished(folder)) is not None:
+        return done
     start = time.perf_counter()
     on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    self_check(base.to("cuda" if on_gpu else "cpu"), packing="padded")
+    base.to("cuda" if on_gpu else "cpu")
+    if base not in CHECKED:
+        self_check(base, packing="padded")
     played, slips = play_demonstrations(datamodule, encoder, settings, rewards, limits)
     seconds_play = time.perf_counter() - start
     dataset = demonstrations_dataset(played, set() if settings.imitate_slips else slips)
@@ -188,7 +198,8 @@ def run_warm_start(
                 )
             ),
         )
-        fit.fit(module, loader)
+        with in_stage("the warm start", policy__warm_start__batch_tokens=settings.batch_tokens):
+            fit.fit(module, loader)
     seconds = time.perf_counter() - start
     report = {
         "settings": asdict(settings),
