@@ -296,6 +296,8 @@ class Iteration:
         skipped: The reason why there was no update (every group uniform), else ``None``.
         entropy_source: Where the token entropies came from: ``engine`` or ``trainer``.
         dropped: Episodes that were played and not trained on: dynamic sampling's uniform groups.
+        lag: Iterations between the weights that played and those of the update; ``None`` where it
+            is always 0.
     """
 
     index: int
@@ -309,6 +311,7 @@ class Iteration:
     skipped: str | None = None
     entropy_source: Literal["engine", "trainer"] = "engine"
     dropped: Sequence[Trajectory] = ()
+    lag: int | None = None
 
     @property
     def played(self) -> list[Trajectory]:

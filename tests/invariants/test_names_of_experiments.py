@@ -15,6 +15,7 @@ NAMES = ROOT / "docs" / "names.md"
 # What there was no word for.
 NEW = (
     *("algorithm", "arm", "aem_scope", "fast", "preflight", "strict", "rollout_journal"),
+    "rollout.lag",
     "engine.cache",
     *("policy.chat_template_kwargs", "policy.thoughts"),
     *("datamodule.memory_gb", "datamodule.pass_environment", "datamodule.on_bad_answer"),

@@ -96,8 +96,12 @@ class TaskSampler:
 
     def __iter__(self) -> Iterator[int]:
         for iteration in self.iterations:
-            first = self._origin + iteration * self._per_iteration + self._rank * self.share
-            yield from (self._task(position) for position in range(first, first + self.share))
+            yield from self.of(iteration)
+
+    def of(self, iteration: int) -> list[int]:
+        """The tasks of an iteration on this rank, of any epoch."""
+        first = self._origin + iteration * self._per_iteration + self._rank * self.share
+        return [self._task(position) for position in range(first, first + self.share)]
 
     def _task(self, position: int) -> int:
         passes, place = divmod(position, self._num_tasks)
@@ -240,6 +244,21 @@ class AgentDataModule(LightningDataModule):
         from torch.utils.data import DataLoader
 
         return DataLoader(tasks, batch_size=sampler.share, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+
+    def tasks_after(self, iteration: int) -> list[Task] | None:
+        """This rank's tasks of the iteration after ``iteration``, which is under way, or none."""
+        assert self.trainer is not None
+        end, epochs = self.iterations, self.trainer.max_epochs
+        if end is None and epochs is not None and epochs >= 0:
+            end = epochs * self.iterations_per_epoch
+        if end is not None and iteration + 1 >= end:
+            return None
+        tasks, agent = self.tasks(self.train_split), self.trainer.lightning_module
+        sizes = len(tasks), self.tasks_per_iteration, self.iterations_per_epoch
+        played: Any = agent.tasks_played
+        ranks = self._rank_and_world_size()
+        sampler = TaskSampler(*sizes, self.seed, *ranks, start=iteration, played=played)
+        return [tasks[index] for index in sampler.of(iteration + 1)]
 
     def val_dataloader(self) -> DataLoader[Task]:
         """The fixed subset that validation plays."""

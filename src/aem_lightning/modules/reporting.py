@@ -60,6 +60,8 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
     means = {name: total / len(over) for name, (total, over) in shares.items() if over}
     if tokens:
         means["rollout/entropy"] = entropy / tokens
+    if done.lag is not None:
+        means["rollout/staleness"] = float(done.lag)
     return {
         **means,
         "rollout/infra_errors": float(sum(t.infra_error is not None for t in done.played)),

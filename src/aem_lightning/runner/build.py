@@ -256,6 +256,7 @@ def build_agent(cfg: DictConfig, policy: Policy, datamodule: AgentDataModule) ->
         update=UpdateSettings(**_pick(cfg, UpdateSettings)),
         task_types=datamodule.task_types(),
         seed=cfg.seed,
+        lag=cfg.get("rollout", {}).get("lag", 0),
     )
     agent.config = plain(cfg)
     return agent

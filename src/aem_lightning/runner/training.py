@@ -18,6 +18,7 @@ from aem_lightning.envs import check_env
 from aem_lightning.files import write_atomically
 from aem_lightning.metrics import NothingToJudgeError
 from aem_lightning.modules import AgentModule
+from aem_lightning.modules.ahead import check_lag
 from aem_lightning.runner.build import (
     build_agent,
     build_datamodule,
@@ -87,6 +88,8 @@ def reinforce(
     trainer = build_trainer(cfg, start=earlier.iteration if earlier else 0)
     # What ranks cannot share is refused now, before a game is played.
     TaskSampler(1, cfg.tasks_per_iteration, 1, cfg.seed, world_size=trainer.world_size)
+    if module.ahead is not None:
+        check_lag(trainer, module.engine)
     check_agent(trainer, module)
     checkpoint = earlier.checkpoint if earlier else None
     checked = preflight(cfg, trainer, module, datamodule, checkpoint)
