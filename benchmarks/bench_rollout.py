@@ -9,6 +9,9 @@ and of ``generate`` are compared with one teacher-forced pass over every transcr
 TRL plays a game of the same shape whose responses end at one of many stop ids: what is compared is
 tokens per second.
 
+With ``--vllm`` a server of vLLM's build for CPUs plays too, on a chat model with LoRA; `vllm_peer`
+says how. ``--players vllm`` plays that alone.
+
 With ``--budget`` a player stops at the first turn that begins so many seconds after its start: the
 table says which share of the work it played, and its rate is that of this share. Early turns are
 the cheap ones, so of a peer that is stopped sooner the rate is flattered, never ours.
@@ -42,6 +45,7 @@ from players import (
 )
 from transformers import Qwen2ForCausalLM
 from trl_peer import run_trl, trl_version
+from vllm_peer import compare_vllm, why_left_out
 from word_world import DONE, WORDS, WordGame
 
 from aem_lightning.modules import build_tokenizer
@@ -190,24 +194,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", "--size", choices=MODELS, default="tiny")
     parser.add_argument("--budget", type=float, help="most seconds of a player")
     parser.add_argument("--brief", action="store_true", help="one table for all works")
-    parser.add_argument("--players", nargs="+", choices=[*PLAYERS, "trl"], default=None)
+    parser.add_argument("--players", nargs="+", choices=[*PLAYERS, "trl", "vllm"])
+    parser.add_argument("--vllm", help="a server's virtual environment, or http://host:port")
+    parser.add_argument("--chat-model", default="../data/models/smollm2-135m-instruct")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="where to write the results")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    players = ["engine", *(p for p in options.players or [*PLAYERS, "trl"] if p != "engine")]
+    asked = options.players or [*PLAYERS, "trl", "vllm"]
+    players = ["engine", *(p for p in asked if p not in ("engine", "vllm"))]
     if "trl" in players and trl_version() is None:
         print("trl is not installed and is left out: pip install trl")
         players.remove("trl")
     reports, budget = [], options.budget or math.inf
-    for episodes in options.episodes:
+    if "vllm" in asked:
+        if reason := why_left_out(options.vllm, options.chat_model):
+            print(f"vllm is left out: {reason}")
+        else:
+            reports.append(compare_vllm(options.vllm, options.chat_model, budget))
+            show(reports[-1])
+    for episodes in options.episodes if asked != ["vllm"] else ():
         for turns in options.turns:
             work = Work(episodes, turns, options.group_size)
             reports.append(compare(work, players, options.model, check=True, budget=budget))
             if not options.brief:
                 show(reports[-1])
-    if options.brief or len(reports) > 1:
-        show_ratios(reports)
+    ours = [report for report in reports if "vllm" not in report["results"]]
+    if ours and (options.brief or len(ours) > 1):
+        show_ratios(ours)
     write_json(options.json, {"settings": vars(options), "reports": reports})
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from aem_lightning.rollout.engine import Request, Sampling
+from aem_lightning.rollout.engine import Request, RolloutEngine, Sampling
 from aem_lightning.rollout.slot_engine import SlotEngine
 
 VOCABULARY = 4096
@@ -216,6 +216,18 @@ def play_engine(
         longest = min(longest, max(len(e.ids) for e in episodes) + kept)
     engine = SlotEngine(slots=slots or len(episodes), max_length=-(-longest // 128) * 128)
     engine.sync(SimpleNamespace(causal_lm=model), version=0)
+    play_on(engine, episodes, until, share=share, window=window)
+
+
+def play_on(
+    engine: RolloutEngine,
+    episodes: list[Episode],
+    until: float = math.inf,
+    *,
+    share: float = 1.0,
+    window: int | None = None,
+) -> None:
+    """Play on any engine, which has a policy."""
     turn = dict.fromkeys(range(len(episodes)), 0)
     due = list(turn)
     while turn and time.perf_counter() < until:

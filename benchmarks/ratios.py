@@ -6,6 +6,7 @@ less certain, so the least of a few measurements is committed, and one good meas
 
     python benchmarks/ratios.py             # fails on a loss of more than 25 %
     python benchmarks/ratios.py --update    # writes benchmarks/ratios.json
+    python benchmarks/ratios.py --vllm data/vllm-venv    # and rollouts beside a server of vLLM
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from common import print_table, write_json
+from vllm_peer import why_left_out
 
 COMMITTED = Path(__file__).with_name("ratios.json")
 ALLOWED_LOSS = 0.25
 REPEATS = 3
+VLLM, BUDGET_S = "rollout_over_vllm", 300.0  # its name, and most seconds of each of the two
 
 
 def losses(
@@ -43,6 +46,13 @@ def losses(
                 f"a loss of {loss:.0%}, allowed {allowed:.0%}"
             )
     return said
+
+
+def measure_vllm(place: str, model: str) -> dict[str, float]:
+    """The ratio that needs a server; see `vllm_peer`."""
+    from vllm_peer import compare_vllm
+
+    return {VLLM: compare_vllm(place, model, BUDGET_S)["ratios"]["vllm"]}
 
 
 def measure() -> dict[str, float]:
@@ -86,16 +96,27 @@ def best_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write the measured ratios")
+    parser.add_argument("--vllm", help="a server's virtual environment, or http://host:port")
+    parser.add_argument("--chat-model", default="../data/models/smollm2-135m-instruct")
     options = parser.parse_args()
+    known = (
+        json.loads(COMMITTED.read_text(encoding="utf-8"))["ratios"] if COMMITTED.exists() else {}
+    )
+    own = {name: ratio for name, ratio in known.items() if name != VLLM}
+    served: dict[str, float] = {}
+    if reason := why_left_out(options.vllm, options.chat_model):
+        print(f"{VLLM} is left out: {reason}")
+    else:
+        served = measure_vllm(options.vllm, options.chat_model)
     if options.update:
-        measured = least([measure() for _ in range(REPEATS)])
+        measured = known | least([measure() for _ in range(REPEATS)]) | served
         write_json(COMMITTED, {"ratios": measured})
         print_table("Ratios written", ("name", "ratio"), sorted(measured.items()))
         return
     if not COMMITTED.exists():
         sys.exit(f"{COMMITTED} is missing: python benchmarks/ratios.py --update writes it")
-    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))["ratios"]
-    measured = best_of(measure, committed)
+    measured = best_of(measure, own) | served
+    committed = known if served else own
     rows = [(name, ratio, committed.get(name, "-")) for name, ratio in sorted(measured.items())]
     print_table("Ratios", ("name", "measured", "committed"), rows)
     if said := losses(measured, committed):

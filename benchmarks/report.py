@@ -33,17 +33,24 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def between_markers(text: str, figures: str) -> str:
-    """``text`` with new ``figures`` in the place of the old ones.
+def beside_others(old: str, new: Mapping[str, str]) -> str:
+    """The sections of ``old``, with ``new`` ones in their places or behind them, by title."""
+    _, *parts = f"\n{old}".split("\n### ")
+    known = {part.partition("\n")[0]: f"### {part.rstrip()}" for part in parts}
+    return "\n\n".join((known | new).values())
+
+
+def between_markers(text: str, new: Mapping[str, str]) -> str:
+    """``text`` with ``new`` sections in the place of the old ones; others stay.
 
     Raises:
         ValueError: The markers are missing.
     """
     before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the file needs two lines that say where figures go: {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{figures}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{beside_others(old, new)}\n\n{END}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of benchmarks")
     parser.add_argument("--into", type=Path, help="a markdown file with markers; else the terminal")
     options = parser.parse_args(argv)
-    parts = []
+    parts = {}
     for path in options.results:
         text = markdown(json.loads(path.read_text(encoding="utf-8")))
-        parts.append(f"### {path.stem.replace('_', ' ').capitalize()}\n\n{text}")
-    figures = "\n\n".join(parts)
+        title = path.stem.replace("_", " ").capitalize()
+        parts[title] = f"### {title}\n\n{text}"
     if options.into is None:
-        sys.stdout.write(figures + "\n")
+        sys.stdout.write("\n\n".join(parts.values()) + "\n")
         return
-    text = between_markers(options.into.read_text(encoding="utf-8"), f"\n{figures}\n")
+    text = between_markers(options.into.read_text(encoding="utf-8"), parts)
     options.into.write_text(text, encoding="utf-8")
 
 

@@ -36,6 +36,7 @@ class Stop(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if (self._iteration, self._stage) == (pl_module.iteration, "update"):
+            self._stage = ""  # once: a second signal would end the process
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -358,6 +358,8 @@ class Iteration:
         entropy_source: Where the token entropies came from: ``engine`` or ``trainer``.
         forecast: Sums for the correlation of response entropies and sizes of step advantages.
         dropped: Episodes that were played and not trained on: dynamic sampling's uniform groups.
+        lag: Iterations between the weights that played and those of the update; ``None`` where it
+            is always 0.
     """
 
     index: int
@@ -372,6 +374,7 @@ class Iteration:
     entropy_source: Literal["engine", "trainer"] = "engine"
     dropped: Sequence[Trajectory] = ()
     forecast: Mapping[str, float] = field(default_factory=dict)
+    lag: int | None = None
 
     @property
     def played(self) -> list[Trajectory]:

@@ -41,13 +41,15 @@ def test_other_adapters_are_loaded_silently(toy_model: str, tmp_path: Path) -> N
         fit(toy_config(tmp_path / "b", toy_model, "policy.lora.r=2"), ckpt_path=last)
 
 
-@pytest.mark.parametrize(("stage", "whole"), [("rollout", 2), ("update", 3)])
+@pytest.mark.parametrize(
+    ("stage", "whole", "lag"), [("rollout", 2, 0), ("update", 3, 0), ("update", 3, 1)]
+)
 def test_a_signal_loses_a_whole_iteration_or_keeps_half_of_one(
-    toy_model: str, tmp_path: Path, stage: str, whole: int
+    toy_model: str, tmp_path: Path, stage: str, whole: int, lag: int
 ) -> None:
-    """The rollout under way is dropped; an update under way is finished."""
+    """The rollout under way is dropped, also one ahead; an update under way is finished."""
     stop = ("+callbacks.stop._target_=toy.Stop", f"+callbacks.stop.stage={stage}")
-    same = ("scheduler=constant", "evaluate=false")
+    same = ("scheduler=constant", "evaluate=false", f"rollout.lag={lag}")
     run = (*same, "iterations_per_epoch=4", *stop, "+callbacks.stop.iteration=2")
     with pytest.raises(Stopped) as stopped, stoppable():
         train(toy_config(tmp_path / "stopped", toy_model, *run))

@@ -15,7 +15,7 @@ NAMES = ROOT / "docs" / "names.md"
 # What there was no word for.
 NEW = (
     *("algorithm", "arm", "aem_scope", "fast", "preflight", "strict", "rollout_journal"),
-    *("rank_timeout_s", "trainer.num_nodes"),
+    *("rank_timeout_s", "trainer.num_nodes", "rollout.lag"),
     *("profile_decode_steps", "profile_micro_batches"),
     *("engine.cache", "reply_tokens"),
     *("filter", "filter_share", "modulation.proxy", "modulation.then.proxy"),

@@ -37,6 +37,11 @@ def test_new_figures_stand_beside_the_old_ones(results: Path, report: Any, tmp_p
     text = page.read_text()
     assert text.count("### Whole step") == 1
     assert "old" not in text
+    page.write_text(
+        text.replace("### Whole", "### Another\n\nkept\n\n### Whole").replace("5.13", "?")
+    )
+    report.main([str(results), "--into", str(page)])
+    assert page.read_text() == text.replace("### Whole", "### Another\n\nkept\n\n### Whole")
     assert text.startswith("# Page\n")
     assert text.endswith("\n\nThe end.\n")
     page.write_text("no markers")

@@ -50,6 +50,25 @@ def test_the_guard_passes_on_what_it_wrote_and_fails_on_a_loss(ratios, monkeypat
         run_guard(ratios, monkeypatch, tmp_path, {"rollout": 2.0})
 
 
+def test_a_server_is_measured_though_none_is_given_or_lost_from_the_guard(
+    ratios, monkeypatch, tmp_path, capsys
+):
+    known = {"rollout": 4.0, ratios.VLLM: 6.0}
+    (tmp_path / "ratios.json").write_text(json.dumps({"ratios": known}))
+    guard = (ratios, monkeypatch, tmp_path, {"rollout": 4.0})
+    run_guard(*guard)
+    assert f"{ratios.VLLM} is left out: no vLLM is given: type --vllm" in capsys.readouterr().out
+    run_guard(*guard, "--update")
+    assert json.loads((tmp_path / "ratios.json").read_text())["ratios"] == known
+    run_guard(*guard, "--vllm", str(tmp_path))
+    assert f"{tmp_path} has no bin/vllm: python scripts/vllm_cpu.py" in capsys.readouterr().out
+    (tmp_path / "config.json").touch()
+    place = ("--vllm", "http://127.0.0.1:9", "--chat-model", str(tmp_path))
+    monkeypatch.setattr(ratios, "measure_vllm", lambda *_: {ratios.VLLM: 4.4})
+    with pytest.raises(SystemExit, match=f"{ratios.VLLM}: 4.40, committed 6.00: a loss of 27%"):
+        run_guard(*guard, *place)
+
+
 def test_the_word_game_is_the_same_for_the_same_actions_and_ragged_for_others(import_benchmark):
     world = import_benchmark("word_world")
 

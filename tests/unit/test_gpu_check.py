@@ -8,8 +8,9 @@ import pytest
 
 from aem_lightning.gpu_check import __main__ as command
 from aem_lightning.gpu_check import pieces
+from aem_lightning.gpu_check.decoding import expected
 from aem_lightning.gpu_check.piece import Check, Piece
-from aem_lightning.gpu_check.report import table, verdict
+from aem_lightning.gpu_check.report import engines, table, verdict
 
 
 def lines(said):
@@ -25,6 +26,8 @@ def test_cheap_pieces_are_not_green_or_are_measured_again(tmp_path, capsys, monk
     assert graphs["same_ids"]
     assert graphs["max_logprob_difference"] < 1e-3
     assert set(graphs["steps"]) == {f"{b} rows, {r} read" for b in (2, 4) for r in (64, 128)}
+    assert set(graphs["engines"]) == set(graphs["steps"])
+    assert "2 rows, 64 read: engine=hf" in said
     assert memory["micro_batch_tokens"] == 50_000
     assert "concurrency=32 or max_context=16" in memory["told"]
     assert "| graphs | steps, 4 rows, 128 read, graph_ms |" in (tmp_path / "table.md").read_text()
@@ -98,3 +101,19 @@ def test_a_verdict_forgets_what_was_not_run():
     green = {"red": None, "figure": 0.123456}
     assert verdict({"a": green}, ["a", "b"]) == "Green so far; not run: b."
     assert "| a | figure | 0.1235 |" in table({"a": green})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "share", "advice"),
+    [(0.02, "50%", "try engine=vllm"), (0.0125, "80%", "gains little")],
+)
+def test_the_choice_of_an_engine_hangs_on_something_else(seconds, share, advice):
+    """64 rows a step of 20 ms, where the memory's rate allows 10 ms."""
+    found = expected(64, seconds, 0.01)
+    assert found["hf_tokens_per_s"] == pytest.approx(64 / seconds)
+    assert found["vllm_at_most_tokens_per_s"] == pytest.approx(6400)
+    said = engines({"graphs": {"engines": {"64 rows, 1280 read": found}}})
+    assert "engine=vllm at most 6,400" in said
+    assert f"{share} of what memory allows" in said
+    assert advice in said
+    assert engines({"graphs": {"red": None}}) == engines({}) == ""

@@ -30,7 +30,7 @@ from aem_lightning.runner.summary import SUMMARY
 
 log = logging.getLogger(__name__)
 
-CURVES = ("train/success_rate", "val/success_rate", "aem/entropy")
+CURVES = ("train/success_rate", "val/success_rate", "aem/entropy", "time/total")
 # What the modulation had to work with, and what it did.
 EFFECTS = ("rollout/mixed_groups", "aem/gated_groups", "aem/alpha_min", "aem/alpha_max")
 MASSES = tuple(f"aem/mass_{of}{up}" for of in ("base_", "") for up in ("positive", "negative"))

@@ -28,6 +28,7 @@ MEASURES = {
     "val_success": ("val/success_rate", "all", "success in validation, all iterations (%)"),
     "entropy_early": ("aem/entropy", "first third", "entropy, first third (nats)"),
     "entropy_late": ("aem/entropy", "last third", "entropy, last third (nats)"),
+    "seconds": ("time/total", "all", "wall time of an iteration (s)"),
 }
 # What is said of an arm's modulation, and the factor it is shown with.
 _EFFECTS = {
@@ -82,7 +83,7 @@ def _tests(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += ["| | difference | p (sign flips over seeds) |", "|---|---:|---:|"]
         rows = [("success after training (%)", pair["success"].get(ALL), 100)]
         rows += [
-            (label, pair[name], 1 if name.startswith("entropy") else 100)
+            (label, pair[name], 100 if name.endswith("success") else 1)
             for name, (*_, label) in MEASURES.items()
         ]
         for label, found, scale in rows:

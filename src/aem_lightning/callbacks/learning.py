@@ -186,7 +186,7 @@ class LearningWatch(Callback):
     def _of_sampler(self, done: Iteration) -> tuple[str, str] | None:
         """Whether the engine samples from what the trainer scores: `policy/sampler_gap`."""
         gap = done.metrics.get("policy/sampler_gap")
-        if gap is None:
+        if gap is None or done.lag:  # a sampler that is meant to be behind
             return None
         first = self._gap is None
         floor = gap if self._gap is None else self._gap

@@ -90,8 +90,12 @@ class TaskSampler:
 
     def __iter__(self) -> Iterator[int]:
         for iteration in self.iterations:
-            first = self._origin + iteration * self._per_iteration
-            yield from (self._task(first + place) for place in self._share)
+            yield from self.of(iteration)
+
+    def of(self, iteration: int) -> list[int]:
+        """The tasks of an iteration on this rank, of any epoch."""
+        first = self._origin + iteration * self._per_iteration
+        return [self._task(first + place) for place in self._share]
 
     def _task(self, position: int) -> int:
         passes, place = divmod(position, self._num_tasks)
@@ -240,6 +244,21 @@ class AgentDataModule(LightningDataModule):
         )
         sampler.set_epoch(epoch)
         return self._loader(tasks, sampler.share, sampler, empty=len(sampler.iterations))
+
+    def tasks_after(self, iteration: int) -> list[Task] | None:
+        """This rank's tasks of the iteration after ``iteration``, which is under way, or none."""
+        assert self.trainer is not None
+        end, epochs = self.iterations, self.trainer.max_epochs
+        if end is None and epochs is not None and epochs >= 0:
+            end = epochs * self.iterations_per_epoch
+        if end is not None and iteration + 1 >= end:
+            return None
+        tasks, agent = self.tasks(self.train_split), self.trainer.lightning_module
+        sizes = len(tasks), self.tasks_per_iteration, self.iterations_per_epoch
+        played: Any = agent.tasks_played
+        ranks = self._rank_and_world_size()
+        sampler = TaskSampler(*sizes, self.seed, *ranks, start=iteration, played=played)
+        return [tasks[index] for index in sampler.of(iteration + 1)]
 
     def val_dataloader(self) -> DataLoader[Task]:
         """The fixed subset that validation plays."""

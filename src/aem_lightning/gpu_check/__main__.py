@@ -18,7 +18,7 @@ from pathlib import Path
 
 from aem_lightning.files import write_atomically
 from aem_lightning.gpu_check.piece import Check, Figures, Piece
-from aem_lightning.gpu_check.report import table, verdict
+from aem_lightning.gpu_check.report import engines, table, verdict
 
 OPTIONS = {
     "device": "auto",
@@ -55,7 +55,8 @@ def main(words: list[str]) -> int:
         if found[name]["red"] and options["keep_going"] != "true":
             break
     write_atomically(check.folder / "table.md", table(found) + "\n")
-    print(f"\n{table(found)}\n\n{verdict(found, wanted)}")
+    parts = [table(found), engines(found), verdict(found, wanted)]
+    print("", *filter(None, parts), sep="\n\n")
     return int(any(figures["red"] for figures in found.values()))
 
 

@@ -51,6 +51,10 @@ def graphs(check: Check) -> Figures:
     wrong = wrong or (not same and apart > TOLERANCE and "graphs decode other ids than eager steps")
     wrong = wrong or (apart > TOLERANCE and f"log-probabilities differ by {apart:.3f}")
     weights = sum(parameter.nbytes for parameter in causal_lm.parameters())
+    rate = bytes_a_second(check)
+    config: Any = model.config
+    width = config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * 2  # bfloat16
     return {
         "red": wrong or None,
         "same_ids": same,
@@ -59,7 +63,34 @@ def graphs(check: Check) -> Figures:
         "reserved_mib_of_graphs": (reserved(check) - before) / MIB,
         "steps": steps,
         "weights_gib": weights / 2**30,
-        "roof_ms": 1000 * weights / bytes_a_second(check),
+        "roof_ms": 1000 * weights / rate,
+        "engines": {
+            f"{batch} rows, {read} read": expected(
+                batch,
+                min(steps[f"{batch} rows, {read} read"].values()) / 1000,
+                (weights + batch * read * token) / rate,
+            )
+            for batch in batches
+            for read in reads
+        },
+    }
+
+
+def expected(rows: int, seconds: float, floor: float) -> Figures:
+    """What an engine decodes, and what none can pass, in tokens a second.
+
+    A step has to read all weights, and the keys and values of every row: the ``floor`` of its time.
+    A server that batches well, as vLLM's, comes near it; it needs memory, or a GPU, of its own.
+
+    Args:
+        rows: Of the batch.
+        seconds: That a step of ``engine=hf`` took.
+        floor: Seconds that the reading takes.
+    """
+    return {
+        "hf_tokens_per_s": rows / seconds,
+        "vllm_at_most_tokens_per_s": rows / floor,
+        "hf_share": floor / seconds,
     }
 
 

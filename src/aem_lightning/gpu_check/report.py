@@ -7,6 +7,8 @@ from typing import Any
 
 from aem_lightning.gpu_check.piece import Figures
 
+NEAR = 0.7  # of the memory's rate: what a server's own work leaves of it
+
 
 def verdict(found: Mapping[str, Figures], wanted: Sequence[str]) -> str:
     """Whether this machine is fit, in a sentence."""
@@ -19,6 +21,24 @@ def verdict(found: Mapping[str, Figures], wanted: Sequence[str]) -> str:
     if missing:
         return f"Green so far; not run: {', '.join(missing)}."
     return f"GREEN: all {len(wanted)} pieces."
+
+
+def engines(found: Mapping[str, Figures]) -> str:
+    """What to expect of each engine, and which to choose; nothing where none was measured."""
+    known: Mapping[str, Any] = found.get("graphs", {}).get("engines", {})
+    said = [
+        f"{case}: engine=hf {each['hf_tokens_per_s']:,.0f} tokens/s measured, engine=vllm at most "
+        f"{each['vllm_at_most_tokens_per_s']:,.0f} by arithmetic (memory read once a step)"
+        for case, each in known.items()
+    ]
+    if said:
+        worst = min(each["hf_share"] for each in known.values())
+        said.append(
+            f"engine=hf has {worst:.0%} of what memory allows, or more"
+            + (": engine=vllm gains little" if worst >= NEAR else ": try engine=vllm too")
+            + ". A server needs memory or a GPU of its own, and gives no entropies."
+        )
+    return "\n".join(said)
 
 
 def table(found: Mapping[str, Figures]) -> str:

@@ -24,8 +24,9 @@ from aem_lightning.algorithms import (
 from aem_lightning.collectives import several_ranks, summed
 from aem_lightning.functional import forecast_sums, response_entropy
 from aem_lightning.metrics import EpisodeMetrics
+from aem_lightning.modules.ahead import Ahead, corrected
 from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
-from aem_lightning.modules.dynamic_sampling import GroupSource, split_groups, why_all_broke
+from aem_lightning.modules.dynamic_sampling import group_source, split_groups, why_all_broke
 from aem_lightning.modules.finite import FiniteCheck, check_weights
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy
@@ -64,7 +65,7 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LR
 class AgentModule(L.LightningModule):
     """Multi-turn reinforcement learning of a policy, with modulated advantages.
 
-    Manual optimisation, and rollouts inside the step: what is trained on is always on-policy.
+    Manual optimisation, and rollouts inside the step: on-policy always, but for ``lag``.
 
     Args:
         policy: The LoRA-adapted policy.
@@ -80,6 +81,7 @@ class AgentModule(L.LightningModule):
         update: How a rollout batch is used.
         task_types: What results are broken down by.
         seed: Key of every random draw, together with the iteration: ranks share its draws.
+        lag: With 1, the next iteration's episodes are played during an update, see `Ahead`.
 
     Raises:
         ValueError: The group is too small for the estimator.
@@ -104,6 +106,7 @@ class AgentModule(L.LightningModule):
         update: UpdateSettings,
         task_types: Sequence[str] = (),
         seed: int = 0,
+        lag: int = 0,
     ) -> None:
         super().__init__()
         check_group_size(rollout.group_size, estimator)
@@ -112,6 +115,8 @@ class AgentModule(L.LightningModule):
         if self.critic is not None:
             policy.add_value_head()
         self.policy, self.engine, self.encoder, self.rewards = policy, engine, encoder, rewards
+        self.ahead = Ahead() if lag else None
+        loss = corrected(loss) if lag else loss
         self.estimator, self.modulation, self.loss = estimator, modulation, loss
         self.covariance = loss.covariance if isinstance(loss, ClippedLoss) else None
         self.first_entropy_coef = self.entropy_coef = getattr(loss, "entropy_coef", 0.0)
@@ -125,7 +130,7 @@ class AgentModule(L.LightningModule):
         self.finite: FiniteCheck  # of the iteration under way
         self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
         self.committing: Callable[[], object] = bool  # called before the first change of a step
-        self.recorded: Callable[..., Collector] | None = None  # whoever keeps rollouts
+        self.recorded: Callable[..., Any] | None = None  # whoever keeps rollouts
         self.validation_metrics = EpisodeMetrics(task_types)
         self._optimizer, self._scheduler = optimizer, scheduler
 
@@ -164,6 +169,7 @@ class AgentModule(L.LightningModule):
             entropy_source=entropy_source,
             dropped=dropped,
             forecast=forecast_sums(rollouts),
+            lag=None if self.ahead is None else self.ahead.staleness,
         )
         self.report(done)
         self.iteration += 1
@@ -173,22 +179,15 @@ class AgentModule(L.LightningModule):
     # -------------------------------------------------------------------------------------- collect
 
     def collect(self, tasks: Sequence[Task], watch: Stopwatch) -> list[Trajectory]:
-        """``group_size`` trajectories of every task, sampled with the current weights.
+        """``group_size`` trajectories of every task by the current weights, with ``lag`` by older.
 
         With ``collection_rounds`` above 1, those of more tasks follow while groups are uniform.
         """
         check_weights(self.iteration, self.policy)
+        if self.ahead is not None:
+            return self.ahead.collect(self, tasks)
         self.engine.sync(self.policy, self.iteration)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        play = partial(self.collector, self.rollout.temperature)
-        source = GroupSource(
-            collector=play if self.recorded is None else partial(self.recorded, play),
-            group_size=self.rollout.group_size,
-            tasks=lambda: data.tasks(data.train_split),
-            key=("train", self.seed, self.iteration, 0),
-            environment_seed=stable_seed(self.seed, self.iteration),
-            must_fit=self.iteration == 0,  # a run that has played goes on without such a task
-        )
+        source = group_source(self, tasks, self.policy, self.iteration)
         played = source.collect(tasks, self.rollout.collection_rounds)
         watch.add("environment", source.environment_seconds)
         return played
@@ -235,7 +234,8 @@ class AgentModule(L.LightningModule):
     @cached_property
     def budget(self) -> TokenBudget:
         """What a micro-batch may hold; it stays smaller once memory has run out."""
-        return TokenBudget.of(self.update_settings, self.policy, self.engine)
+        in_use = self.ahead is not None
+        return TokenBudget.of(self.update_settings, self.policy, None if in_use else self.engine)
 
     def score(
         self, batch: RolloutBatch, plan: UpdatePlan, watch: Stopwatch
@@ -324,6 +324,9 @@ class AgentModule(L.LightningModule):
 
     def configure_model(self) -> None:
         shard(self.policy, self._device_mesh)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [] if self.ahead is None else [self.ahead]
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer([p for p in self.policy.parameters() if p.requires_grad])

@@ -7,8 +7,10 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import pstdev
+from typing import Any
 
 from aem_lightning.collectives import from_all_ranks, of_each_rank, this_rank
 from aem_lightning.modules.settings import RolloutSettings
@@ -93,6 +95,27 @@ class GroupSource:
         for trajectory in played:
             trajectory.round = number
         return played
+
+
+def group_source(agent: Any, tasks: Sequence[Task], sampler: Any, iteration: int) -> GroupSource:
+    """What plays the groups of an iteration of ``agent``.
+
+    Args:
+        agent: The agent; its engine has the weights of ``sampler``.
+        tasks: Those of the first round.
+        sampler: The policy that plays; whoever keeps rollouts asks what its weights are.
+        iteration: Key of every draw.
+    """
+    data = agent.trainer.datamodule
+    play = partial(agent.collector, agent.rollout.temperature)
+    return GroupSource(
+        collector=play if agent.recorded is None else agent.recorded(play, tasks, sampler),
+        group_size=agent.rollout.group_size,
+        tasks=lambda: data.tasks(data.train_split),
+        key=("train", agent.seed, iteration, 0),
+        environment_seed=stable_seed(agent.seed, iteration),
+        must_fit=iteration == 0,  # a run that has played goes on without such a task
+    )
 
 
 def shared_out(tasks: Sequence[Task], ranks: int) -> list[list[Task]]:

@@ -50,13 +50,18 @@ class RolloutJournal(L.Callback):
         agent: Any = pl_module
         if self._saved is not None:
             remove(trainer, before=self._saved)
-        folder, key = self._folder(trainer), fingerprint(agent, batch)
+        folder = self._folder(trainer)
 
-        def record(play: Play, seed: tuple[object, ...]) -> Collector:
-            name = "-".join(map(str, (seed[2], trainer.global_rank, *seed[4:])))  # and a round
-            return recorded(play(seed), agent.engine, folder / f"{name}.jsonl", f"{key} {seed}")
+        def keep(play: Play, tasks: list[Any], sampler: Any) -> Play:
+            key = fingerprint(agent, tasks, sampler)
 
-        agent.recorded = record
+            def record(seed: tuple[object, ...]) -> Collector:
+                name = "-".join(map(str, (seed[2], trainer.global_rank, *seed[4:])))  # and a round
+                return recorded(play(seed), agent.engine, folder / f"{name}.jsonl", f"{key} {seed}")
+
+            return record
+
+        agent.recorded = keep
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Remember the iteration: once the next one begins, the file is complete."""
@@ -105,14 +110,14 @@ def remove(trainer: L.Trainer, before: int) -> None:
             folder.rmdir()
 
 
-def fingerprint(agent: Any, tasks: list[Any]) -> str:
+def fingerprint(agent: Any, tasks: list[Any], sampler: Any) -> str:
     """A hash of all that a rollout depends on: weights, tasks, settings, bit by bit."""
     config = {name: value for name, value in agent.config.items() if name not in UNRELATED}
     parts = [config, repr(agent.rollout), [task.id for task in tasks], torch.__version__]
     text = json.dumps(parts, sort_keys=True, default=repr)
     own = agent.config.get("paths", {}).get("output_dir")  # a continued run may have another folder
     digest = hashlib.blake2b((text.replace(own, "") if own else text).encode())
-    for name, weight in sorted(agent.policy.trainable().items()):
+    for name, weight in sorted(sampler.trainable().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]

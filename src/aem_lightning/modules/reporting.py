@@ -77,6 +77,7 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
         **over_ranks(shares, added),
         "rollout/collection_rounds": 1.0 + max(rounds),
         "rollout/skipped_update": float(done.skipped is not None),
+        **({} if done.lag is None else {"rollout/staleness": float(done.lag)}),
         "rollout/entropy_from_trainer": float(done.entropy_source == "trainer"),
     }
 

@@ -57,6 +57,18 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True)
+class Asynchrony:
+    """Whether rollouts are played beside updates.
+
+    Attributes:
+        lag: Iterations that a rollout may be ahead: with 1 it is played by the policy as it was
+            before the last update, while that is made.
+    """
+
+    lag: Literal[0, 1] = 0
+
+
+@dataclass(frozen=True)
 class UpdateSettings:
     """How a rollout batch is used.
 

@@ -176,6 +176,7 @@ class Collector:
         max_new_tokens: Room that a response needs.
         concurrency: Episodes in play at once.
         episodes_over: Is told how many episodes have just ended.
+        before_pass: Is called before every turn of the loop; what it raises ends the rollout.
         must_fit: Raise where no opening prompt of a `collect` fits; else its episodes only break.
         environment_seconds: Wall time spent waiting for environments so far.
     """
@@ -189,6 +190,7 @@ class Collector:
     max_new_tokens: int
     concurrency: int = 64
     episodes_over: Callable[[int], object] | None = None
+    before_pass: Callable[[], object] = bool
     must_fit: bool = True
     environment_seconds: float = 0.0
     _starts: dict[int, tuple[Episode, EnvStep]] = field(
@@ -217,6 +219,7 @@ class Collector:
         self._overlong.clear()
         asked: set[str] = set()
         while waiting or live or starting:
+            self.before_pass()
             # Environments work on what was sent at the end of a pass while responses are sampled
             # at the beginning of the next.
             results = sorted(self.responder.answers(), key=attrgetter("key")) if asked else []

@@ -104,4 +104,5 @@ def evaluated(model: nn.Module) -> Iterator[None]:
             module.training = True
         # Weights that autocast cast and cached here carry no gradient. Some releases of torch
         # would silently use them in a training pass of the same autocast region.
-        torch.clear_autocast_cache()
+        if torch.is_autocast_cache_enabled():  # else it is another thread's
+            torch.clear_autocast_cache()

@@ -213,6 +213,11 @@ class VllmEngine:
         with self._lock:
             self._seats.pop(key, None)
 
+    def release(self) -> bool:
+        """Throw away what is under way; there is no GPU memory of this process to give back."""
+        self._under_way.clear()
+        return False
+
     def shutdown(self) -> None:
         """Unload the adapters; the servers go on. It comes by itself at the end of the process."""
         self._under_way.clear()

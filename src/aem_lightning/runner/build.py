@@ -323,6 +323,7 @@ def build_agent(
         update=UpdateSettings(**_pick(cfg, UpdateSettings)),
         task_types=datamodule.task_types(),
         seed=cfg.seed,
+        lag=cfg.get("rollout", {}).get("lag", 0),
     )
     agent.config = plain(cfg)
     return agent

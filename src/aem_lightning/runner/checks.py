@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.modules.settings import (
     Architecture,
+    Asynchrony,
     Lora,
     RolloutSettings,
     UpdateSettings,
@@ -77,6 +78,7 @@ class TrainOptions(RolloutSettings, UpdateSettings, PlayOptions):
     strict: bool = False
     rollout_journal: bool = True
     rank_timeout_s: Positive = 1800.0
+    rollout: Asynchrony = field(default_factory=Asynchrony)
     evaluate: bool
     iterations: Count
     algorithm: str | None
@@ -355,6 +357,14 @@ def _combination_problems(cfg: DictConfig) -> list[str]:
         problems.append(
             "strict=true ends a run by the verdict of callbacks.learning, which is left out: type "
             "strict=false, or callbacks=default"
+        )
+    acting = [
+        name for name in ("horizon_growth", "task_weights") if (cfg.callbacks or {}).get(name)
+    ]
+    if acting and OmegaConf.select(cfg, "rollout.lag"):
+        problems.append(
+            f"rollout.lag=1 plays an iteration before callbacks.{acting[0]} says what is played in "
+            "it: type rollout.lag=0, or callbacks=default"
         )
     if cfg.group_size == 1 and cfg.collection_rounds != 1:
         problems.append(

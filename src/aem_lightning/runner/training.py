@@ -17,6 +17,7 @@ from aem_lightning.envs import check_env
 from aem_lightning.files import write_atomically
 from aem_lightning.metrics import NothingToJudgeError
 from aem_lightning.modules import AgentModule, Policy
+from aem_lightning.modules.ahead import check_lag
 from aem_lightning.runner.build import (
     build_agent,
     build_datamodule,
@@ -90,6 +91,8 @@ def reinforce(
     if trainer.world_size > cfg.tasks_per_iteration:
         told = "tasks_per_iteration=%d: of %d ranks so many play, for a group lives on one rank"
         log.warning(told, cfg.tasks_per_iteration, trainer.world_size)
+    if module.ahead is not None:
+        check_lag(trainer, module.engine)
     check_agent(trainer, module)
     checkpoint = earlier.checkpoint if earlier else None
     checked = preflight(cfg, trainer, module, datamodule, checkpoint)
