@@ -23,10 +23,10 @@ from aem_lightning.algorithms import (
 )
 from aem_lightning.collectives import several_ranks, summed
 from aem_lightning.functional import forecast_sums, response_entropy
-from aem_lightning.metrics import EpisodeMetrics
 from aem_lightning.modules.ahead import Ahead, corrected
 from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
 from aem_lightning.modules.dynamic_sampling import group_source, split_groups, why_all_broke
+from aem_lightning.modules.evaluated import EvaluatedModule
 from aem_lightning.modules.finite import FiniteCheck, check_weights
 from aem_lightning.modules.memory import TokenBudget
 from aem_lightning.modules.policy import Policy
@@ -53,7 +53,6 @@ from aem_lightning.rollout import (
     RewardShaping,
     RolloutEngine,
     Sampling,
-    make_groups,
     stable_seed,
 )
 from aem_lightning.types import Iteration, RolloutBatch, Task, Trajectory
@@ -62,7 +61,7 @@ OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimize
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
-class AgentModule(L.LightningModule):
+class AgentModule(EvaluatedModule):
     """Multi-turn reinforcement learning of a policy, with modulated advantages.
 
     Manual optimisation, and rollouts inside the step: on-policy always, but for ``lag``.
@@ -108,7 +107,7 @@ class AgentModule(L.LightningModule):
         seed: int = 0,
         lag: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(task_types)
         check_group_size(rollout.group_size, estimator)
         self.automatic_optimization = False
         self.critic = estimator if isinstance(estimator, PPO) else None
@@ -125,13 +124,10 @@ class AgentModule(L.LightningModule):
         self.seed = seed
         self.iteration = self.tasks_played = 0
         self.config: dict[str, Any] = {}
-        self.tested: list[Trajectory] = []
-        self.repeats = 1  # episodes of each task in an evaluation
         self.finite: FiniteCheck  # of the iteration under way
         self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
         self.committing: Callable[[], object] = bool  # called before the first change of a step
         self.recorded: Callable[..., Any] | None = None  # whoever keeps rollouts
-        self.validation_metrics = EpisodeMetrics(task_types)
         self._optimizer, self._scheduler = optimizer, scheduler
 
     def training_step(self, batch: list[Task], batch_idx: int) -> dict[str, Iteration]:
@@ -352,41 +348,6 @@ class AgentModule(L.LightningModule):
         if self._scheduler is not None:
             self.lr_schedulers().step()  # type: ignore[union-attr]
         return rate
-
-    # ------------------------------------------------------------------------------------- evaluate
-
-    def play(self, tasks: Sequence[Task]) -> list[Trajectory]:
-        """``repeats`` episodes of every task; sampling depends on seed, task and copy alone."""
-        collector = self.collector(self.rollout.eval_temperature, ("evaluation", self.seed))
-        return collector.collect(make_groups(tasks, self.repeats), seed=self.seed)
-
-    def on_validation_epoch_start(self) -> None:
-        with self.trainer.precision_plugin.forward_context():  # as in the steps, which play
-            self.engine.sync(self.policy, self.iteration)
-
-    def validation_step(self, batch: list[Task], batch_idx: int) -> dict[str, list[Trajectory]]:
-        trajectories = self.play(batch)
-        self.validation_metrics.update(trajectories)
-        return {"trajectories": trajectories}
-
-    def on_validation_epoch_end(self) -> None:
-        values = self.validation_metrics.compute()
-        self.validation_metrics.reset()
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=False)
-        success = values.get("success_rate")
-        if success is None:  # a curve has a gap there, but what monitors it needs a value
-            success = torch.tensor(torch.nan)
-            self.log("val/success_rate", success, logger=False)
-        self.log("val", success, prog_bar=True, logger=False)
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def test_step(
-        self, batch: list[Task], batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, list[Trajectory]]:
-        trajectories = self.play(batch)
-        self.tested += trajectories
-        return {"trajectories": trajectories}
 
     # ---------------------------------------------------------------------------------- checkpoints
 

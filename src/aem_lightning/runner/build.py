@@ -5,32 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
-import lightning as L
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies.launchers import subprocess_script
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.algorithms import check_group_size
-from aem_lightning.callbacks import Profile
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.modules import (
     AgentModule,
     Architecture,
     Lora,
     Policy,
-    RolloutJournal,
     RolloutSettings,
     UpdateSettings,
     WarmStartSettings,
@@ -39,15 +28,12 @@ from aem_lightning.modules import (
 from aem_lightning.rollout import Prompt, PromptEncoder, RolloutEngine
 from aem_lightning.rollout.shortage import in_stage
 from aem_lightning.runner import ranks
-from aem_lightning.runner.broken_batch import BrokenBatch
-from aem_lightning.runner.checkpoint_io import SealedCheckpointIO
-from aem_lightning.runner.checks import TrainOptions, refuse, unresolved
+from aem_lightning.runner.checks import refuse, unresolved
 from aem_lightning.runner.early import read_template
-from aem_lightning.runner.fsdp import FullySharded
 from aem_lightning.runner.parts import check_classes, made
 from aem_lightning.runner.several import is_sharded, problems_of_ranks
-from aem_lightning.runner.signals import stop_signals
-from aem_lightning.runner.stopping import KeepLastIteration
+from aem_lightning.runner.trainers import build_trainer as build_trainer
+from aem_lightning.runner.trainers import make_trainer
 from aem_lightning.runner.warm_start import (
     WarmStart,
     finished,
@@ -97,7 +83,7 @@ def check_parts(cfg: DictConfig) -> None:
     _step_once("optimizer", optimizer)
     if schedule is not None:
         _step_once("scheduler", schedule)
-    _make_trainer(cfg)
+    make_trainer(cfg)
 
 
 def check_server(cfg: DictConfig) -> None:
@@ -327,86 +313,6 @@ def build_agent(
     )
     agent.config = plain(cfg)
     return agent
-
-
-def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
-    """The Trainer, with callbacks and loggers; its epochs come from the number of iterations.
-
-    With ``start``, the iteration at which a run goes on, TensorBoard hides what an interrupted run
-    wrote for later ones into the same folder, and a table of that run is kept.
-    """
-    trainer = _make_trainer(cfg)
-    for logger in trainer.loggers if start else ():
-        _go_on(logger, start)
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no choice of the user's
-        trainer.strategy.checkpoint_io = SealedCheckpointIO()
-    # Lightning's own watch ends this process too, without a word.
-    watch = partial(
-        ranks.watch_others, Path(cfg.paths.output_dir), partial(_flush, trainer.loggers)
-    )
-    subprocess_script._launch_process_observer = watch  # type: ignore[attr-defined]
-    if cfg.trainer.accelerator == "auto" and isinstance(trainer.accelerator, CPUAccelerator):
-        log.warning("No GPU was found: this run computes on the CPU")
-    return trainer
-
-
-def _make_trainer(cfg: DictConfig) -> L.Trainer:
-    callbacks, loggers = _named("callbacks", cfg.callbacks), _named("logger", cfg.logger)
-    callbacks.append(BrokenBatch())
-    if cfg.profile:
-        callbacks.append(
-            Profile(
-                decode_steps=cfg.get("profile_decode_steps", 16),
-                micro_batches=cfg.get("profile_micro_batches", 2),
-            )
-        )
-    if cfg.get("rollout_journal"):  # earlier checkpoints have no such key
-        callbacks.append(RolloutJournal())
-    if (signals := stop_signals()) is not None:
-        callbacks.append(KeepLastIteration(cfg, signals))
-    options = {
-        "callbacks": callbacks,
-        "logger": loggers,
-        # Where none of them saves, Lightning would add a checkpoint of its own.
-        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
-        "max_epochs": -(-cfg.iterations // cfg.iterations_per_epoch),
-        # An epoch may be shorter than others: the last, and the first of a resumed run.
-        "reload_dataloaders_every_n_epochs": 1,
-    }
-    trainer: L.Trainer = made("trainer", cfg.trainer, **options)
-    if hasattr(trainer.strategy, "_timeout"):
-        seconds = cfg.get("rank_timeout_s", TrainOptions.rank_timeout_s)
-        trainer.strategy._timeout = timedelta(seconds=seconds)
-    if isinstance(trainer.strategy, FullySharded) and trainer.world_size == 1:
-        refuse(
-            [
-                f"trainer.devices={cfg.trainer.devices}: there is one device here, and "
-                "trainer=fsdp shares a policy among several: type trainer=gpu, or of a checkpoint "
-                "'overrides=[\"trainer.strategy=auto\"]'"
-            ]
-        )
-    return trainer
-
-
-def _flush(loggers: list[Any]) -> None:
-    for logger in loggers:
-        logger.save()
-
-
-def _go_on(logger: Any, start: int) -> None:
-    """Let a logger of Lightning's go on at iteration ``start`` of the run in its folder."""
-    if isinstance(logger, TensorBoardLogger):
-        logger._kwargs["purge_step"] = start  # of the SummaryWriter, which is made at first use
-    elif isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        table = Path(logger.log_dir) / "metrics.csv"
-        if table.is_file():  # it would be deleted
-            table.rename(table.with_name(f"metrics_before_{start}.csv"))
-
-
-def _named(group: str, nodes: DictConfig | None) -> list[Any]:
-    """What each of ``nodes`` stands for; one that is null was dropped."""
-    found = (nodes or {}).items()
-    return [made(f"{group}.{name!s}", node) for name, node in found if node is not None]
 
 
 def _pick(cfg: DictConfig, settings: type[RolloutSettings | UpdateSettings]) -> Mapping[str, Any]:
