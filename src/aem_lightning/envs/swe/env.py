@@ -14,7 +14,7 @@ from aem_lightning.envs.swe.grading import Grade, grade
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.official import OUTPUT_BYTES, grade_official, is_official
 from aem_lightning.envs.swe.r2e import HIDE_TESTS, grade_expected
-from aem_lightning.envs.swe.repositories import DATE, Repositories
+from aem_lightning.envs.swe.repositories import Repositories
 from aem_lightning.envs.swe.sandbox import (
     BubblewrapSandbox,
     DockerSandbox,
@@ -26,33 +26,13 @@ from aem_lightning.envs.swe.sandbox import (
 )
 from aem_lightning.envs.swe.tools import Call, CallError, describe, parse_call, run_call
 from aem_lightning.envs.swe.words import WordsDialect, spoken
+from aem_lightning.envs.swe.worktree import SETUP_WALL_S, commit_base, read_change
 from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
 from aem_lightning.types import Count, Positive
 
 Dialect = Literal["functions", "words"]
 DIALECTS = ("functions", "words")
 SANDBOXES = ("auto", "bubblewrap", "docker", "local")
-
-_GIT = (
-    "git -c safe.directory=* -c user.name=agent -c user.email=agent@sandbox -c gc.auto=0 "
-    "-c init.defaultBranch=main -c core.hooksPath=/dev/null -c core.fileMode=false "
-    "-c core.quotePath=false"
-)
-# A history of one commit: later commits of the repository would show the fix.
-_FIRST_COMMIT = (
-    f"rm -rf .git && {_GIT} init -q . && {_GIT} add {{which}} && "
-    f"GIT_AUTHOR_DATE='{DATE}' GIT_COMMITTER_DATE='{DATE}' "
-    f"{_GIT} commit -q --allow-empty -m base && {_GIT} rev-parse HEAD"
-)
-# The agent may have written git's settings, which can run programs and change what a diff looks
-# like: they are gone before the question.
-_DIFF = (
-    f"rm -f .git/config .git/config.worktree && export HOME=/dev/null && "
-    f"{_GIT} add --all --intent-to-add . 2>/dev/null && "
-    f"{_GIT} diff --no-color --no-ext-diff --no-textconv --no-renames {{base}} -- . "
-    "':(exclude,glob)**/__pycache__/**' ':(exclude,glob)**/.pytest_cache/**' 2>/dev/null"
-)
-_SETUP_WALL_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -143,8 +123,9 @@ class SweEnv:
 
     The first observation is the problem statement. Actions are calls of tools; ``finish`` has the
     change graded, in another sandbox, and ends the episode with reward 1.0 where it resolves the
-    instance, else 0.0. ``info`` has all reserved keys; ``tampered`` tells that the change reached
-    for the test runner. A sandbox that breaks ends the episode as truncated, with ``infra_error``.
+    instance, else 0.0. ``info`` has all reserved keys; ``reason`` says why a reward is 0, and
+    ``tampered`` what in the change reached for the test runner. A sandbox that breaks ends the
+    episode as truncated, with ``infra_error``.
     The seed changes nothing.
 
     Raises:
@@ -224,11 +205,9 @@ class _Engine:
         if self._files:
             done = self._session.put_tar(self._files)
         else:
-            done = self._session.run(HIDE_TESTS, wall_s=_SETUP_WALL_S)
+            done = self._session.run(HIDE_TESTS, wall_s=SETUP_WALL_S)
         if done.code == 0:
-            # What the repository ignores is part of an archive, but a build's leftover in an image.
-            command = _FIRST_COMMIT.format(which="--all --force" if self._files else "--all")
-            done = self._session.run(command, wall_s=_SETUP_WALL_S)
+            done = commit_base(self._session, ignored_too=bool(self._files))
             self._base = done.output.strip()[-40:]
         if done.code == 0 and self._settings.dialect == "words":
             done = run_call(self._session, Call("symbols"))
@@ -244,7 +223,8 @@ class _Engine:
             raise RuntimeError("step: the episode is over; call reset(options={'task_id': ...})")
         if time.monotonic() - self._start > self._settings.episode_s:
             self.close()
-            return "The time of this episode is up.", 0.0, False, True, self._info()
+            said = "The time of this episode is up."
+            return said, 0.0, False, True, self._info(reason=said)
         self._turns += 1
         try:
             call = self._words.parse(action) if self._words else parse_call(action)
@@ -281,24 +261,29 @@ class _Engine:
             won=grade.resolved,
             score=float(grade.resolved),
             tampered=list(grade.tampered),
+            reason=grade.reason,
         )
         return observation, float(grade.resolved), terminated, not terminated, info
 
     def _grade(self) -> Grade:
         assert self._session is not None
-        changed = self._session.run(_DIFF.format(base=self._base), wall_s=_SETUP_WALL_S)
-        if changed.infra_error:
-            return Grade(infra_error=changed.infra_error)
-        if changed.code or changed.truncated:
-            return Grade(report="the change is too large, or git cannot print it")
+        changed = read_change(self._session, self._base)
+        if changed.infra_error or changed.problem:
+            return Grade(infra_error=changed.infra_error, report=changed.problem)
+        found = self._grade_change(changed.diff)
+        return (
+            found if found.resolved else replace(found, left_out=changed.left_out + found.left_out)
+        )
+
+    def _grade_change(self, diff: str) -> Grade:
         limits = self._settings.limits.ended_by_the_clock(self._settings.grade_s)
         limits = replace(limits, output_bytes=OUTPUT_BYTES)
         spec = self._spec(limits)
         if self._instance.expected:
-            return grade_expected(self._sandbox, self._instance, changed.output, spec)
+            return grade_expected(self._sandbox, self._instance, diff, spec)
         if is_official(self._instance):
-            return grade_official(self._sandbox, self._instance, changed.output, spec)
-        return grade(self._sandbox, self._instance, self._files, changed.output, spec)
+            return grade_official(self._sandbox, self._instance, diff, spec)
+        return grade(self._sandbox, self._instance, self._files, diff, spec)
 
     def _spec(self, limits: Limits) -> SessionSpec:
         settings = self._settings

@@ -7,30 +7,51 @@ import shlex
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from aem_lightning.envs.swe.changes import DiffError, FileChange, file_changes, text_of
+from aem_lightning.envs.answers import printable
+from aem_lightning.envs.swe.changes import (
+    DiffError,
+    FileChange,
+    diff_text,
+    file_changes,
+    text_of,
+)
 from aem_lightning.envs.swe.instances import Instance
-from aem_lightning.envs.swe.sandbox import CommandResult, Sandbox, Session, SessionSpec
+from aem_lightning.envs.swe.sandbox import CommandResult, Limits, Sandbox, Session, SessionSpec
+from aem_lightning.envs.swe.worktree import apply
 
+GRADE_S = 300.0
 REPORT_CHARACTERS = 4_000
+REASON_CHARACTERS = 300
 # A test, or what helps one; an agent may write there, but it is not graded. Some projects ship a
 # package called `test` or `testing`: those are tests only at the top of a repository.
 TEST_PATH = re.compile(r"(^|/)[Tt]ests/|^(test|testing)/|(^|/)(test_[^/]*|[^/]*_test)\.py$")
-# A path that reaches into the test runner or into the interpreter's start.
-FORBIDDEN_PATH = re.compile(
-    r"(^|/)(conftest|sitecustomize|usercustomize)\.py$|\.pth$|(^|/)(_?pytest|pluggy|py)(/|\.py$|$)"
-    r"|(^|/)(pytest\.ini|\.pytest\.ini|tox\.ini)$"
+# Settings of a runner, and what building or installing leaves behind: not graded either.
+LEFT_OVER = re.compile(
+    r"(^|/)conftest\.py$|(^|/)(\.?pytest|tox)\.ini$|(^|/)noxfile\.py$|\.pth$"
+    r"|(^|/)(\.?v?env|site-packages|\.tox|\.nox|\.eggs|[^/]+\.(egg|dist)-info)/"
 )
-# What product code has no reason to name, but code that fools its tests has.
+# A path that takes the place of the test runner, or of the interpreter's start.
+FORBIDDEN_PATH = re.compile(r"^(src/)?((site|user)customize\.py$|(_?pytest|pluggy|py)(/|\.py$|$))")
+# Code that names the runner. A new file of it is a script that reproduces the bug, and left out.
+RUNNER_CODE = re.compile(
+    r"\b(import|from)\b.*\b_?(pytest|pluggy)|\b(_pytest|pytest_\w+)\b|\b(pytest|pluggy)\.\w"
+    r"|['\"]_?(pytest|pluggy)"
+)
+# What else product code has no reason to name, but code that fools its tests has. Of the loaded
+# modules it may ask for its own.
 FORBIDDEN_CODE = re.compile(
-    r"pytest|pluggy|atexit|ctypes|\b_exit\b|\bsys(\.| import .*\b)modules\b|\bgc\.get_|/proc/"
+    r"\b(atexit|ctypes|_exit)\b|\bgc\.get_|/proc/|\bsys import .*\bmodules\b"
+    r"|(?<!in )\bsys\.modules\b(?!\[(__name__|\w+(\.\w+)*\.__module__|['\"]__main__['\"])\])"
 )
-CODE_SUFFIXES = (".py", ".pyc", ".pyd", ".so")
+SOURCE_SUFFIXES = (".py", ".pyi", ".pyw", ".pyx", ".pxd", ".pxi")
+PACKED_SUFFIXES = (".py", ".pyc", ".pyd", ".so")
 RUNNERS = ("pytest-dev/pytest", "pytest-dev/pluggy")  # whose fixes are changes of the runner
 PYTEST_HINT = "pip install 'aem-lightning[swe]' beside the trainer, or take an image that has it"
 FAILURES = frozenset({"FAILED", "ERROR"})
-_PASSED, _SKIPPED = ("PASSED", "XFAIL"), "SKIPPED"
+_SKIPPED = "SKIPPED"
+_PASSED, _KEPT = ("PASSED", "XFAIL"), ("PASSED", "XFAIL", _SKIPPED)
 _SUMMARY = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
 _LINE = re.compile(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) (.+)$", re.MULTILINE)
 _SKIPPED_LINE = re.compile(r"^(\S+::.+?) SKIPPED\b.*$", re.MULTILINE)
@@ -46,6 +67,8 @@ class Grade:
         tampered: What a change did that no fix needs, in words.
         infra_error: What broke outside the agent's doing: the grade says nothing then.
         report: The end of what the tests wrote, or why they were not run.
+        why: What was wrong with the statuses.
+        left_out: Parts of the change that were not graded though they may be code, in words.
     """
 
     resolved: bool = False
@@ -53,9 +76,26 @@ class Grade:
     tampered: tuple[str, ...] = ()
     infra_error: str | None = None
     report: str = ""
+    why: str = ""
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why it is no success, in a few words for people; empty for one."""
+        if self.resolved:
+            return ""
+        parts = [self.why or self.infra_error or self.report[-REASON_CHARACTERS:]]
+        parts += [f"not graded: {', '.join(self.left_out)}"] if self.left_out else []
+        return printable("; ".join(parts))
 
 
-def grade(sandbox: Sandbox, instance: Instance, base: bytes, diff: str, spec: SessionSpec) -> Grade:
+def grade(
+    sandbox: Sandbox,
+    instance: Instance,
+    base: bytes,
+    diff: str | bytes,
+    spec: SessionSpec | None = None,
+) -> Grade:
     """Apply its test patch to the base tree of an instance, then a change, and run the tests.
 
     The session is a new one, so nothing but ``diff`` comes from the agent's. Changes to tests, and
@@ -71,19 +111,45 @@ def grade(sandbox: Sandbox, instance: Instance, base: bytes, diff: str, spec: Se
         diff: The agent's change, as ``git diff`` prints it.
         spec: Of the session; its limit of time is the tests'.
     """
-    refused = refusal(instance, tampering(diff))
-    if refused is not None:
-        return refused
+    spec = spec or SessionSpec(limits=Limits().ended_by_the_clock(GRADE_S))
+    change = graded_change(instance, diff)
+    if isinstance(change, Grade):
+        return change
     with closing(sandbox.open(spec)) as session:
-        graded = without_tests(diff, instance.test_patch)
-        return _graded(session, instance, base, graded, spec.limits.wall_s)
+        found = _graded(session, instance, base, change.diff, spec.limits.wall_s)
+    return replace(found, left_out=change.left_out)
 
 
-def refusal(instance: Instance, tampered: tuple[str, ...]) -> Grade | None:
-    """The grade of a change that tampers: its tests are not run. A fix of a runner may look so."""
-    if not tampered or instance.repo in RUNNERS:
-        return None
-    return Grade(tampered=tampered, report="not run: " + "; ".join(tampered))
+@dataclass(frozen=True)
+class GradedChange:
+    """What of a change is graded, as a diff; in words what else of it might have been code."""
+
+    diff: str
+    left_out: tuple[str, ...] = ()
+
+
+def graded_change(
+    instance: Instance, diff: str | bytes, left_out: re.Pattern[str] | None = None
+) -> GradedChange | Grade:
+    """What of an agent's change is graded; a grade where it tampers, whose tests are not run.
+
+    What is left out is not looked at: it reaches no test. A fix of a runner may look so.
+    """
+    text = diff_text(diff)
+    spared = instance.repo in RUNNERS
+    try:
+        parts = file_changes(text)
+    except DiffError as error:
+        return Grade(tampered=(str(error),), report=f"not run: {error}")
+    scripts = [] if spared else [part for part in parts if _is_script(part)]
+    kept = without_tests(
+        text_of(part for part in parts if part not in scripts), instance.test_patch, left_out
+    )
+    tampered = () if spared else tampering(kept)
+    if tampered:
+        return Grade(tampered=tampered, report="not run: " + "; ".join(tampered))
+    named = [f"{p.paths[-1]}, which names a test runner" for p in scripts if not _is_test(p)]
+    return GradedChange(kept, tuple(map(printable, named)))
 
 
 def _graded(session: Session, instance: Instance, base: bytes, diff: str, wall_s: float) -> Grade:
@@ -114,12 +180,6 @@ def _graded(session: Session, instance: Instance, base: bytes, diff: str, wall_s
     return decided(result, statuses, instance)
 
 
-def apply(session: Session, diff: str, *options: str) -> CommandResult:
-    """Apply a diff to the working folder."""
-    command = " ".join(("git apply --whitespace=nowarn", *options, "-"))
-    return session.run(command, stdin=diff.encode(), wall_s=60)
-
-
 def apply_change(session: Session, diff: str) -> Grade | None:
     """Apply what is graded of an agent's change; the grade, where that ends it."""
     if not diff.strip():
@@ -146,8 +206,18 @@ def too_slow(result: CommandResult, wall_s: float) -> Grade:
 def decided(result: CommandResult, statuses: Mapping[str, str], instance: Instance) -> Grade:
     """The grade of a run with these statuses; one that failed, and names no failure, is forged."""
     forged = result.code != 0 and FAILURES.isdisjoint(statuses.values())
-    resolved = not forged and is_resolved(statuses, instance.fail_to_pass, instance.pass_to_pass)
-    return Grade(resolved, statuses, report=result.output[-REPORT_CHARACTERS:])
+    lost = lost_tests(statuses, instance.fail_to_pass, instance.pass_to_pass)
+    report = result.output[-REPORT_CHARACTERS:]
+    why = ""
+    if not statuses:
+        why = f"no test was run: {report.strip()[-REASON_CHARACTERS:]}"
+    elif forged:
+        why = f"the run ended with {result.code} and names no failure"
+    elif lost:
+        why = f"{len(lost)} tests that have to pass do not: {', '.join(lost[:3])}"
+    elif not instance.fail_to_pass:
+        why = "the instance names no test that has to pass now"
+    return Grade(not why, statuses, report=report, why=why)
 
 
 def test_command(ids: Sequence[str]) -> str:
@@ -213,9 +283,19 @@ def is_resolved(
     >>> is_resolved({"t.py::a": "SKIPPED"}, ["t.py::a"], [])
     False
     """
-    return all(_all_are(statuses, name, _PASSED) for name in fail_to_pass) and all(
-        _all_are(statuses, name, (*_PASSED, _SKIPPED)) for name in pass_to_pass
-    )
+    return not lost_tests(statuses, fail_to_pass, pass_to_pass)
+
+
+def lost_tests(
+    statuses: Mapping[str, str], fail_to_pass: Sequence[str], pass_to_pass: Sequence[str]
+) -> list[str]:
+    """The tests that are not as `is_resolved` has them, each with its status."""
+    return [
+        f"{name} {statuses.get(name, 'is not there')}"
+        for names, allowed in ((fail_to_pass, _PASSED), (pass_to_pass, _KEPT))
+        for name in names
+        if not _all_are(statuses, name, allowed)
+    ]
 
 
 def _all_are(statuses: Mapping[str, str], name: str, allowed: Sequence[str]) -> bool:
@@ -230,7 +310,7 @@ def _all_are(statuses: Mapping[str, str], name: str, allowed: Sequence[str]) -> 
 def without_tests(diff: str, tests: str = "", left_out: re.Pattern[str] | None = None) -> str:
     """The parts of a diff that are graded: no tests, and no file of the diff ``tests``.
 
-    Nor a file that ``left_out`` finds by its path.
+    Nor a file that ``left_out`` finds by its path, nor what runners and builds leave behind.
 
     Binary files whose content git left out are dropped too: they stop git from applying the rest.
     Of a text that is no diff, nothing is graded.
@@ -240,7 +320,7 @@ def without_tests(diff: str, tests: str = "", left_out: re.Pattern[str] | None =
     except DiffError:
         return ""
     theirs = _paths(tests)
-    patterns = (TEST_PATH, left_out) if left_out else (TEST_PATH,)
+    patterns = (TEST_PATH, LEFT_OVER, *([left_out] if left_out else []))
 
     def is_left_out(path: str) -> bool:
         return path in theirs or any(pattern.search(path) for pattern in patterns)
@@ -249,7 +329,7 @@ def without_tests(diff: str, tests: str = "", left_out: re.Pattern[str] | None =
 
 
 def tampering(diff: str) -> tuple[str, ...]:
-    r"""What in a change reaches for the test runner; tests themselves are not looked at.
+    r"""What in a change reaches for the test runner; tests and texts are not looked at.
 
     A text that git does not write is tampering as well: what is no diff could be anything.
 
@@ -266,16 +346,32 @@ def tampering(diff: str) -> tuple[str, ...]:
 
 def _tampering_of(part: FileChange) -> Iterator[str]:
     forbidden = [path for path in part.paths if FORBIDDEN_PATH.search(path)]
-    yield from (f"{path} is changed" for path in forbidden)
-    if forbidden or any(map(TEST_PATH.search, part.paths)):
+    yield from (f"{printable(path)} is changed" for path in forbidden)
+    if forbidden or _is_test(part):
         return
-    where = part.paths[-1]
-    if part.binary and part.complete and where.endswith(CODE_SUFFIXES):
+    where = printable(part.paths[-1])
+    if part.binary and part.complete and where.endswith(PACKED_SUFFIXES):
         yield f"{where} is code that cannot be read"
-    for line in part.added:
-        # Python reads an identifier in this normal form, so a look-alike is the same name.
-        if FORBIDDEN_CODE.search(unicodedata.normalize("NFKC", line)):
+    for line in _code(part):
+        if RUNNER_CODE.search(line) or FORBIDDEN_CODE.search(line):
             yield f"{where}: {line[:120]!r}"
+
+
+def _is_test(part: FileChange) -> bool:
+    return any(map(TEST_PATH.search, part.paths))
+
+
+def _is_script(part: FileChange) -> bool:
+    return part.is_new and any(map(RUNNER_CODE.search, _code(part)))
+
+
+def _code(part: FileChange) -> Iterator[str]:
+    """The added lines of a source file, as Python takes them."""
+    if part.paths[-1].endswith(SOURCE_SUFFIXES):
+        for line in "\r".join(part.added).split("\r"):  # a line end within a comment ends it
+            if not line.lstrip().startswith("#"):
+                # Python reads an identifier in this normal form: a look-alike is the same name.
+                yield unicodedata.normalize("NFKC", line)
 
 
 def _paths(diff: str) -> frozenset[str]:

@@ -12,25 +12,24 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aem_lightning.envs.base import MissingExtraError
 from aem_lightning.envs.swe.changes import file_changes
 from aem_lightning.envs.swe.grading import (
     FAILURES,
+    RUNNERS,
     Grade,
-    apply,
     apply_change,
     broken,
     decided,
-    refusal,
-    tampering,
+    graded_change,
     too_slow,
-    without_tests,
 )
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.sandbox import CommandResult, Sandbox, Session, SessionSpec
+from aem_lightning.envs.swe.worktree import apply
 
 # Known without the package, so that one can be told that it is missing.
 REPOSITORIES = frozenset(
@@ -184,10 +183,12 @@ def grade_official(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
         MissingExtraError: `swebench` is not installed.
         ValueError: `swebench` does not know the version.
     """
-    change = without_tests(diff, instance.test_patch, LEFT_OUT)
-    refused = refusal(instance, (*tampering(diff), *_forgery(change)))
-    if refused is not None:
-        return refused
+    change = graded_change(instance, diff, LEFT_OUT)
+    if isinstance(change, Grade):
+        return change
+    forged = _forgery(change.diff)
+    if forged and instance.repo not in RUNNERS:
+        return Grade(tampered=forged, report="not run: " + "; ".join(forged))
     harness = load_harness()
     command = quiet_script(eval_script(instance, harness))
     with contextlib.closing(sandbox.open(spec)) as session:
@@ -196,7 +197,7 @@ def grade_official(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
             patched = apply(session, instance.test_patch, "--check")
             if patched.code:
                 return broken(patched, "the test patch does not apply")
-        ended = apply_change(session, change)
+        ended = apply_change(session, change.diff)
         if ended is not None:
             return ended
         result = _run(session, command)
@@ -209,7 +210,7 @@ def grade_official(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
         missing = _without_change(sandbox, spec, command)
         if missing is not None:
             return missing
-    return decided(result, statuses, instance)
+    return replace(decided(result, statuses, instance), left_out=change.left_out)
 
 
 def _run(session: Session, command: str, wall_s: float | None = None) -> CommandResult:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,20 +29,34 @@ class Repositories:
     def base(self, instance: Instance) -> bytes:
         """The files at the instance's base commit, as a tar archive; empty for an image.
 
+        They are what git stores, byte for byte: ``git archive`` would turn line ends round and
+        leave files out, as the repository's ``.gitattributes`` say.
+
         Raises:
             FileNotFoundError: There is no such clone.
             ValueError: The clone has no such commit.
         """
         if instance.image is not None:
             return b""
-        done = git("archive", "--format=tar", instance.base_commit, cwd=self.clone(instance.repo))
-        if done.returncode:
+        clone = self.clone(instance.repo)
+        listed = git("ls-tree", "-r", "-z", "--full-tree", instance.base_commit, cwd=clone)
+        entries = [entry.partition(b"\t")[::2] for entry in listed.stdout.split(b"\0")[:-1]]
+        files = [(*head.split(), path) for head, path in entries]
+        blobs = b"".join(name + b"\n" for _, kind, name, _ in files if kind == b"blob")
+        found = git("cat-file", "--batch", cwd=clone, stdin=blobs)
+        why = (listed.stderr + found.stderr).decode(errors="replace").strip()
+        if listed.returncode or found.returncode:
             raise ValueError(
-                f"{instance.instance_id}: {self.clone(instance.repo)} has no commit "
-                f"{instance.base_commit} ({done.stderr.decode(errors='replace').strip()}). Type "
-                "git fetch --unshallow in it"
+                f"{instance.instance_id}: {clone} has no commit {instance.base_commit}, or not "
+                f"all of its files ({why}). Type git fetch --unshallow --refetch in it"
             )
-        return done.stdout
+        contents, archive = io.BytesIO(found.stdout), io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w", errors="surrogateescape") as tar:
+            for mode, kind, _, path in files:
+                size = int(contents.readline().split()[-1]) if kind == b"blob" else 0
+                data = contents.read(size + 1)[:size] if kind == b"blob" else b""
+                _add(tar, path.decode(errors="surrogateescape"), mode, data)
+        return archive.getvalue()
 
     def clone(self, repo: str) -> Path:
         """Where the clone of ``repo`` is."""
@@ -54,6 +70,19 @@ class Repositories:
             f"git clone --bare https://github.com/{repo} {flat}.git there, or use a data set whose "
             "rows name an image"
         )
+
+
+def _add(tar: tarfile.TarFile, path: str, mode: bytes, data: bytes) -> None:
+    """A file as git lists it; of another repository inside this one, its folder."""
+    entry = tarfile.TarInfo(path)
+    entry.mode, entry.mtime = 0o755 if mode != b"100644" else 0o644, int(DATE.split()[0])
+    if mode == b"120000":
+        entry.type, entry.linkname = tarfile.SYMTYPE, data.decode(errors="surrogateescape")
+    elif mode == b"160000":
+        entry.type = tarfile.DIRTYPE
+    else:
+        entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
 
 
 def git(*arguments: str, cwd: Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
