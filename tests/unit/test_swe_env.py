@@ -202,8 +202,7 @@ def test_what_an_agent_leaves_in_its_folder_costs_it_the_reward(make_env, instan
     ("spoil", "reason"),
     [
         ("rm -rf .git", "changes that git cannot print: fatal: not a git repository"),
-        ("seq 3000000 > $(git ls-files '*core.py')", "changes of over 16 MiB"),
-        ("echo 'x = (' > $(git ls-files '*core.py')", "no test was run: "),
+        ("echo 'x = (' > $(git ls-files '*/core.py')", "tests/test_core.py cannot be collected: "),
         ("git checkout -q .", " tests that have to pass do not: tests/test_core.py::test_"),
     ],
 )

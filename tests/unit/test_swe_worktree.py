@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
+from aem_lightning.envs.swe import worktree
 from aem_lightning.envs.swe.changes import diff_bytes, diff_text, file_changes
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.repositories import Repositories
@@ -38,7 +41,9 @@ FILES = {
 }
 
 
-def test_a_byte_is_lost_on_the_way_of_a_change(tmp_path: Path) -> None:
+def test_a_byte_is_lost_on_the_way_of_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clone = tmp_path / "farm__pens"
     for path, data in FILES.items():
         (clone / path).parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +86,11 @@ def test_a_byte_is_lost_on_the_way_of_a_change(tmp_path: Path) -> None:
         listing = "find . -path ./.git -prune -o -type f -print0 | sort -z | xargs -0 sha1sum; "
         look = listing + "readlink link"
         assert graded.run(look).output == with_edits.run(look).output
+        monkeypatch.setattr(worktree, "DIFF_BYTES", 400)
+        assert read_change(with_edits, hash_of_base).problem == "changes of over 0 MiB"
+        with_edits.run("git checkout -q .; seq 300 > new.bat")
+        some = read_change(with_edits, hash_of_base)
+        assert (some.problem, some.left_out) == ("", ("new files of over 0 MiB",))
     finally:
         with_edits.close()
         graded.close()

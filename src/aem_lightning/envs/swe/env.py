@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,9 @@ from aem_lightning.envs.swe.official import OUTPUT_BYTES, grade_official, is_off
 from aem_lightning.envs.swe.r2e import HIDE_TESTS, grade_expected
 from aem_lightning.envs.swe.repositories import Repositories
 from aem_lightning.envs.swe.sandbox import (
+    WORKDIR,
     BubblewrapSandbox,
+    CommandResult,
     DockerSandbox,
     Limits,
     LocalSandbox,
@@ -26,7 +29,7 @@ from aem_lightning.envs.swe.sandbox import (
 )
 from aem_lightning.envs.swe.tools import Call, CallError, describe, parse_call, run_call
 from aem_lightning.envs.swe.words import WordsDialect, spoken
-from aem_lightning.envs.swe.worktree import SETUP_WALL_S, commit_base, read_change
+from aem_lightning.envs.swe.worktree import SETUP_WALL_S, apply, commit_base, read_change
 from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
 from aem_lightning.types import Count, Positive
 
@@ -163,6 +166,33 @@ class SweEnv:
         self._env.close()
 
 
+def session_spec(settings: SweSettings, instance: Instance, limits: Limits) -> SessionSpec:
+    """What to open for an instance."""
+    image = instance.image or settings.image
+    return SessionSpec(instance.workdir, limits, image, settings.variables)
+
+
+def grade_change(
+    sandbox: Sandbox, settings: SweSettings, instance: Instance, files: bytes, diff: str
+) -> Grade:
+    """Grade a change the way that the instance's data set is graded.
+
+    Args:
+        sandbox: Where.
+        settings: The limits.
+        instance: What the change is for.
+        files: Archive of the base tree; empty for an image.
+        diff: The change.
+    """
+    limits = settings.limits.ended_by_the_clock(settings.grade_s)
+    spec = session_spec(settings, instance, replace(limits, output_bytes=OUTPUT_BYTES))
+    if instance.expected:
+        return grade_expected(sandbox, instance, diff, spec)
+    if is_official(instance):
+        return grade_official(sandbox, instance, diff, spec)
+    return grade(sandbox, instance, files, diff, spec)
+
+
 @cache
 def shared_store() -> TransitionStore:
     """The transitions that all SWE environments of this process share."""
@@ -176,9 +206,9 @@ class _Engine:
     """One session after the other."""
 
     def __init__(self, instances: Mapping[str, Instance], settings: SweSettings) -> None:
-        self._instances = instances
         self._settings = settings
         self._repositories = Repositories(settings.repositories)
+        self._instances = {i: self._repositories.located(instances[i]) for i in instances}
         self._session: Session | None = None
 
     @cached_property
@@ -205,7 +235,7 @@ class _Engine:
         if self._files:
             done = self._session.put_tar(self._files)
         else:
-            done = self._session.run(HIDE_TESTS, wall_s=SETUP_WALL_S)
+            done = self._set_up_image(self._session)
         if done.code == 0:
             done = commit_base(self._session, ignored_too=bool(self._files))
             self._base = done.output.strip()[-40:]
@@ -215,6 +245,16 @@ class _Engine:
         if done.code == 0:
             return None
         return done.infra_error or f"the repository cannot be set up: {done.output.strip()[-500:]}"
+
+    def _set_up_image(self, session: Session) -> CommandResult:
+        """Hide the tests of an image, and give it the bug where it has none."""
+        instance = self._instance
+        if instance.setup_patch:
+            done = apply(session, instance.setup_patch)
+            tests = sorted({name.split("::")[0] for name in instance.fail_to_pass})
+            return done if done.code else session.run(f"rm -f -- {shlex.join(tests)}")
+        link = f"ln -sfn {instance.workdir} {WORKDIR} && " if instance.workdir != WORKDIR else ""
+        return session.run(link + HIDE_TESTS, wall_s=SETUP_WALL_S)
 
     def step(self, action: str) -> Step:
         if self._broken is not None:
@@ -270,25 +310,13 @@ class _Engine:
         changed = read_change(self._session, self._base)
         if changed.infra_error or changed.problem:
             return Grade(infra_error=changed.infra_error, report=changed.problem)
-        found = self._grade_change(changed.diff)
-        return (
-            found if found.resolved else replace(found, left_out=changed.left_out + found.left_out)
+        found = grade_change(
+            self._sandbox, self._settings, self._instance, self._files, changed.diff
         )
-
-    def _grade_change(self, diff: str) -> Grade:
-        limits = self._settings.limits.ended_by_the_clock(self._settings.grade_s)
-        limits = replace(limits, output_bytes=OUTPUT_BYTES)
-        spec = self._spec(limits)
-        if self._instance.expected:
-            return grade_expected(self._sandbox, self._instance, diff, spec)
-        if is_official(self._instance):
-            return grade_official(self._sandbox, self._instance, diff, spec)
-        return grade(self._sandbox, self._instance, self._files, diff, spec)
+        return replace(found, left_out=changed.left_out + found.left_out)
 
     def _spec(self, limits: Limits) -> SessionSpec:
-        settings = self._settings
-        image = self._instance.image or settings.image
-        return SessionSpec(image=image, limits=limits, environment=settings.variables)
+        return session_spec(self._settings, self._instance, limits)
 
     def _break(self, reason: str) -> Step:
         self.close()

@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
+import hmac
+import json
 import re
+import secrets
 import shlex
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from importlib.resources import files as files_of
 
 from aem_lightning.envs.answers import printable
-from aem_lightning.envs.swe.changes import (
-    DiffError,
-    FileChange,
-    diff_text,
-    file_changes,
-    text_of,
-)
+from aem_lightning.envs.swe.changes import DiffError, diff_text, file_changes, text_of
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.sandbox import CommandResult, Limits, Sandbox, Session, SessionSpec
+from aem_lightning.envs.swe.tamper import is_script, is_test, tampering, without_tests
 from aem_lightning.envs.swe.worktree import apply
 
 GRADE_S = 300.0
+OUTPUT_BYTES = 4 << 20  # runners that list every test write more than an agent is shown
+JUDGE = files_of("aem_lightning.envs.swe").joinpath("judge.py").read_text(encoding="utf-8")
+JUDGE_MARK = "aem-judge"
 REPORT_CHARACTERS = 4_000
 REASON_CHARACTERS = 300
-# A test, or what helps one; an agent may write there, but it is not graded. Some projects ship a
-# package called `test` or `testing`: those are tests only at the top of a repository.
-TEST_PATH = re.compile(r"(^|/)[Tt]ests/|^(test|testing)/|(^|/)(test_[^/]*|[^/]*_test)\.py$")
-# Settings of a runner, and what building or installing leaves behind: not graded either.
-LEFT_OVER = re.compile(
-    r"(^|/)conftest\.py$|(^|/)(\.?pytest|tox)\.ini$|(^|/)noxfile\.py$|\.pth$"
-    r"|(^|/)(\.?v?env|site-packages|\.tox|\.nox|\.eggs|[^/]+\.(egg|dist)-info)/"
-)
-# A path that takes the place of the test runner, or of the interpreter's start.
-FORBIDDEN_PATH = re.compile(r"^(src/)?((site|user)customize\.py$|(_?pytest|pluggy|py)(/|\.py$|$))")
-# Code that names the runner. A new file of it is a script that reproduces the bug, and left out.
-RUNNER_CODE = re.compile(
-    r"\b(import|from)\b.*\b_?(pytest|pluggy)|\b(_pytest|pytest_\w+)\b|\b(pytest|pluggy)\.\w"
-    r"|['\"]_?(pytest|pluggy)"
-)
-# What else product code has no reason to name, but code that fools its tests has. Of the loaded
-# modules it may ask for its own.
-FORBIDDEN_CODE = re.compile(
-    r"\b(atexit|ctypes|_exit)\b|\bgc\.get_|/proc/|\bsys import .*\bmodules\b"
-    r"|(?<!in )\bsys\.modules\b(?!\[(__name__|\w+(\.\w+)*\.__module__|['\"]__main__['\"])\])"
-)
-SOURCE_SUFFIXES = (".py", ".pyi", ".pyw", ".pyx", ".pxd", ".pxi")
-PACKED_SUFFIXES = (".py", ".pyc", ".pyd", ".so")
 RUNNERS = ("pytest-dev/pytest", "pytest-dev/pluggy")  # whose fixes are changes of the runner
 PYTEST_HINT = "pip install 'aem-lightning[swe]' beside the trainer, or take an image that has it"
 FAILURES = frozenset({"FAILED", "ERROR"})
@@ -84,7 +62,7 @@ class Grade:
         """Why it is no success, in a few words for people; empty for one."""
         if self.resolved:
             return ""
-        parts = [self.why or self.infra_error or self.report[-REASON_CHARACTERS:]]
+        parts = [self.why or self.infra_error or self.report.strip()[:REASON_CHARACTERS]]
         parts += [f"not graded: {', '.join(self.left_out)}"] if self.left_out else []
         return printable("; ".join(parts))
 
@@ -141,14 +119,14 @@ def graded_change(
         parts = file_changes(text)
     except DiffError as error:
         return Grade(tampered=(str(error),), report=f"not run: {error}")
-    scripts = [] if spared else [part for part in parts if _is_script(part)]
+    scripts = [] if spared else [part for part in parts if is_script(part)]
     kept = without_tests(
         text_of(part for part in parts if part not in scripts), instance.test_patch, left_out
     )
     tampered = () if spared else tampering(kept)
     if tampered:
         return Grade(tampered=tampered, report="not run: " + "; ".join(tampered))
-    named = [f"{p.paths[-1]}, which names a test runner" for p in scripts if not _is_test(p)]
+    named = [f"{p.paths[-1]}, which names a test runner" for p in scripts if not is_test(p)]
     return GradedChange(kept, tuple(map(printable, named)))
 
 
@@ -157,6 +135,10 @@ def _graded(session: Session, instance: Instance, base: bytes, diff: str, wall_s
         unpacked = session.put_tar(base)
         if unpacked.code:
             return broken(unpacked, "the base tree cannot be unpacked")
+    elif instance.setup_patch:
+        done = apply(session, instance.setup_patch)
+        if done.code:
+            return broken(done, "the bug cannot be put into the image")
     # Tests first: where they do not fit the base, that is never the agent's doing.
     if instance.test_patch.strip():
         patched = apply(session, instance.test_patch)
@@ -166,12 +148,18 @@ def _graded(session: Session, instance: Instance, base: bytes, diff: str, wall_s
     if ended is not None:
         return ended
     expected = [*instance.fail_to_pass, *instance.pass_to_pass]
-    result = session.run(test_command(expected))
+    if instance.image:
+        result = session.run(image_command(expected))
+        statuses, changed = parse_statuses(result.output), ()
+    else:
+        result, statuses, changed = run_judged(session, expected)
     if result.infra_error:
         return broken(result, "")
     if result.timed_out:
         return too_slow(result, wall_s)
-    statuses = parse_statuses(result.output)
+    if changed:
+        why = f"changed while the tests ran: {', '.join(changed[:3])}"
+        return Grade(False, statuses, changed, report=result.output[-REPORT_CHARACTERS:], why=why)
     if not statuses:
         # Away from the working folder and the home: an agent cannot choose to be told apart.
         there = session.run("python -s -c 'import pytest'", cwd="/", wall_s=60)
@@ -213,6 +201,8 @@ def decided(result: CommandResult, statuses: Mapping[str, str], instance: Instan
         why = f"no test was run: {report.strip()[-REASON_CHARACTERS:]}"
     elif forged:
         why = f"the run ended with {result.code} and names no failure"
+    elif lost and (files := [n for n in statuses if statuses[n] == "ERROR" and "::" not in n]):
+        why = f"{files[0]} cannot be collected: {report.strip()[-REASON_CHARACTERS:]}"
     elif lost:
         why = f"{len(lost)} tests that have to pass do not: {', '.join(lost[:3])}"
     elif not instance.fail_to_pass:
@@ -220,18 +210,51 @@ def decided(result: CommandResult, statuses: Mapping[str, str], instance: Instan
     return Grade(not why, statuses, report=report, why=why)
 
 
+def run_judged(
+    session: Session, ids: Sequence[str]
+) -> tuple[CommandResult, dict[str, str], tuple[str, ...]]:
+    """Run the files of these tests under `judge`: the result, the statuses, what was changed."""
+    key = secrets.token_bytes(32)
+    result = session.run(test_command(ids), stdin=key, output_bytes=OUTPUT_BYTES)
+    for line in reversed(result.output.splitlines()):
+        mark, _, sealed = line.partition(" ")
+        seal, _, text = sealed.partition(" ")
+        if mark == JUDGE_MARK and hmac.compare_digest(seal, _seal(key, text)):
+            found = json.loads(text)
+            shown = replace(result, output=result.output.rpartition(f"\n{JUDGE_MARK} ")[0])
+            return shown, found["statuses"], tuple(found["changed"])
+    return result, {}, ()
+
+
+def _seal(key: bytes, text: str) -> str:
+    return hmac.new(key, text.encode(), "sha256").hexdigest()
+
+
 def test_command(ids: Sequence[str]) -> str:
-    """The shell command that runs the files of these tests, and nothing that they bring along.
+    """The shell command that runs the files of these tests, and nothing that they bring along."""
+    alone = '--noconftest -c /dev/null -o pythonpath="$PWD $PWD/src"'
+    return f"PYTHONSAFEPATH=1 {_run_files(ids, f'-c {shlex.quote(JUDGE)}', alone)}"
+
+
+def image_command(ids: Sequence[str]) -> str:
+    """The same by pytest itself, with the repository's own settings and ``conftest.py``.
+
+    They are the image's: no agent changes them.
+    """
+    return _run_files(ids, "-m pytest")
+
+
+def _run_files(ids: Sequence[str], program: str, more: str = "") -> str:
+    """What runs the files of these tests.
 
     Strings hash alike in every run: the order of a set decides no verdict by chance.
     """
     files = sorted({name.split("::")[0] for name in ids})
     options = (
-        "-v -rpfExX --tb=short --show-capture=no --color=no -p no:cacheprovider --noconftest "
-        '-c /dev/null --rootdir="$PWD" -o pythonpath="$PWD $PWD/src" -o addopts='
+        "-v -rpfExX --tb=short --show-capture=no --color=no -p no:cacheprovider "
+        f'--rootdir="$PWD" {more} -o addopts='
     )
-    variables = "PYTHONSAFEPATH=1 PYTHONHASHSEED=0"
-    return f"{variables} python -m pytest {options} {' '.join(map(shlex.quote, files))}"
+    return f"PYTHONHASHSEED=0 python {program} {options} {shlex.join(files)}"
 
 
 test_command.__test__ = False  # type: ignore[attr-defined]  # pytest: it is none of yours
@@ -256,7 +279,9 @@ def parse_statuses(output: str) -> dict[str, str]:
     before, after = output[: headers[-1].start()], output[headers[-1].end() :]
     statuses = {match[1]: _SKIPPED for match in _SKIPPED_LINE.finditer(before)}
     for match in _LINE.finditer(after):
-        statuses[_whole_id(match[2])] = match[1]
+        # What pytest writes of an expected failure that no test declares.
+        is_made_up = match[1] == "XFAIL" and " - reason: " in match[2]
+        statuses[_whole_id(match[2])] = "FAILED" if is_made_up else match[1]
     return statuses
 
 
@@ -305,78 +330,3 @@ def _all_are(statuses: Mapping[str, str], name: str, allowed: Sequence[str]) -> 
         return False
     found = [status for whole, status in statuses.items() if whole.startswith(name)]
     return bool(found) and all(status in allowed for status in found)
-
-
-def without_tests(diff: str, tests: str = "", left_out: re.Pattern[str] | None = None) -> str:
-    """The parts of a diff that are graded: no tests, and no file of the diff ``tests``.
-
-    Nor a file that ``left_out`` finds by its path, nor what runners and builds leave behind.
-
-    Binary files whose content git left out are dropped too: they stop git from applying the rest.
-    Of a text that is no diff, nothing is graded.
-    """
-    try:
-        parts = file_changes(diff)
-    except DiffError:
-        return ""
-    theirs = _paths(tests)
-    patterns = (TEST_PATH, LEFT_OVER, *([left_out] if left_out else []))
-
-    def is_left_out(path: str) -> bool:
-        return path in theirs or any(pattern.search(path) for pattern in patterns)
-
-    return text_of(p for p in parts if p.complete and not any(map(is_left_out, p.paths)))
-
-
-def tampering(diff: str) -> tuple[str, ...]:
-    r"""What in a change reaches for the test runner; tests and texts are not looked at.
-
-    A text that git does not write is tampering as well: what is no diff could be anything.
-
-    >>> head = "diff --git a/m.py b/m.py\n--- a/m.py\n+++ b/m.py\n"
-    >>> tampering(head + "@@ -0,0 +1 @@\n+import atexit\n")
-    ("m.py: 'import atexit'",)
-    """
-    try:
-        parts = file_changes(diff)
-    except DiffError as error:
-        return (str(error),)
-    return tuple(words for part in parts for words in _tampering_of(part))
-
-
-def _tampering_of(part: FileChange) -> Iterator[str]:
-    forbidden = [path for path in part.paths if FORBIDDEN_PATH.search(path)]
-    yield from (f"{printable(path)} is changed" for path in forbidden)
-    if forbidden or _is_test(part):
-        return
-    where = printable(part.paths[-1])
-    if part.binary and part.complete and where.endswith(PACKED_SUFFIXES):
-        yield f"{where} is code that cannot be read"
-    for line in _code(part):
-        if RUNNER_CODE.search(line) or FORBIDDEN_CODE.search(line):
-            yield f"{where}: {line[:120]!r}"
-
-
-def _is_test(part: FileChange) -> bool:
-    return any(map(TEST_PATH.search, part.paths))
-
-
-def _is_script(part: FileChange) -> bool:
-    return part.is_new and any(map(RUNNER_CODE.search, _code(part)))
-
-
-def _code(part: FileChange) -> Iterator[str]:
-    """The added lines of a source file, as Python takes them."""
-    if part.paths[-1].endswith(SOURCE_SUFFIXES):
-        for line in "\r".join(part.added).split("\r"):  # a line end within a comment ends it
-            if not line.lstrip().startswith("#"):
-                # Python reads an identifier in this normal form: a look-alike is the same name.
-                yield unicodedata.normalize("NFKC", line)
-
-
-def _paths(diff: str) -> frozenset[str]:
-    """The files of a diff; none of one that cannot be read."""
-    try:
-        return frozenset(path for part in file_changes(diff) for path in part.paths)
-    except DiffError:
-        return frozenset()

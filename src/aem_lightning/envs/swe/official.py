@@ -27,27 +27,20 @@ from aem_lightning.envs.swe.grading import (
     graded_change,
     too_slow,
 )
+from aem_lightning.envs.swe.grading import (
+    OUTPUT_BYTES as OUTPUT_BYTES,
+)
+from aem_lightning.envs.swe.images import REPOSITORIES  # known without the package
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.sandbox import CommandResult, Sandbox, Session, SessionSpec
 from aem_lightning.envs.swe.worktree import apply
 
-# Known without the package, so that one can be told that it is missing.
-REPOSITORIES = frozenset(
-    {
-        *("astropy/astropy", "django/django", "marshmallow-code/marshmallow", "sympy/sympy"),
-        *("matplotlib/matplotlib", "mwaskom/seaborn", "pallets/flask", "psf/requests"),
-        *("pvlib/pvlib-python", "pydata/xarray", "pydicom/pydicom", "pylint-dev/astroid"),
-        *("pylint-dev/pylint", "pytest-dev/pytest", "pyvista/pyvista", "sphinx-doc/sphinx"),
-        *("scikit-learn/scikit-learn", "sqlfluff/sqlfluff"),
-    }
-)
 # These runners read their settings from the repository, so its own settings stay as they are.
 LEFT_OUT = re.compile(
     r"(^|/)(setup\.cfg|pyproject\.toml)$|^bin/|^sympy/(testing|utilities)/runtests\.py$"
 )
 # What runners say of a test that passed; product code has little reason to.
 FORGERY = re.compile(r"\.\.\. +(ok|OK)\b|\btest_\w+ ok\b|\b(PASSED|XFAIL)\b")
-OUTPUT_BYTES = 4 << 20  # runners that list every test write more than an agent is shown
 LINE_CHARACTERS = 2_000  # some of the parsers' patterns take the square of a line's length
 CONDA_ENVIRONMENT = "testbed"
 _START, _END = ">>>>> Start Test Output", ">>>>> End Test Output"

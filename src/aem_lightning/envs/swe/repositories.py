@@ -7,6 +7,7 @@ import os
 import subprocess
 import tarfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from aem_lightning.envs.swe.instances import Instance
@@ -58,13 +59,33 @@ class Repositories:
                 _add(tar, path.decode(errors="surrogateescape"), mode, data)
         return archive.getvalue()
 
-    def clone(self, repo: str) -> Path:
-        """Where the clone of ``repo`` is."""
+    def located(self, instance: Instance) -> Instance:
+        """The instance as it is played: from its clone where there is one, else from its image.
+
+        Tests of R2E-Gym are in its images alone.
+        """
+        if instance.image is None or instance.expected or self._find(instance.repo) is None:
+            return instance
+        return replace(instance, image=None)
+
+    def _find(self, repo: str) -> Path | None:
         flat = repo.replace("/", "__")
         if self.root is not None:
             for name in (f"{flat}.git", flat, repo):
                 if (self.root / name).is_dir():
                     return self.root / name
+        return None
+
+    def clone(self, repo: str) -> Path:
+        """Where the clone of ``repo`` is.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        found = self._find(repo)
+        if found is not None:
+            return found
+        flat = repo.replace("/", "__")
         raise FileNotFoundError(
             f"No clone of {repo} in datamodule.repositories={self.root}: type "
             f"git clone --bare https://github.com/{repo} {flat}.git there, or use a data set whose "
