@@ -201,7 +201,7 @@ def test_what_an_agent_leaves_in_its_folder_costs_it_the_reward(make_env, instan
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        ("rm -rf .git", "changes that git cannot print: fatal: not a git repository"),
+        ("rm -rf .git", "git cannot print the change: fatal: not a git repository"),
         ("echo 'x = (' > $(git ls-files '*/core.py')", "tests/test_core.py cannot be collected: "),
         ("git checkout -q .", " tests that have to pass do not: tests/test_core.py::test_"),
     ],

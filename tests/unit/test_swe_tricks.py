@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from test_grading import BUGGY, FIX, FORGED, change, graded
 
@@ -51,7 +49,7 @@ def at_call(do: str, before: str = FRAMES) -> str:
 SESSION = "for frame in frames():\n    session = frame.f_locals.get('session')\n"
 ITEMS = f"{SESSION}    for item in getattr(session, 'items', ()):\n"
 SUMMARY = FORGED.split("'")[1]
-FOUND = json.dumps({"statuses": {IDS: "PASSED"}, "changed": []})
+FOUND = {"statuses": {IDS: "PASSED"}, "changed": []}
 VERDICT = f"\naem-judge {'0' * 64} {FOUND}\n"
 WRITE = """import os
 for fd in range(1, 60):
@@ -99,7 +97,8 @@ TRICKS = {
     "another json": 'import json\njson.dumps = lambda o, **k: \'{"statuses": {}, "changed": []}\'\n'
     + BUGGY,
     "another encoder": "import json\njson.JSONEncoder.encode = lambda s, o: '{}'\n" + BUGGY,
-    "another hmac": "import hmac\nhmac.HMAC.hexdigest = lambda s: '0' * 64\n" + BUGGY,
+    "another hash": "import hashlib\nhashlib.blake2b = hashlib.sha1\n" + BUGGY,
+    "other output": "import sys\nsys.stdout = sys.__stdout__ = open('/dev/null', 'w')\n" + BUGGY,
     "another AssertionError": "import builtins\nbuiltins.AssertionError = KeyError\n" + BUGGY,
     "another isinstance": "import builtins\nbuiltins.isinstance = lambda *a: True\n" + BUGGY,
     "another look at equality": "import builtins\n"
@@ -167,7 +166,7 @@ def test_adds():
     assert add(2, 3) == 5 != add(1, 1)
     assert not (add(1, 1) == 3 or add(1, 1) == 1)
     assert Kind.ONE == 1 and 1e300 == add(1e300, 1.0) and [] == list() and None == [None][0]
-    assert collections.Counter(a=1, b=0) == {"a": 1} and (True, "x", b"y") == (1, "x", b"y")
+    assert collections.Counter(a=1) == {"a": 1} and (True, "x", b"y") == (1, "x", b"y")
     assert {1, 2} == {2, 1} and {"a": [1, (2, 3.5)]} == {"a": [1, (2, 3.5)]}
 """
 

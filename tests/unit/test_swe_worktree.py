@@ -87,10 +87,10 @@ def test_a_byte_is_lost_on_the_way_of_a_change(
         look = listing + "readlink link"
         assert graded.run(look).output == with_edits.run(look).output
         monkeypatch.setattr(worktree, "DIFF_BYTES", 400)
-        assert read_change(with_edits, hash_of_base).problem == "changes of over 0 MiB"
+        assert read_change(with_edits, hash_of_base).problem == "the change is over 0 MiB"
         with_edits.run("git checkout -q .; seq 300 > new.bat")
         some = read_change(with_edits, hash_of_base)
-        assert (some.problem, some.left_out) == ("", ("new files of over 0 MiB",))
+        assert (some.problem, some.left_out) == ("", ("new files: the change is over 0 MiB",))
     finally:
         with_edits.close()
         graded.close()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hmac
-import json
+import ast
+import hashlib
 import re
 import secrets
 import shlex
@@ -219,20 +219,17 @@ def run_judged(
     for line in reversed(result.output.splitlines()):
         mark, _, sealed = line.partition(" ")
         seal, _, text = sealed.partition(" ")
-        if mark == JUDGE_MARK and hmac.compare_digest(seal, _seal(key, text)):
-            found = json.loads(text)
+        right = hashlib.blake2b(text.encode(), key=key).hexdigest()
+        if mark == JUDGE_MARK and secrets.compare_digest(seal.encode(), right.encode()):
+            found = ast.literal_eval(text)
             shown = replace(result, output=result.output.rpartition(f"\n{JUDGE_MARK} ")[0])
             return shown, found["statuses"], tuple(found["changed"])
     return result, {}, ()
 
 
-def _seal(key: bytes, text: str) -> str:
-    return hmac.new(key, text.encode(), "sha256").hexdigest()
-
-
 def test_command(ids: Sequence[str]) -> str:
     """The shell command that runs the files of these tests, and nothing that they bring along."""
-    alone = '--noconftest -c /dev/null -o pythonpath="$PWD $PWD/src"'
+    alone = '--noconftest -c /dev/null -o pythonpath="$PWD $PWD/src" -p no:doctest -p no:pastebin'
     return f"PYTHONSAFEPATH=1 {_run_files(ids, f'-c {shlex.quote(JUDGE)}', alone)}"
 
 

@@ -8,15 +8,14 @@ The tested code runs in this process, so it can be fought here and not shut out.
 random names that have to fail run between the others; pytest's own functions, its hooks and the
 tests are looked at again while they run; an expected failure counts only where the test declares
 it; what equals a literal must not equal one that is a little different; and the file of a test is
-gone before it imports anything.
+emptied before it imports anything.
 """
 
 from __future__ import annotations
 
 import ast
-import hmac
+import hashlib
 import importlib
-import json
 import os
 import random
 import secrets
@@ -26,7 +25,13 @@ from types import FunctionType, ModuleType
 import pytest
 
 MARK = "aem-judge"
-WATCHED = ("_pytest", "pluggy", "builtins", "pytest", "unittest", "json", "hmac")
+# Where an outcome is decided.
+WATCHED = (
+    *("_pytest.assertion", "_pytest.assertion.rewrite", "_pytest.config", "_pytest.fixtures"),
+    *("_pytest.main", "_pytest.nodes", "_pytest.outcomes", "_pytest.python", "_pytest.reports"),
+    *("_pytest.runner", "_pytest.skipping", "_pytest.unittest", "builtins", "pluggy._callers"),
+    *("pluggy._hooks", "pluggy._manager", "pluggy._result", "unittest.case"),
+)
 DECOYS = 4
 PLAIN = (int, float, str, bytes, tuple, list)
 SEEN = "__aem_seen__"
@@ -47,6 +52,7 @@ class Judge:
         self.changed: set[str] = set()
         self.bodies: dict[str, object] = {}
         self.declared: set[str] = set()  # tests that are expected to fail, as they say
+        self.finished = False
         self.before: dict[tuple[str, ...], object] = {}
 
     @pytest.hookimpl(trylast=True)
@@ -62,7 +68,7 @@ class Judge:
         self.bodies = {item.nodeid: body(item) for item in items}
         self.declared = {i.nodeid for i in items if i.get_closest_marker("xfail") is not None}
         last = len(items)
-        for place in sorted((0, last, random.randint(0, last)), reverse=True) if items else ():
+        for place in (last, random.randint(0, last)) if items else ():
             parent = items[min(place, last - 1)].getparent(pytest.Module)
             if parent is not None:
                 name = f"test_{secrets.token_hex(8)}"
@@ -90,7 +96,8 @@ class Judge:
         if call.when == "call" or status != "PASSED":
             kept[name] = status
         if name in self.canaries:
-            self.look()
+            if call.when == "call":
+                self.look()
         elif (
             body(item) is not self.bodies.get(name)
             or {"runtest", "setup"} & vars(item).keys()
@@ -102,6 +109,12 @@ class Judge:
         """A file that cannot be collected is an error."""
         if report.failed:
             self.statuses[report.nodeid] = "ERROR"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        """Look once more; pytest itself puts things back after that."""
+        self.look()
+        self.finished = True
 
     def audit(self, event: str, arguments: object) -> None:
         """Note what the interpreter says that somebody does."""
@@ -117,10 +130,9 @@ class Judge:
 
     def verdict(self) -> dict[str, object]:
         """All of it."""
-        if self.before:
-            self.look()
         survivors = [name for name, status in self.canaries.items() if status in SURVIVED]
         changed = sorted(self.changed) + ["a test that has to fail did not"] * bool(survivors)
+        changed += [] if self.finished else ["the session did not end"]
         return {"statuses": self.statuses, "changed": changed}
 
 
@@ -149,9 +161,9 @@ def body(item: pytest.Item) -> object:
 def picture(config: pytest.Config) -> dict[tuple[str, ...], object]:
     """Functions, classes and hooks that decide on an outcome, by where they are."""
     found: dict[tuple[str, ...], object] = {}
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in WATCHED and module is not None:
-            for key, value in list(vars(module).items()):
+    for name in WATCHED:
+        if name in sys.modules:
+            for key, value in list(vars(sys.modules[name]).items()):
                 if name == "builtins" and callable(value):
                     found[name, key] = value
                 elif isinstance(value, FunctionType):
@@ -255,7 +267,7 @@ def other_than(literal: object) -> object:
 def main() -> int:
     """Run pytest with the arguments; the exit status is pytest's, but for its canaries."""
     sys.modules["__main__"] = ModuleType("__main__")  # not to be found by its name
-    seal = hmac.new(sys.stdin.buffer.read(), digestmod="sha256")
+    seal = hashlib.blake2b(key=sys.stdin.buffer.read())
     channel, write, leave = os.dup(1), os.write, os._exit
     rewrite = importlib.import_module("_pytest.assertion.rewrite")
     plain = rewrite.rewrite_asserts
@@ -267,7 +279,7 @@ def main() -> int:
                 Seen().visit(node)
         plain(tree, source, path, *others)
         if os.path.abspath(path) in tests:
-            os.unlink(path)  # before the tested code is imported, which may read what is expected
+            open(path, "w").close()  # before the tested code, which may read what is expected
 
     rewrite.rewrite_asserts = rewrite_asserts
     importlib.import_module("builtins").__dict__[SEEN] = seen
@@ -275,7 +287,7 @@ def main() -> int:
     code = int(pytest.main(sys.argv[1:], plugins=[judge]))
     if code == 1 and not {"FAILED", "ERROR"} & set(judge.statuses.values()):
         code = 0
-    text = json.dumps(judge.verdict())
+    text = ascii(judge.verdict())  # in C, as the seal is: no code of Python's can be put between
     seal.update(text.encode())
     line = f"\n{MARK} {seal.hexdigest()} {text}\n".encode()
     while line:

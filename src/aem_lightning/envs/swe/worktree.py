@@ -44,15 +44,15 @@ _DIFF = (
     "':(exclude,glob)**/__pycache__/**' ':(exclude,glob)**/.pytest_cache/**' "
     "2>.git/graded.said || {{ cat .git/graded.said; exit 1; }}"
 )
-_CHANGED = f"{_PRIVATE}{_INDEX}{_GIT}{_DIFF}"
-_ADDED = f"{_PRIVATE}{_GIT} -c core.bigFileThreshold={NEW_FILE_BYTES}{_DIFF}"
+_CHANGED = f"{_PRIVATE}{_INDEX}{_GIT}" + _DIFF.replace("{which}", "--binary --diff-filter=a")
+_ADDED = f"{_GIT} -c core.bigFileThreshold={NEW_FILE_BYTES}" + _DIFF.replace(
+    "{which}", "--diff-filter=A"
+)
 # In a repository of its own, whose attributes win; where that fails, as the repository has it:
 # a diff of what git stores, for files that it checked out in another form.
 _APPLY = f"""
 d=$(mktemp -d) && mkdir $d/objects $d/refs $d/info && echo 'ref: refs/heads/main' > $d/HEAD &&
-{_ATTRIBUTES} $d/info/attributes && cat > $d/diff || exit
-GIT_DIR=$d GIT_WORK_TREE=$PWD git apply --whitespace=nowarn {{options}} $d/diff ||
-git apply --whitespace=nowarn {{options}} $d/diff 2>/dev/null
+{_ATTRIBUTES} $d/info/attributes && GIT_DIR=$d GIT_WORK_TREE=$PWD git apply {{options}} -
 code=$?; rm -rf $d; exit $code
 """
 
@@ -85,26 +85,36 @@ def commit_base(session: Session, *, ignored_too: bool) -> CommandResult:
 
 def read_change(session: Session, base: str) -> Change:
     """What changed since the commit ``base``, new files included but for what git ignores."""
-    parts: list[str] = []
-    for command, which in ((_CHANGED, "--binary --diff-filter=a"), (_ADDED, "--diff-filter=A")):
-        command = command.format(base=base, which=which)
-        done = session.run(command, wall_s=SETUP_WALL_S, output_bytes=DIFF_BYTES)
-        if done.infra_error:
-            return Change(infra_error=done.infra_error)
-        what = "changes" if not parts else "new files"
-        if done.truncated:
-            problem = f"{what} of over {DIFF_BYTES >> 20} MiB"
-        elif done.code:
-            problem = f"{what} that git cannot print: {done.output.strip()[-300:]}"
-        else:
-            parts.append(diff_text(done.data))
-            continue
-        return Change("".join(parts), (problem,)) if parts else Change(problem=problem)
-    return Change("".join(parts))
+    done = _printed(session, f"{_CHANGED} && {_ADDED}", base)
+    left_out: tuple[str, ...] = ()
+    if done.code or done.truncated:  # perhaps only for new files, which a fix may do without
+        problem = _problem(done)
+        done = _printed(session, _CHANGED, base)
+        left_out = (f"new files: {problem}",)
+    if done.infra_error:
+        return Change(infra_error=done.infra_error)
+    if done.code or done.truncated:
+        return Change(problem=_problem(done))
+    return Change(diff_text(done.data), left_out)
+
+
+def _printed(session: Session, command: str, base: str) -> CommandResult:
+    command = command.format(base=base)
+    return session.run(command, wall_s=SETUP_WALL_S, output_bytes=DIFF_BYTES)
+
+
+def _problem(done: CommandResult) -> str:
+    if done.truncated:
+        return f"the change is over {DIFF_BYTES >> 20} MiB"
+    return f"git cannot print the change: {done.output.strip()[-300:]}"
 
 
 def apply(session: Session, diff: str, *options: str) -> CommandResult:
     """Apply a diff to the working folder."""
     end = "" if diff.endswith("\n") else "\n\n"  # as data sets may have lost it
-    command = _APPLY.format(options=" ".join(options))
-    return session.run(command, stdin=diff_bytes(diff + end), wall_s=60)
+    given = " ".join(("--whitespace=nowarn", *options))
+    done = session.run(_APPLY.format(options=given), stdin=diff_bytes(diff + end), wall_s=60)
+    if done.code == 0 or done.infra_error:
+        return done
+    again = session.run(f"git apply {given} -", stdin=diff_bytes(diff + end), wall_s=60)
+    return done if again.code else again
