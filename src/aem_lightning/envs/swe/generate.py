@@ -191,7 +191,8 @@ def _archive(files: Mapping[str, str]) -> bytes:
 def _statuses(sandbox: Sandbox, files: Mapping[str, str]) -> dict[str, str] | None:
     """What the tests say; None where they do not end."""
     with closing(sandbox.open(SessionSpec(limits=TRIAL))) as session:
-        done, statuses = session.put_tar(_archive(files)), {}
+        done = session.put_tar(_archive(files))
+        statuses: dict[str, str] = {}
         if done.code == 0:
             done, statuses, _ = run_judged(session, [TEST_FILE])
     if done.infra_error:

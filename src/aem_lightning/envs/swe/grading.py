@@ -148,9 +148,10 @@ def _graded(session: Session, instance: Instance, base: bytes, diff: str, wall_s
     if ended is not None:
         return ended
     expected = [*instance.fail_to_pass, *instance.pass_to_pass]
+    changed: tuple[str, ...] = ()
     if instance.image:
         result = session.run(image_command(expected))
-        statuses, changed = parse_statuses(result.output), ()
+        statuses = parse_statuses(result.output)
     else:
         result, statuses, changed = run_judged(session, expected)
     if result.infra_error:

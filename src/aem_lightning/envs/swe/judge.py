@@ -21,6 +21,7 @@ import random
 import secrets
 import sys
 from types import FunctionType, ModuleType
+from typing import NoReturn
 
 import pytest
 
@@ -211,10 +212,10 @@ class Seen(ast.NodeTransformer):
         return node
 
 
-def is_literal(node: ast.AST) -> bool:
+def is_literal(node: ast.expr) -> bool:
     """Whether it says all of its value."""
     try:
-        ast.literal_eval(node)  # type: ignore[arg-type]
+        ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError):
         return False
     return True
@@ -264,7 +265,7 @@ def other_than(literal: object) -> object:
     return secrets.token_hex(4)  # of None, and of what is empty
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Run pytest with the arguments; the exit status is pytest's, but for its canaries."""
     sys.modules["__main__"] = ModuleType("__main__")  # not to be found by its name
     seal = hashlib.blake2b(key=sys.stdin.buffer.read())
@@ -281,7 +282,7 @@ def main() -> int:
         if os.path.abspath(path) in tests:
             open(path, "w").close()  # before the tested code, which may read what is expected
 
-    rewrite.rewrite_asserts = rewrite_asserts
+    vars(rewrite)["rewrite_asserts"] = rewrite_asserts
     importlib.import_module("builtins").__dict__[SEEN] = seen
     judge = Judge()
     code = int(pytest.main(sys.argv[1:], plugins=[judge]))
@@ -293,7 +294,6 @@ def main() -> int:
     while line:
         line = line[write(channel, line) :]
     leave(code)
-    return code
 
 
 if __name__ == "__main__":
