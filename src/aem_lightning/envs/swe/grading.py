@@ -230,7 +230,7 @@ def run_judged(
 
 def test_command(ids: Sequence[str]) -> str:
     """The shell command that runs the files of these tests, and nothing that they bring along."""
-    alone = '--noconftest -c /dev/null -o pythonpath="$PWD $PWD/src" -p no:doctest -p no:pastebin'
+    alone = '--noconftest -c /dev/null -o pythonpath="$PWD $PWD/src" -p no:doctest -p no:junitxml'
     return f"PYTHONSAFEPATH=1 {_run_files(ids, f'-c {shlex.quote(JUDGE)}', alone)}"
 
 

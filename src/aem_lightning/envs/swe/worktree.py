@@ -22,9 +22,7 @@ _GIT = (
 )
 # In this file, which counts more than the repository's own.
 _ATTRIBUTES = "echo '* -text !ident !filter !working-tree-encoding !diff' >"
-_AS_IT_IS = (
-    f"mkdir -p .git/info && rm -rf .git/info/attributes && {_ATTRIBUTES} .git/info/attributes"
-)
+_AS_IT_IS = f"mkdir -p .git/info && {_ATTRIBUTES} .git/info/attributes"
 # A history of one commit: later commits of the repository would show the fix.
 _FIRST_COMMIT = (
     f"rm -rf .git && {_GIT} init -q . && {_AS_IT_IS} && {_GIT} add {{which}} && "
@@ -35,7 +33,8 @@ _FIRST_COMMIT = (
 # like: they are gone before the question. Its index may be locked or hide files: it is not used.
 _PRIVATE = "export HOME=/dev/null GIT_NO_REPLACE_OBJECTS=1 GIT_INDEX_FILE=$PWD/.git/graded && "
 _INDEX = (
-    f"rm -rf .git/config .git/config.worktree .git/graded* && {_AS_IT_IS} && "
+    "rm -rf .git/config .git/config.worktree .git/graded* .git/info/attributes && "
+    f"{_AS_IT_IS} && "
     f"{_GIT} read-tree {{base}} && "
     f"{{{{ {_GIT} add --all --intent-to-add --ignore-errors . >/dev/null 2>&1 || true; }}}} && "
 )
