@@ -214,6 +214,7 @@ class Trajectory:
         truncated: Cut by a limit (turns, context) rather than ended by the environment.
         infra_error: What broke outside the policy's doing; such a trajectory is left out of the
             loss.
+        reason: Why it was not won, where the environment says so: ``info["reason"]``.
         round: The collection round that played it; 0 unless dynamic sampling asks for more.
     """
 
@@ -227,6 +228,7 @@ class Trajectory:
     truncated: bool = False
     infra_error: str | None = None
     round: int = 0
+    reason: str = ""
 
     @property
     def key(self) -> str:

@@ -36,6 +36,7 @@ from aem_lightning.callbacks.transcripts import (
     append_json_line,
     episode_markdown,
     episode_record,
+    recorded_episode,
 )
 from aem_lightning.types import Iteration
 
@@ -315,7 +316,10 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
 def test_a_long_observation_is_cut_in_the_text_and_whole_in_the_record() -> None:
     trajectory = make_iteration(0).trajectories[0]
     trajectory.turns[0].observation = "y" * 50
+    trajectory.reason = "a test fails"
     record = episode_record(trajectory)
+    assert "a test fails" in episode_markdown(record)
+    assert recorded_episode(record).reason == record["reason"] == "a test fails"
     assert record["turns"][0]["observation"] == "y" * 50
     assert "… 40 more characters" in episode_markdown(record, max_chars=10)
 

@@ -58,8 +58,7 @@ def test_what_git_writes_is_read_otherwise(repository: Path, options: list[str])
     diff = git(repository, "diff", "--cached", *options)
     parts = file_changes(diff)
     named = git(repository, "diff", "--cached", "--name-only", "-z", *options[-1:]).split("\0")[:-1]
-    escaped = {name.encode().decode("latin-1") for name in named}  # git writes bytes, in octal
-    assert {part.paths[-1] for part in parts} == escaped
+    assert {part.paths[-1] for part in parts} == set(named)
     assert text_of(parts) == diff, "what is handed on is what was read"
     assert text_of(file_changes("warning: CRLF\n" + diff)) == diff
     (plain,) = [part for part in parts if part.paths == ("plain.py",)]
@@ -103,6 +102,12 @@ HUNK = "@@ -1 +1 @@\n-a\n+b\n"
 def test_what_git_does_not_write_is_read(diff: str) -> None:
     with pytest.raises(DiffError):
         file_changes(diff)
+
+
+def test_a_name_in_octal_is_another_than_the_same_in_letters() -> None:
+    head = 'diff --git "a/caf\\303\\251 \\"1\\".py" "b/caf\\303\\251 \\"1\\".py"\nold mode 1\n'
+    assert file_changes(head)[0].paths == ('caf\u00e9 "1".py',)
+    assert file_changes(head.replace("\\303\\251", "\u00e9"))[0].paths == ('caf\u00e9 "1".py',)
 
 
 def test_nothing_is_something() -> None:

@@ -169,20 +169,47 @@ def test_reaching_for_the_test_runner_earns_something_or_is_not_counted(make_env
     env = make_env()
     env.counters()
     env.reset(options={"task_id": instances[0].instance_id})
-    env.step(bash("echo 'import pytest' > conftest.py"))
+    env.step(bash("echo 'import os' > sitecustomize.py"))
     _, reward, terminated, _, info = env.step(FINISH)
     assert (reward, terminated) == (0.0, True)
-    assert info["tampered"] == ["conftest.py is changed"]
+    assert info["tampered"] == ["sitecustomize.py is changed"]
+    assert info["reason"] == "not run: sitecustomize.py is changed"
     assert env.counters() == {"graded": 1, "tampered": 1}
     assert env.counters() == {"graded": 0, "tampered": 0}
 
 
-def test_a_diff_that_is_too_large_breaks_the_environment(make_env, instances):
-    env = make_env()
-    env.reset(options={"task_id": instances[0].instance_id})
-    env.step(bash("seq 100000 > long.txt"))
-    _, reward, terminated, _, info = env.step(FINISH)
+def fix_and(env, instance, command):
+    """The last answer of an episode with a right fix, and a command before it is handed in."""
+    env.reset(options={"task_id": instance.instance_id})
+    fix = FunctionsExpert(instance)
+    for call in [fix.act("", ()) for _ in range(3)]:
+        env.step(call)
+    env.step(bash(command))
+    return env.step(FINISH)
+
+
+def test_what_an_agent_leaves_in_its_folder_costs_it_the_reward(make_env, instances):
+    left = (
+        "seq 12000 > long.txt; seq 300000 > data.txt; printf 'import pytest\\n' > reproduce.py; "
+        "touch .git/index.lock; git init -q empty; git init -q other; mkfifo pipe; "
+        "git update-index --assume-unchanged $(git ls-files '*core.py')"
+    )
+    _, reward, terminated, _, info = fix_and(make_env(), instances[0], left)
+    assert (reward, terminated, info["reason"]) == (1.0, True, "")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        ("rm -rf .git", "git cannot print the change: fatal: not a git repository"),
+        ("echo 'x = (' > $(git ls-files '*/core.py')", "tests/test_core.py cannot be collected: "),
+        ("git checkout -q .", " tests that have to pass do not: tests/test_core.py::test_"),
+    ],
+)
+def test_a_zero_has_no_reason(make_env, instances, spoil, reason):
+    _, reward, terminated, _, info = fix_and(make_env(), instances[0], spoil)
     assert (reward, terminated, info.get("infra_error")) == (0.0, True, None)
+    assert reason in info["reason"]
 
 
 def test_gits_settings_of_the_agent_change_what_is_graded(make_env, instances):

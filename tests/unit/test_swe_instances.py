@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import ast
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
 
-from aem_lightning.envs.swe import generate, load_instances
+from aem_lightning.datamodules import SweDataModule
+from aem_lightning.envs.swe import Grade, SweSettings, generate, load_instances
+from aem_lightning.envs.swe.changes import file_changes
 from aem_lightning.envs.swe.expert import words_fix
 from aem_lightning.envs.swe.generate import Candidate, candidates, generate_instances
-from aem_lightning.envs.swe.instances import SWEBENCH_COLUMNS, Instance
+from aem_lightning.envs.swe.grading import GradedChange, graded_change
+from aem_lightning.envs.swe.instances import SWEBENCH_COLUMNS, Instance, from_swebench
 from aem_lightning.envs.swe.libraries import load_libraries
 from aem_lightning.envs.swe.mutations import Mutation, mutations
-from aem_lightning.envs.swe.patches import TOKEN, hunks, make_diff, token_fix
+from aem_lightning.envs.swe.official import LEFT_OUT
+from aem_lightning.envs.swe.patches import TOKEN, hunks, make_diff, reversed_diff, token_fix
 from aem_lightning.envs.swe.repositories import Repositories, write_repository
-from aem_lightning.envs.swe.sandbox import Limits, LocalSandbox
+from aem_lightning.envs.swe.sandbox import Limits, LocalSandbox, SessionSpec, tar_of
+from aem_lightning.envs.swe.validate import main, validate_instance
+from aem_lightning.envs.swe.worktree import apply
 
+FIX = make_diff("m.py", "x = 1\n", "x = 2\n")
 SPLITS = ("train", "valid_seen", "valid_unseen")
 
 
@@ -148,12 +157,201 @@ def test_a_missing_file_does_not_say_how_to_play_without(tmp_path):
         load(tmp_path / "none.json", tmp_path)
 
 
-def test_an_id_given_twice_is_taken(swe_root, tmp_path):
+def test_a_row_that_cannot_be_played_takes_the_others_with_it(swe_root, tmp_path, caplog):
     rows = json.loads((swe_root / "train.json").read_text())
-    path = tmp_path / "twice.json"
-    path.write_text(json.dumps([rows[0], rows[0]]))
-    with pytest.raises(ValueError, match="given more than once"):
-        load(path, tmp_path)
+    path = tmp_path / "rows.json"
+    empty = rows[1] | {"instance_id": "no_tests", "FAIL_TO_PASS": "[]"}
+    path.write_text(json.dumps([rows[0], rows[1], rows[0] | {"patch": ""}, empty]))
+    assert load(path, tmp_path) == load(swe_root / "train.json", tmp_path)
+    assert "no_tests: FAIL_TO_PASS is empty, so doing nothing would resolve it" in caplog.text
+    assert f"{rows[0]['instance_id']} is given more than once: the first is kept" in caplog.text
+
+
+BUG = """diff --git a/m.py b/m.py
+index 1..2 100644
+--- a/m.py
++++ b/m.py
+@@ -1,3 +1,2 @@
+ a
+--- old
+-b
++++ new
+\\ No newline at end of file
+diff --git a/gone.py b/gone.py
+deleted file mode 100644
+--- a/gone.py
++++ /dev/null
+@@ -1 +0,0 @@
+-x
+"""
+PLAIN = {
+    "repo": "farm/pens",
+    "instance_id": "Farm__pens-1",
+    "base_commit": "0" * 40,
+    "problem_statement": "It fails.",
+    "patch": FIX,
+    "test_patch": "tests",
+    "FAIL_TO_PASS": ["t.py::a"],
+    "PASS_TO_PASS": "[]",
+}
+SMITH = {"test_patch": None, "image_name": "jyangballin/swesmith.x86_64.a_1776_b.12", "patch": BUG}
+PRO = {
+    "fail_to_pass": "['t.py::a', \"t.py::b[it's]\"]",
+    "pass_to_pass": "[]",
+    "FAIL_TO_PASS": None,
+    "dockerhub_tag": "a.b-1",
+    "requirements": "- r",
+    "interface": "i()",
+}
+
+
+@pytest.mark.parametrize(
+    ("columns", "read"),
+    [
+        ({}, {"image": None, "patch": FIX, "fail_to_pass": ("t.py::a",), "pass_to_pass": ()}),
+        ({"PASS_TO_PASS": "", "patch": None}, {"pass_to_pass": (), "patch": ""}),
+        (
+            {"repo": "Pallets/flask", "eval_script": "true", "image": None},
+            {"image": "swebench/sweb.eval.x86_64.farm_1776_pens-1:latest", "eval_script": "true"},
+        ),
+        (
+            {"repo": "Project-MONAI/MONAI"},
+            {"image": "xingyaoww/sweb.eval.x86_64.farm_s_pens-1:latest"},
+        ),
+        (
+            {"install_config": {"test_cmd": "pytest"}, "FAIL_TO_FAIL": []},
+            {"image": "swerebench/sweb.eval.x86_64.farm_1776_pens-1:latest"},
+        ),
+        ({"docker_image": "swerebench/x", "install_config": {}}, {"image": "swerebench/x"}),
+        (SMITH, {"setup_patch": BUG, "patch": reversed_diff(BUG), "test_patch": ""}),
+        (
+            PRO,
+            {
+                "fail_to_pass": ("t.py::a", "t.py::b[it's]"),
+                "image": "jefzda/sweap-images:a.b-1",
+                "workdir": "/app",
+                "problem_statement": "It fails.\n\nRequirements:\n- r"
+                "\n\nNew interfaces introduced:\ni()",
+            },
+        ),
+    ],
+)
+def test_a_row_of_another_data_set_is_read_as_something_else(columns, read):
+    instance = from_swebench(PLAIN | columns)
+    assert {name: getattr(instance, name) for name in read} == read
+
+
+@pytest.mark.parametrize("said", ["t.py::a", "{'t.py::a': 1}", "[1]", "[", 7, {"a": 1}])
+def test_what_is_no_list_of_tests_is_read(said):
+    with pytest.raises(ValueError, match=r"Farm__pens-1: PASS_TO_PASS=.* is no list of test names"):
+        from_swebench(PLAIN | {"PASS_TO_PASS": said})
+
+
+def test_a_reversed_diff_brings_back_something_else():
+    buggy = LocalSandbox(allow_unsafe=True).open(SessionSpec())
+    files = {"m.py": b"a\n-- old\nb\n", "gone.py": b"x\n"}
+    buggy.put_tar(tar_of(files))
+    assert apply(buggy, BUG).code == 0
+    assert buggy.run("cat m.py; ls").output == "a\n++ newm.py\n"
+    assert apply(buggy, reversed_diff(BUG)).code == 0
+    assert buggy.run("cat m.py gone.py").output == "a\n-- old\nb\nx\n"
+    buggy.close()
+    assert file_changes(reversed_diff(BUG))[1].is_new
+
+
+REAL = Path(__file__).parents[3] / "shared" / "real" / "swe"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no genuine rows in {REAL}")
+def test_genuine_rows_are_not_read_or_their_fixes_are_refused(tmp_path):
+    classic, release = (
+        load(REAL / f"flask_rows_{n}.json", tmp_path) for n in ("classic", "release5")
+    )
+    assert [i.image for i in classic] == [
+        i.image.removesuffix(":latest") + ":latest" for i in release
+    ]
+    assert all(i.eval_script for i in release)
+    for instance in (*classic, *release, *load(REAL / "swe-bench-lite-test.json", tmp_path)):
+        change = graded_change(instance, instance.patch, LEFT_OUT)
+        assert isinstance(change, GradedChange), (instance.instance_id, change)
+        assert change.diff == instance.patch, "all of it is graded"
+
+
+# ------------------------------------------------------------------------------------- gold first
+
+
+def test_a_row_whose_fix_fails_is_played_or_graded_again(swe_root, tmp_path, monkeypatch, caplog):
+    rows = json.loads((swe_root / "train.json").read_text())
+    far = rows[0] | {"instance_id": "far_away", "base_commit": "0" * 40}
+    wrong = rows[1] | {"instance_id": "wrong", "patch": rows[0]["patch"]}
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([rows[0], far, wrong]))
+
+    def datamodule(file=path):
+        settings = {"sandbox": "local", "allow_unsafe": True}
+        return SweDataModule(
+            str(tmp_path),
+            source="json",
+            splits={"train": str(file)},
+            evaluation_splits=["train"],
+            environment=settings | {"repositories": str(swe_root / "repositories")},
+        )
+
+    data = datamodule()
+    data.prepare_data()
+    assert [task.id for task in data.tasks("train")] == [rows[0]["instance_id"]]
+    assert "2 of 3 rows are left out" in caplog.text
+    assert "far_away: far_away: " in caplog.text
+    assert "wrong: its fix earns 0: the change does not apply" in caplog.text
+
+    graded = []
+    monkeypatch.setattr(
+        "aem_lightning.envs.swe.validate.grade_change", lambda *given: graded.append(given)
+    )
+    again = datamodule()
+    again.prepare_data()
+    assert (again.tasks("train"), graded) == (data.tasks("train"), [])
+    path.write_text(json.dumps([wrong]))
+    with pytest.raises(ValueError, match=r"no row earns 1 .* type datamodule.validate=false"):
+        datamodule().tasks("train")
+
+
+@pytest.mark.parametrize(
+    ("grades", "problem"),
+    [
+        ({True: Grade(True), False: Grade()}, ""),
+        ({True: Grade(True), False: Grade(True)}, "doing nothing earns 1"),
+        (
+            {True: Grade(report="E   socket.gaierror: Temporary failure in name resolution")},
+            "its fix earns 0: its tests need the network; E   socket",
+        ),
+        (
+            {True: Grade(report="E   ModuleNotFoundError: No module named 'yaml'")},
+            "its fix earns 0: its environment does not import; E   Module",
+        ),
+        ({True: Grade(why="no test was run: ")}, "its fix earns 0: no test was run"),
+        ({True: Grade(infra_error="the sandbox ended")}, "the sandbox ended"),
+    ],
+)
+def test_a_verdict_says_something_else(grades, problem, monkeypatch):
+    monkeypatch.setattr(
+        "aem_lightning.envs.swe.validate.grade_change", lambda *given: grades[bool(given[-1])]
+    )
+    instance = replace(from_swebench(PLAIN), image="some/image")
+    verdict = validate_instance(LocalSandbox(True), SweSettings(), instance)
+    assert verdict.problem.startswith(problem)
+    assert bool(verdict.problem) == bool(problem)
+    assert verdict.is_final == (problem != "the sandbox ended")
+
+
+def test_the_command_grades_nothing_or_forgets_what_failed(swe_root, tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([json.loads((swe_root / "train.json").read_text())[0]]))
+    where = ["--repositories", str(swe_root / "repositories"), "--sandbox", "local"]
+    assert main([str(path), *where, "--allow-unsafe"]) == 0
+    assert "1 of 1 can be played" in caplog.text
+    assert (tmp_path / "verdicts.jsonl").is_file()
 
 
 def test_a_missing_clone_does_not_say_what_to_type(tmp_path):

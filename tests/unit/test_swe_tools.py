@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from aem_lightning.envs.swe import toolbox
@@ -118,6 +120,50 @@ def test_str_replace_changes_what_occurs_twice(repository):
     shown = toolbox.str_replace("pack/core.py", "a < 1", "a <= 1")
     assert "     2\t    return a <= 1" in shown
     assert (repository / "pack/core.py").read_text() == SOURCE.replace("<", "<=")
+
+
+OTHER_FILES = {
+    "latin": ("# coding: latin-1\n# \xfc\nx = 1\n", "latin-1"),
+    "no_cookie": ("# \xfc\nx = 1\n", "latin-1"),
+    "koi": ("#!python\n# vim: set fileencoding=koi8-r :\nx = 1  # \u0431\n", "koi8-r"),
+    "japan": ("# -*- coding: euc_jp -*-\nx = 1  # \u65e5\n", "euc_jp"),
+    "mark": ("x = 1\n", "utf-8-sig"),
+    "wide": ("\ufeffx = 1\n", "utf-16-be"),
+    "wrong_cookie": ("# coding: ascii\n# \xfc\nx = 1\n", "utf-8"),
+    "no_such_cookie": ("# coding: nonsense\nx = 1\n# \xfc", "cp1252"),
+    "dos": ("a = 0\r\nx = 1\r\n\r\n", "utf-8"),
+    "mixed": ("a = 0\r\nx = 1\nb = 2\r\nc = 3\r\n", "utf-8"),
+    "mac": ("a = 0\rx = 1\r", "utf-8"),
+    "odd": ("\x0c\n# \u2028 \x85 \x1c \x0b\nx = 1", "utf-8"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_an_edit_changes_other_bytes_than_its_own(repository, name):
+    text, coding = OTHER_FILES[name]
+    place = repository / f"{name}.py"
+    place.write_bytes(text.encode(coding))
+    shown = toolbox.str_replace(place.name, "x = 1", "x = 2")
+    assert place.read_bytes() == text.replace("x = 1", "x = 2").encode(coding)
+    number = re.split("\r\n|\n|\r", text.lstrip("\ufeff").partition("x = 1")[0])
+    assert re.search(rf"^ *{len(number)}\t\ufeff?x = 2", shown, re.MULTILINE)
+    assert f"{place.name}:{len(number)}: " in toolbox.search("x = 2")
+    toolbox.undo_edit(place.name)
+    assert place.read_bytes() == text.encode(coding)
+
+
+def test_lines_of_an_edit_have_other_ends_than_the_file(repository):
+    place = repository / "dos.py"
+    place.write_bytes(b"a = 0\r\nx = 1\r\n")
+    toolbox.str_replace("dos.py", "a = 0\nx = 1", "a = 1\nx = 2")
+    toolbox.insert("dos.py", "2", "y = 3\nz = 4")
+    assert place.read_bytes() == b"a = 1\r\nx = 2\r\ny = 3\r\nz = 4\r\n"
+    (repository / "latin.py").write_bytes(b"# coding: latin-1\nx = '\xfc'\n")
+    toolbox.str_replace("latin.py", "\xfc", "\xe9")
+    assert (repository / "latin.py").read_bytes().endswith(b"x = '\xe9'\n")
+    with pytest.raises(toolbox.ToolError, match="written in latin-1, which has no '\u20ac'"):
+        toolbox.str_replace("latin.py", "\xe9", "\u20ac")
+    assert (repository / "latin.py").read_bytes().endswith(b"x = '\xe9'\n")
 
 
 def test_undo_edit_brings_back_something_else(repository):

@@ -169,6 +169,7 @@ def episode_record(
         "returns": _finite(trajectory.total_reward),
         "truncated": bool(trajectory.truncated),
         "infra_error": trajectory.infra_error,
+        "reason": trajectory.reason,
         "turns": [
             {
                 **_turn_record(turn, scores.get((index, number))),
@@ -211,6 +212,7 @@ def recorded_episode(record: Mapping[str, Any]) -> Trajectory:
         score=record["score"] or 0.0,
         truncated=record["truncated"],
         infra_error=record["infra_error"],
+        reason=record.get("reason") or "",  # which records of before have not
     )
 
 
@@ -231,6 +233,8 @@ def episode_markdown(record: Mapping[str, Any], max_chars: int = 4000) -> str:
     ]
     if record["infra_error"]:
         lines += ["The environment broke:", "", _block(str(record["infra_error"]), max_chars), ""]
+    if record.get("reason"):
+        lines += ["Why it was not won:", "", _block(record["reason"], max_chars), ""]
     for number, turn in enumerate(turns):
         numbers = ", ".join(
             f"{name} {_number(turn[name])}"

@@ -25,8 +25,10 @@ from aem_lightning.envs.swe.expert import words_fix
 from aem_lightning.envs.swe.generate import FORMATS, REPOSITORIES, SPLITS, generate_instances
 from aem_lightning.envs.swe.instances import SOURCES, Source
 from aem_lightning.envs.swe.official import check_official
+from aem_lightning.envs.swe.repositories import Repositories
 from aem_lightning.envs.swe.sandbox import Limits
 from aem_lightning.envs.swe.tools import tool_schemas
+from aem_lightning.envs.swe.validate import VERDICTS, read_verdicts, validate
 from aem_lightning.envs.swe.vocabulary import vocabulary_texts
 from aem_lightning.types import Count, Task, Tool
 
@@ -59,6 +61,8 @@ class SweDataModule(AgentDataModule):
             Embedded instances have their own.
         adapter: ``swebench``, ``r2e``, or ``auto``: what the columns say.
         max_instances: Keep so many of each split.
+        validate: Before the first use of rows that are not embedded, grade the fix of each and no
+            change: rows where these do not earn 1 and 0 are left out. ``root`` keeps the verdicts.
         generate: What to generate for ``source=embedded``.
         environment: Fields of `SweSettings`; ``limits`` are those of a command.
         settings: Arguments of `AgentDataModule`.
@@ -75,6 +79,7 @@ class SweDataModule(AgentDataModule):
         splits: Mapping[str, str] | None = None,
         adapter: Literal["auto", "swebench", "r2e"] = "auto",
         max_instances: Count | None = None,
+        validate: bool = True,
         generate: GeneratedInstances | Mapping[str, Any] | None = None,
         environment: Annotated[Mapping[str, Any], SweSettings] | None = None,
         **settings: Any,
@@ -87,6 +92,7 @@ class SweDataModule(AgentDataModule):
         self.splits = dict(splits or {})
         self.adapter = adapter
         self.max_instances = max_instances
+        self.validate = validate
         made = GeneratedInstances(**generate) if isinstance(generate, Mapping) else generate
         self.generate = made or GeneratedInstances()
         self.play = self._play_settings(dict(environment or {}))
@@ -104,8 +110,10 @@ class SweDataModule(AgentDataModule):
         return SweSettings(**given, limits=Limits(**limits))
 
     def prepare_data(self) -> None:
-        """Make the embedded instances, where they are wanted and not there yet."""
+        """Make the embedded instances, where they are not there yet; find out which others work."""
         if self.source != "embedded":
+            for split in self._all_splits() if self.validate else ():
+                validate(self._rows(split), self.play, self.root / VERDICTS, workers=self.workers)
             return
         if self.generate.file_format not in FORMATS:
             raise ValueError(
@@ -123,19 +131,42 @@ class SweDataModule(AgentDataModule):
     def instances(self, split: str) -> list[Instance]:
         """The instances of ``split``, sorted by id; in words, those whose fix can be said."""
         if split not in self._instances:
-            found = self._load(split)
-            if self.play.dialect == "words":
-                found = [instance for instance in found if words_fix(instance) is not None]
-            found = found[: self.max_instances]
-            if not found:
-                raise ValueError(
-                    f"split={split!r} has no instance to play with dialect={self.play.dialect}: "
-                    "give more (datamodule.generate.count, datamodule.splits)"
-                )
-            check_official(found)
+            found = self._rows(split)
+            if self.validate and self.source != "embedded":
+                found = self._without_failing(split, found)
             log.info("%s: %d instances, hash %s", split, len(found), instances_hash(found))
             self._instances[split] = found
         return self._instances[split]
+
+    def _rows(self, split: str) -> list[Instance]:
+        repositories = Repositories(self.play.repositories)
+        found = [repositories.located(instance) for instance in self._load(split)]
+        if self.play.dialect == "words":
+            found = [instance for instance in found if words_fix(instance) is not None]
+        found = found[: self.max_instances]
+        if not found:
+            raise ValueError(
+                f"split={split!r} has no instance to play with dialect={self.play.dialect}: "
+                "give more (datamodule.generate.count, datamodule.splits)"
+            )
+        check_official(found)
+        return found
+
+    def _without_failing(self, split: str, rows: list[Instance]) -> list[Instance]:
+        verdicts = read_verdicts(self.root / VERDICTS, rows, self.play)
+        problems = {name: verdict.problem for name, verdict in verdicts.items() if verdict.problem}
+        failing = {
+            i.instance_id: problems[i.instance_id] for i in rows if i.instance_id in problems
+        }
+        said = "; ".join(f"{name}: {problem}" for name, problem in list(failing.items())[:5])
+        if len(failing) == len(rows):
+            raise ValueError(
+                f"split={split!r}: no row earns 1 for its fix and 0 for no change. {said}. "
+                "To play them all the same, type datamodule.validate=false"
+            )
+        if failing:
+            log.warning("%s: %d of %d rows are left out: %s", split, len(failing), len(rows), said)
+        return [instance for instance in rows if instance.instance_id not in failing]
 
     def _load(self, split: str) -> list[Instance]:
         if self.source == "embedded":

@@ -321,6 +321,7 @@ class Collector:
         trajectory.won = step.won
         trajectory.score = float(step.info.get("score", step.won))
         trajectory.infra_error = step.infra_error
+        trajectory.reason = str(step.info.get("reason") or "")
         item.step = step
         if step.terminated or step.truncated or step.infra_error is not None:
             trajectory.truncated = step.truncated

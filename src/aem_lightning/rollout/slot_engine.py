@@ -9,10 +9,8 @@ leave the batch.
 
 The cache is a block of our own with an attention of our own (``engine=hf``), or, for models that
 those do not compute, transformers' (``engine=plain``); ``engine=auto`` takes the first where it
-gives what the model gives. Requests, seeds and results are the same.
-
-Weights are used as they are, adapters unmerged: merging LoRA in half precision rounds most of an
-early update away.
+gives what the model gives. Requests, seeds and results are the same. Adapters stay unmerged:
+merging LoRA in half precision rounds most of an early update away.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def episode_view(number: int, record: Record, *, unfolded: bool = False) -> Rend
         (_plain(" · ".join(part for part in about if part)), "cyan"),
         (f"\n{_plain(record['task'])}", "dim"),
     )
-    if record["infra_error"]:
-        head.append(f"\n{_plain(str(record['infra_error']))}", "yellow")
+    if why := record["infra_error"] or record.get("reason"):
+        head.append(f"\n{_plain(str(why))}", "yellow")
     turns = enumerate(zip(record["turns"], prompts(record), strict=True))
     shown = (part for i, (turn, read) in turns for part in _turn(i, turn, read, unfolded))
     return Group(head, *shown)

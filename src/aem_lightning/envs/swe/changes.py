@@ -4,6 +4,9 @@ The text comes from the agent's sandbox, so it may be anything. What is read oth
 applies it would get past every check of it: hence a line inside that git does not write is an
 error, and what is handed on is put together from what was read. Lines end with a line feed alone,
 whatever else Python takes for an end.
+
+A diff is bytes, as files are: here as a text whose bytes that are no UTF-8 stand as lone surrogates
+(PEP 383), so that `diff_bytes` gives back every one of them.
 """
 
 from __future__ import annotations
@@ -21,6 +24,20 @@ _HEADERS = (
     *("similarity index ", "dissimilarity index "),
 )
 _PACKED = re.compile(r"(?:literal|delta) \d+|[A-Za-z][!-~]+|")
+
+
+def diff_text(diff: bytes | str) -> str:
+    """A diff as it is read here; of its bytes none is lost."""
+    return diff if isinstance(diff, str) else diff.decode(errors="surrogateescape")
+
+
+def diff_bytes(diff: str) -> bytes:
+    r"""The bytes that `diff_text` was made of.
+
+    >>> diff_bytes(diff_text(b"+\xfc\r\n"))
+    b'+\xfc\r\n'
+    """
+    return diff.encode(errors="surrogateescape")
 
 
 class DiffError(ValueError):
@@ -44,6 +61,11 @@ class FileChange:
     added: tuple[str, ...]
     binary: bool = False
     complete: bool = True
+
+    @property
+    def is_new(self) -> bool:
+        """The file was not there before."""
+        return "\nnew file mode " in self.text.partition("\n@@ ")[0]
 
 
 def file_changes(diff: str) -> tuple[FileChange, ...]:
@@ -168,8 +190,10 @@ def _unquoted(name: str) -> str:
     if not name.startswith('"'):
         return name
     try:
-        return str(ast.literal_eval(name))
-    except (SyntaxError, ValueError):
+        # Octal escapes and other characters alike are bytes.
+        escaped = diff_bytes(name).decode("latin-1")
+        return diff_text(ast.literal_eval(escaped).encode("latin-1"))
+    except (AttributeError, SyntaxError, ValueError):
         raise DiffError(f"the change names no path that git would: {name[:120]!r}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,9 +15,11 @@ from aem_lightning.envs.swe.grading import Grade, grade
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.official import OUTPUT_BYTES, grade_official, is_official
 from aem_lightning.envs.swe.r2e import HIDE_TESTS, grade_expected
-from aem_lightning.envs.swe.repositories import DATE, Repositories
+from aem_lightning.envs.swe.repositories import Repositories
 from aem_lightning.envs.swe.sandbox import (
+    WORKDIR,
     BubblewrapSandbox,
+    CommandResult,
     DockerSandbox,
     Limits,
     LocalSandbox,
@@ -26,33 +29,13 @@ from aem_lightning.envs.swe.sandbox import (
 )
 from aem_lightning.envs.swe.tools import Call, CallError, describe, parse_call, run_call
 from aem_lightning.envs.swe.words import WordsDialect, spoken
+from aem_lightning.envs.swe.worktree import SETUP_WALL_S, apply, commit_base, read_change
 from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
 from aem_lightning.types import Count, Positive
 
 Dialect = Literal["functions", "words"]
 DIALECTS = ("functions", "words")
 SANDBOXES = ("auto", "bubblewrap", "docker", "local")
-
-_GIT = (
-    "git -c safe.directory=* -c user.name=agent -c user.email=agent@sandbox -c gc.auto=0 "
-    "-c init.defaultBranch=main -c core.hooksPath=/dev/null -c core.fileMode=false "
-    "-c core.quotePath=false"
-)
-# A history of one commit: later commits of the repository would show the fix.
-_FIRST_COMMIT = (
-    f"rm -rf .git && {_GIT} init -q . && {_GIT} add {{which}} && "
-    f"GIT_AUTHOR_DATE='{DATE}' GIT_COMMITTER_DATE='{DATE}' "
-    f"{_GIT} commit -q --allow-empty -m base && {_GIT} rev-parse HEAD"
-)
-# The agent may have written git's settings, which can run programs and change what a diff looks
-# like: they are gone before the question.
-_DIFF = (
-    f"rm -f .git/config .git/config.worktree && export HOME=/dev/null && "
-    f"{_GIT} add --all --intent-to-add . 2>/dev/null && "
-    f"{_GIT} diff --no-color --no-ext-diff --no-textconv --no-renames {{base}} -- . "
-    "':(exclude,glob)**/__pycache__/**' ':(exclude,glob)**/.pytest_cache/**' 2>/dev/null"
-)
-_SETUP_WALL_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -143,8 +126,9 @@ class SweEnv:
 
     The first observation is the problem statement. Actions are calls of tools; ``finish`` has the
     change graded, in another sandbox, and ends the episode with reward 1.0 where it resolves the
-    instance, else 0.0. ``info`` has all reserved keys; ``tampered`` tells that the change reached
-    for the test runner. A sandbox that breaks ends the episode as truncated, with ``infra_error``.
+    instance, else 0.0. ``info`` has all reserved keys; ``reason`` says why a reward is 0, and
+    ``tampered`` what in the change reached for the test runner. A sandbox that breaks ends the
+    episode as truncated, with ``infra_error``.
     The seed changes nothing.
 
     Raises:
@@ -182,6 +166,33 @@ class SweEnv:
         self._env.close()
 
 
+def session_spec(settings: SweSettings, instance: Instance, limits: Limits) -> SessionSpec:
+    """What to open for an instance."""
+    image = instance.image or settings.image
+    return SessionSpec(instance.workdir, limits, image, settings.variables)
+
+
+def grade_change(
+    sandbox: Sandbox, settings: SweSettings, instance: Instance, files: bytes, diff: str
+) -> Grade:
+    """Grade a change the way that the instance's data set is graded.
+
+    Args:
+        sandbox: Where.
+        settings: The limits.
+        instance: What the change is for.
+        files: Archive of the base tree; empty for an image.
+        diff: The change.
+    """
+    limits = settings.limits.ended_by_the_clock(settings.grade_s)
+    spec = session_spec(settings, instance, replace(limits, output_bytes=OUTPUT_BYTES))
+    if instance.expected:
+        return grade_expected(sandbox, instance, diff, spec)
+    if is_official(instance):
+        return grade_official(sandbox, instance, diff, spec)
+    return grade(sandbox, instance, files, diff, spec)
+
+
 @cache
 def shared_store() -> TransitionStore:
     """The transitions that all SWE environments of this process share."""
@@ -195,9 +206,9 @@ class _Engine:
     """One session after the other."""
 
     def __init__(self, instances: Mapping[str, Instance], settings: SweSettings) -> None:
-        self._instances = instances
         self._settings = settings
         self._repositories = Repositories(settings.repositories)
+        self._instances = {i: self._repositories.located(instances[i]) for i in instances}
         self._session: Session | None = None
 
     @cached_property
@@ -224,11 +235,9 @@ class _Engine:
         if self._files:
             done = self._session.put_tar(self._files)
         else:
-            done = self._session.run(HIDE_TESTS, wall_s=_SETUP_WALL_S)
+            done = self._set_up_image(self._session)
         if done.code == 0:
-            # What the repository ignores is part of an archive, but a build's leftover in an image.
-            command = _FIRST_COMMIT.format(which="--all --force" if self._files else "--all")
-            done = self._session.run(command, wall_s=_SETUP_WALL_S)
+            done = commit_base(self._session, ignored_too=bool(self._files))
             self._base = done.output.strip()[-40:]
         if done.code == 0 and self._settings.dialect == "words":
             done = run_call(self._session, Call("symbols"))
@@ -237,6 +246,16 @@ class _Engine:
             return None
         return done.infra_error or f"the repository cannot be set up: {done.output.strip()[-500:]}"
 
+    def _set_up_image(self, session: Session) -> CommandResult:
+        """Hide the tests of an image, and give it the bug where it has none."""
+        instance = self._instance
+        if instance.setup_patch:
+            done = apply(session, instance.setup_patch)
+            tests = sorted({name.split("::")[0] for name in instance.fail_to_pass})
+            return done if done.code else session.run(f"rm -f -- {shlex.join(tests)}")
+        link = f"ln -sfn {instance.workdir} {WORKDIR} && " if instance.workdir != WORKDIR else ""
+        return session.run(link + HIDE_TESTS, wall_s=SETUP_WALL_S)
+
     def step(self, action: str) -> Step:
         if self._broken is not None:
             return self._break(self._broken)
@@ -244,7 +263,8 @@ class _Engine:
             raise RuntimeError("step: the episode is over; call reset(options={'task_id': ...})")
         if time.monotonic() - self._start > self._settings.episode_s:
             self.close()
-            return "The time of this episode is up.", 0.0, False, True, self._info()
+            said = "The time of this episode is up."
+            return said, 0.0, False, True, self._info(reason=said)
         self._turns += 1
         try:
             call = self._words.parse(action) if self._words else parse_call(action)
@@ -281,29 +301,22 @@ class _Engine:
             won=grade.resolved,
             score=float(grade.resolved),
             tampered=list(grade.tampered),
+            reason=grade.reason,
         )
         return observation, float(grade.resolved), terminated, not terminated, info
 
     def _grade(self) -> Grade:
         assert self._session is not None
-        changed = self._session.run(_DIFF.format(base=self._base), wall_s=_SETUP_WALL_S)
-        if changed.infra_error:
-            return Grade(infra_error=changed.infra_error)
-        if changed.code or changed.truncated:
-            return Grade(report="the change is too large, or git cannot print it")
-        limits = self._settings.limits.ended_by_the_clock(self._settings.grade_s)
-        limits = replace(limits, output_bytes=OUTPUT_BYTES)
-        spec = self._spec(limits)
-        if self._instance.expected:
-            return grade_expected(self._sandbox, self._instance, changed.output, spec)
-        if is_official(self._instance):
-            return grade_official(self._sandbox, self._instance, changed.output, spec)
-        return grade(self._sandbox, self._instance, self._files, changed.output, spec)
+        changed = read_change(self._session, self._base)
+        if changed.infra_error or changed.problem:
+            return Grade(infra_error=changed.infra_error, report=changed.problem)
+        found = grade_change(
+            self._sandbox, self._settings, self._instance, self._files, changed.diff
+        )
+        return replace(found, left_out=changed.left_out + found.left_out)
 
     def _spec(self, limits: Limits) -> SessionSpec:
-        settings = self._settings
-        image = self._instance.image or settings.image
-        return SessionSpec(image=image, limits=limits, environment=settings.variables)
+        return session_spec(self._settings, self._instance, limits)
 
     def _break(self, reason: str) -> Step:
         self.close()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from aem_lightning.envs.swe.env import SweSettings, choose_sandbox
-from aem_lightning.envs.swe.grading import grade, parse_statuses, test_command
+from aem_lightning.envs.swe.grading import grade, run_judged
 from aem_lightning.envs.swe.instances import from_swebench
 from aem_lightning.envs.swe.libraries import TEST_FILE, Library, load_libraries
 from aem_lightning.envs.swe.mutations import Mutation, mutations
@@ -192,12 +192,13 @@ def _statuses(sandbox: Sandbox, files: Mapping[str, str]) -> dict[str, str] | No
     """What the tests say; None where they do not end."""
     with closing(sandbox.open(SessionSpec(limits=TRIAL))) as session:
         done = session.put_tar(_archive(files))
+        statuses: dict[str, str] = {}
         if done.code == 0:
-            done = session.run(test_command([TEST_FILE]))
+            done, statuses, _ = run_judged(session, [TEST_FILE])
     if done.infra_error:
         raise RuntimeError(f"sandbox={sandbox.name}: {done.infra_error}")
     endless = done.timed_out or done.code == KILLED
-    return None if endless else parse_statuses(done.output)
+    return None if endless else statuses
 
 
 def _row(candidate: Candidate, failing: Iterable[str], passing: Iterable[str], visible: str) -> Row:

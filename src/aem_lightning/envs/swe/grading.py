@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import re
+import secrets
 import shlex
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.resources import files as files_of
 
-from aem_lightning.envs.swe.changes import DiffError, FileChange, file_changes, text_of
+from aem_lightning.envs.answers import printable
+from aem_lightning.envs.swe.changes import DiffError, diff_text, file_changes, text_of
 from aem_lightning.envs.swe.instances import Instance
-from aem_lightning.envs.swe.sandbox import CommandResult, Sandbox, Session, SessionSpec
+from aem_lightning.envs.swe.sandbox import CommandResult, Limits, Sandbox, Session, SessionSpec
+from aem_lightning.envs.swe.tamper import is_script, is_test, tampering, without_tests
+from aem_lightning.envs.swe.worktree import apply
 
+GRADE_S = 300.0
+OUTPUT_BYTES = 4 << 20  # runners that list every test write more than an agent is shown
+JUDGE = files_of("aem_lightning.envs.swe").joinpath("judge.py").read_text(encoding="utf-8")
+JUDGE_MARK = "aem-judge"
 REPORT_CHARACTERS = 4_000
-# A test, or what helps one; an agent may write there, but it is not graded. Some projects ship a
-# package called `test` or `testing`: those are tests only at the top of a repository.
-TEST_PATH = re.compile(r"(^|/)[Tt]ests/|^(test|testing)/|(^|/)(test_[^/]*|[^/]*_test)\.py$")
-# A path that reaches into the test runner or into the interpreter's start.
-FORBIDDEN_PATH = re.compile(
-    r"(^|/)(conftest|sitecustomize|usercustomize)\.py$|\.pth$|(^|/)(_?pytest|pluggy|py)(/|\.py$|$)"
-    r"|(^|/)(pytest\.ini|\.pytest\.ini|tox\.ini)$"
-)
-# What product code has no reason to name, but code that fools its tests has.
-FORBIDDEN_CODE = re.compile(
-    r"pytest|pluggy|atexit|ctypes|\b_exit\b|\bsys(\.| import .*\b)modules\b|\bgc\.get_|/proc/"
-)
-CODE_SUFFIXES = (".py", ".pyc", ".pyd", ".so")
+REASON_CHARACTERS = 300
 RUNNERS = ("pytest-dev/pytest", "pytest-dev/pluggy")  # whose fixes are changes of the runner
 PYTEST_HINT = "pip install 'aem-lightning[swe]' beside the trainer, or take an image that has it"
 FAILURES = frozenset({"FAILED", "ERROR"})
-_PASSED, _SKIPPED = ("PASSED", "XFAIL"), "SKIPPED"
+_SKIPPED = "SKIPPED"
+_PASSED, _KEPT = ("PASSED", "XFAIL"), ("PASSED", "XFAIL", _SKIPPED)
 _SUMMARY = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
 _LINE = re.compile(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) (.+)$", re.MULTILINE)
 _SKIPPED_LINE = re.compile(r"^(\S+::.+?) SKIPPED\b.*$", re.MULTILINE)
@@ -46,6 +45,8 @@ class Grade:
         tampered: What a change did that no fix needs, in words.
         infra_error: What broke outside the agent's doing: the grade says nothing then.
         report: The end of what the tests wrote, or why they were not run.
+        why: What was wrong with the statuses.
+        left_out: Parts of the change that were not graded though they may be code, in words.
     """
 
     resolved: bool = False
@@ -53,9 +54,26 @@ class Grade:
     tampered: tuple[str, ...] = ()
     infra_error: str | None = None
     report: str = ""
+    why: str = ""
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why it is no success, in a few words for people; empty for one."""
+        if self.resolved:
+            return ""
+        parts = [self.why or self.infra_error or self.report.strip()[:REASON_CHARACTERS]]
+        parts += [f"not graded: {', '.join(self.left_out)}"] if self.left_out else []
+        return printable("; ".join(parts))
 
 
-def grade(sandbox: Sandbox, instance: Instance, base: bytes, diff: str, spec: SessionSpec) -> Grade:
+def grade(
+    sandbox: Sandbox,
+    instance: Instance,
+    base: bytes,
+    diff: str | bytes,
+    spec: SessionSpec | None = None,
+) -> Grade:
     """Apply its test patch to the base tree of an instance, then a change, and run the tests.
 
     The session is a new one, so nothing but ``diff`` comes from the agent's. Changes to tests, and
@@ -71,19 +89,45 @@ def grade(sandbox: Sandbox, instance: Instance, base: bytes, diff: str, spec: Se
         diff: The agent's change, as ``git diff`` prints it.
         spec: Of the session; its limit of time is the tests'.
     """
-    refused = refusal(instance, tampering(diff))
-    if refused is not None:
-        return refused
+    spec = spec or SessionSpec(limits=Limits().ended_by_the_clock(GRADE_S))
+    change = graded_change(instance, diff)
+    if isinstance(change, Grade):
+        return change
     with closing(sandbox.open(spec)) as session:
-        graded = without_tests(diff, instance.test_patch)
-        return _graded(session, instance, base, graded, spec.limits.wall_s)
+        found = _graded(session, instance, base, change.diff, spec.limits.wall_s)
+    return replace(found, left_out=change.left_out)
 
 
-def refusal(instance: Instance, tampered: tuple[str, ...]) -> Grade | None:
-    """The grade of a change that tampers: its tests are not run. A fix of a runner may look so."""
-    if not tampered or instance.repo in RUNNERS:
-        return None
-    return Grade(tampered=tampered, report="not run: " + "; ".join(tampered))
+@dataclass(frozen=True)
+class GradedChange:
+    """What of a change is graded, as a diff; in words what else of it might have been code."""
+
+    diff: str
+    left_out: tuple[str, ...] = ()
+
+
+def graded_change(
+    instance: Instance, diff: str | bytes, left_out: re.Pattern[str] | None = None
+) -> GradedChange | Grade:
+    """What of an agent's change is graded; a grade where it tampers, whose tests are not run.
+
+    What is left out is not looked at: it reaches no test. A fix of a runner may look so.
+    """
+    text = diff_text(diff)
+    spared = instance.repo in RUNNERS
+    try:
+        parts = file_changes(text)
+    except DiffError as error:
+        return Grade(tampered=(str(error),), report=f"not run: {error}")
+    scripts = [] if spared else [part for part in parts if is_script(part)]
+    kept = without_tests(
+        text_of(part for part in parts if part not in scripts), instance.test_patch, left_out
+    )
+    tampered = () if spared else tampering(kept)
+    if tampered:
+        return Grade(tampered=tampered, report="not run: " + "; ".join(tampered))
+    named = [f"{p.paths[-1]}, which names a test runner" for p in scripts if not is_test(p)]
+    return GradedChange(kept, tuple(map(printable, named)))
 
 
 def _graded(session: Session, instance: Instance, base: bytes, diff: str, wall_s: float) -> Grade:
@@ -91,6 +135,10 @@ def _graded(session: Session, instance: Instance, base: bytes, diff: str, wall_s
         unpacked = session.put_tar(base)
         if unpacked.code:
             return broken(unpacked, "the base tree cannot be unpacked")
+    elif instance.setup_patch:
+        done = apply(session, instance.setup_patch)
+        if done.code:
+            return broken(done, "the bug cannot be put into the image")
     # Tests first: where they do not fit the base, that is never the agent's doing.
     if instance.test_patch.strip():
         patched = apply(session, instance.test_patch)
@@ -100,24 +148,25 @@ def _graded(session: Session, instance: Instance, base: bytes, diff: str, wall_s
     if ended is not None:
         return ended
     expected = [*instance.fail_to_pass, *instance.pass_to_pass]
-    result = session.run(test_command(expected))
+    changed: tuple[str, ...] = ()
+    if instance.image:
+        result = session.run(image_command(expected))
+        statuses = parse_statuses(result.output)
+    else:
+        result, statuses, changed = run_judged(session, expected)
     if result.infra_error:
         return broken(result, "")
     if result.timed_out:
         return too_slow(result, wall_s)
-    statuses = parse_statuses(result.output)
+    if changed:
+        why = f"changed while the tests ran: {', '.join(changed[:3])}"
+        return Grade(False, statuses, changed, report=result.output[-REPORT_CHARACTERS:], why=why)
     if not statuses:
         # Away from the working folder and the home: an agent cannot choose to be told apart.
         there = session.run("python -s -c 'import pytest'", cwd="/", wall_s=60)
         if there.code:
             return broken(there, f"no pytest inside the sandbox: {PYTEST_HINT}")
     return decided(result, statuses, instance)
-
-
-def apply(session: Session, diff: str, *options: str) -> CommandResult:
-    """Apply a diff to the working folder."""
-    command = " ".join(("git apply --whitespace=nowarn", *options, "-"))
-    return session.run(command, stdin=diff.encode(), wall_s=60)
 
 
 def apply_change(session: Session, diff: str) -> Grade | None:
@@ -146,22 +195,64 @@ def too_slow(result: CommandResult, wall_s: float) -> Grade:
 def decided(result: CommandResult, statuses: Mapping[str, str], instance: Instance) -> Grade:
     """The grade of a run with these statuses; one that failed, and names no failure, is forged."""
     forged = result.code != 0 and FAILURES.isdisjoint(statuses.values())
-    resolved = not forged and is_resolved(statuses, instance.fail_to_pass, instance.pass_to_pass)
-    return Grade(resolved, statuses, report=result.output[-REPORT_CHARACTERS:])
+    lost = lost_tests(statuses, instance.fail_to_pass, instance.pass_to_pass)
+    report = result.output[-REPORT_CHARACTERS:]
+    why = ""
+    if not statuses:
+        why = f"no test was run: {report.strip()[-REASON_CHARACTERS:]}"
+    elif forged:
+        why = f"the run ended with {result.code} and names no failure"
+    elif lost and (files := [n for n in statuses if statuses[n] == "ERROR" and "::" not in n]):
+        why = f"{files[0]} cannot be collected: {report.strip()[-REASON_CHARACTERS:]}"
+    elif lost:
+        why = f"{len(lost)} tests that have to pass do not: {', '.join(lost[:3])}"
+    elif not instance.fail_to_pass:
+        why = "the instance names no test that has to pass now"
+    return Grade(not why, statuses, report=report, why=why)
+
+
+def run_judged(
+    session: Session, ids: Sequence[str]
+) -> tuple[CommandResult, dict[str, str], tuple[str, ...]]:
+    """Run the files of these tests under `judge`: the result, the statuses, what was changed."""
+    key = secrets.token_bytes(32)
+    result = session.run(test_command(ids), stdin=key, output_bytes=OUTPUT_BYTES)
+    for line in reversed(result.output.splitlines()):
+        mark, _, sealed = line.partition(" ")
+        seal, _, text = sealed.partition(" ")
+        right = hashlib.blake2b(text.encode(), key=key).hexdigest()
+        if mark == JUDGE_MARK and secrets.compare_digest(seal.encode(), right.encode()):
+            found = ast.literal_eval(text)
+            shown = replace(result, output=result.output.rpartition(f"\n{JUDGE_MARK} ")[0])
+            return shown, found["statuses"], tuple(found["changed"])
+    return result, {}, ()
 
 
 def test_command(ids: Sequence[str]) -> str:
-    """The shell command that runs the files of these tests, and nothing that they bring along.
+    """The shell command that runs the files of these tests, and nothing that they bring along."""
+    alone = '--noconftest -c /dev/null -o pythonpath="$PWD $PWD/src" -p no:doctest -p no:junitxml'
+    return f"PYTHONSAFEPATH=1 {_run_files(ids, f'-c {shlex.quote(JUDGE)}', alone)}"
+
+
+def image_command(ids: Sequence[str]) -> str:
+    """The same by pytest itself, with the repository's own settings and ``conftest.py``.
+
+    They are the image's: no agent changes them.
+    """
+    return _run_files(ids, "-m pytest")
+
+
+def _run_files(ids: Sequence[str], program: str, more: str = "") -> str:
+    """What runs the files of these tests.
 
     Strings hash alike in every run: the order of a set decides no verdict by chance.
     """
     files = sorted({name.split("::")[0] for name in ids})
     options = (
-        "-v -rpfExX --tb=short --show-capture=no --color=no -p no:cacheprovider --noconftest "
-        '-c /dev/null --rootdir="$PWD" -o pythonpath="$PWD $PWD/src" -o addopts='
+        "-v -rpfExX --tb=short --show-capture=no --color=no -p no:cacheprovider "
+        f'--rootdir="$PWD" {more} -o addopts='
     )
-    variables = "PYTHONSAFEPATH=1 PYTHONHASHSEED=0"
-    return f"{variables} python -m pytest {options} {' '.join(map(shlex.quote, files))}"
+    return f"PYTHONHASHSEED=0 python {program} {options} {shlex.join(files)}"
 
 
 test_command.__test__ = False  # type: ignore[attr-defined]  # pytest: it is none of yours
@@ -186,7 +277,9 @@ def parse_statuses(output: str) -> dict[str, str]:
     before, after = output[: headers[-1].start()], output[headers[-1].end() :]
     statuses = {match[1]: _SKIPPED for match in _SKIPPED_LINE.finditer(before)}
     for match in _LINE.finditer(after):
-        statuses[_whole_id(match[2])] = match[1]
+        # What pytest writes of an expected failure that no test declares.
+        is_made_up = match[1] == "XFAIL" and " - reason: " in match[2]
+        statuses[_whole_id(match[2])] = "FAILED" if is_made_up else match[1]
     return statuses
 
 
@@ -213,9 +306,19 @@ def is_resolved(
     >>> is_resolved({"t.py::a": "SKIPPED"}, ["t.py::a"], [])
     False
     """
-    return all(_all_are(statuses, name, _PASSED) for name in fail_to_pass) and all(
-        _all_are(statuses, name, (*_PASSED, _SKIPPED)) for name in pass_to_pass
-    )
+    return not lost_tests(statuses, fail_to_pass, pass_to_pass)
+
+
+def lost_tests(
+    statuses: Mapping[str, str], fail_to_pass: Sequence[str], pass_to_pass: Sequence[str]
+) -> list[str]:
+    """The tests that are not as `is_resolved` has them, each with its status."""
+    return [
+        f"{name} {statuses.get(name, 'is not there')}"
+        for names, allowed in ((fail_to_pass, _PASSED), (pass_to_pass, _KEPT))
+        for name in names
+        if not _all_are(statuses, name, allowed)
+    ]
 
 
 def _all_are(statuses: Mapping[str, str], name: str, allowed: Sequence[str]) -> bool:
@@ -225,62 +328,3 @@ def _all_are(statuses: Mapping[str, str], name: str, allowed: Sequence[str]) -> 
         return False
     found = [status for whole, status in statuses.items() if whole.startswith(name)]
     return bool(found) and all(status in allowed for status in found)
-
-
-def without_tests(diff: str, tests: str = "", left_out: re.Pattern[str] | None = None) -> str:
-    """The parts of a diff that are graded: no tests, and no file of the diff ``tests``.
-
-    Nor a file that ``left_out`` finds by its path.
-
-    Binary files whose content git left out are dropped too: they stop git from applying the rest.
-    Of a text that is no diff, nothing is graded.
-    """
-    try:
-        parts = file_changes(diff)
-    except DiffError:
-        return ""
-    theirs = _paths(tests)
-    patterns = (TEST_PATH, left_out) if left_out else (TEST_PATH,)
-
-    def is_left_out(path: str) -> bool:
-        return path in theirs or any(pattern.search(path) for pattern in patterns)
-
-    return text_of(p for p in parts if p.complete and not any(map(is_left_out, p.paths)))
-
-
-def tampering(diff: str) -> tuple[str, ...]:
-    r"""What in a change reaches for the test runner; tests themselves are not looked at.
-
-    A text that git does not write is tampering as well: what is no diff could be anything.
-
-    >>> head = "diff --git a/m.py b/m.py\n--- a/m.py\n+++ b/m.py\n"
-    >>> tampering(head + "@@ -0,0 +1 @@\n+import atexit\n")
-    ("m.py: 'import atexit'",)
-    """
-    try:
-        parts = file_changes(diff)
-    except DiffError as error:
-        return (str(error),)
-    return tuple(words for part in parts for words in _tampering_of(part))
-
-
-def _tampering_of(part: FileChange) -> Iterator[str]:
-    forbidden = [path for path in part.paths if FORBIDDEN_PATH.search(path)]
-    yield from (f"{path} is changed" for path in forbidden)
-    if forbidden or any(map(TEST_PATH.search, part.paths)):
-        return
-    where = part.paths[-1]
-    if part.binary and part.complete and where.endswith(CODE_SUFFIXES):
-        yield f"{where} is code that cannot be read"
-    for line in part.added:
-        # Python reads an identifier in this normal form, so a look-alike is the same name.
-        if FORBIDDEN_CODE.search(unicodedata.normalize("NFKC", line)):
-            yield f"{where}: {line[:120]!r}"
-
-
-def _paths(diff: str) -> frozenset[str]:
-    """The files of a diff; none of one that cannot be read."""
-    try:
-        return frozenset(path for part in file_changes(diff) for path in part.paths)
-    except DiffError:
-        return frozenset()

@@ -1,27 +1,37 @@
 """Instances: a repository with a bug, its description, and the tests that tell whether it is fixed.
 
-The columns are SWE-bench's; rows of R2E-Gym have an adapter. Both are read through `datasets`. The
-agent sees the problem statement and the repository, nothing else of an instance.
+The columns are SWE-bench's and its followers'; rows of R2E-Gym have an adapter. All are read
+through `datasets`. The agent sees the problem statement and the repository, nothing else of an
+instance.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal
 
 from aem_lightning.envs.data import swe_file
+from aem_lightning.envs.swe.images import image_of
+from aem_lightning.envs.swe.patches import make_diff, reversed_diff
+from aem_lightning.envs.swe.sandbox.base import WORKDIR
 from aem_lightning.types import Task
+
+logger = logging.getLogger(__name__)
 
 Source = Literal["embedded", "json", "parquet", "hub"]
 SOURCES = ("embedded", "json", "parquet", "hub")
 ADAPTERS = ("auto", "swebench", "r2e")
 _TEXTS = ("repo", "instance_id", "base_commit", "patch", "test_patch", "problem_statement")
-SWEBENCH_COLUMNS = (*_TEXTS, "FAIL_TO_PASS", "PASS_TO_PASS")
+FAIL, PASS = "FAIL_TO_PASS", "PASS_TO_PASS"
+TESTS = {FAIL: FAIL, PASS: PASS}  # whatever their case: SWE-bench Pro has them in small letters
+SWEBENCH_COLUMNS = (*_TEXTS, FAIL, PASS)
 R2E_COLUMNS = ("docker_image", "repo_name", "expected_output_json", "problem_statement")
 
 
@@ -42,6 +52,8 @@ class Instance:
         image: The container image that holds the repository; None where it comes as files.
         eval_script: What runs the tests, where the row has it.
         expected: Of R2E-Gym, the status that each test of ``eval_script`` has to have.
+        setup_patch: Applied to the image first: the bug, where the image is without it.
+        workdir: Where the repository lies in the image.
     """
 
     instance_id: str
@@ -56,6 +68,8 @@ class Instance:
     image: str | None = None
     eval_script: str = ""
     expected: Mapping[str, str] = field(default_factory=dict, hash=False)
+    setup_patch: str = ""
+    workdir: str = WORKDIR
 
     def task(self, split: str) -> Task:
         """The instance as the rest of the house knows it; results are by repository."""
@@ -63,39 +77,78 @@ class Instance:
 
 
 def from_swebench(row: Mapping[str, Any]) -> Instance:
-    """A row in SWE-bench's columns; ``image`` or ``docker_image``, and ``eval_script``, if given.
+    """A row in SWE-bench's columns, also as other data sets that follow it publish theirs.
+
+    Known are the classic columns and those of release 5, SWE-smith, SWE-rebench, SWE-Gym and
+    SWE-bench Pro; the image is the row's own, or the one that the data set is published with.
 
     Raises:
-        ValueError: A column is missing.
+        ValueError: A column is missing, cannot be read, or names no test that a fix has to mend.
     """
-    _require(row, SWEBENCH_COLUMNS, "swebench")
-    return Instance(
-        **{name: row[name] for name in _TEXTS},
-        fail_to_pass=_names(row["FAIL_TO_PASS"]),
-        pass_to_pass=_names(row["PASS_TO_PASS"]),
+    row = {TESTS.get(name.upper(), name): value for name, value in row.items()}
+    _require(row, ("repo", "instance_id", "base_commit", "problem_statement", FAIL), "swebench")
+    name, image, patch = row["instance_id"], image_of(row), row.get("patch") or ""
+    # SWE-smith's images hold the repository as it should be, and its patches are the bugs.
+    is_bug = "swesmith" in (image or "") and not row.get("test_patch")
+    asked = [row["problem_statement"], row.get("requirements"), row.get("interface")]
+    heads = ("", "\n\nRequirements:\n", "\n\nNew interfaces introduced:\n")  # of SWE-bench Pro
+    instance = Instance(
+        name,
+        row["repo"],
+        row["base_commit"],
+        "".join(head + text for head, text in zip(heads, asked, strict=True) if text),
+        patch=reversed_diff(patch) if is_bug else patch,
+        test_patch=row.get("test_patch") or "",
+        fail_to_pass=_names(row, FAIL),
+        pass_to_pass=_names(row, PASS),
         version=str(row.get("version") or ""),
-        image=row.get("image") or row.get("docker_image") or None,
+        image=image,
         eval_script=row.get("eval_script") or "",
+        setup_patch=patch if is_bug else "",
+        workdir="/app" if row.get("dockerhub_tag") else WORKDIR,
     )
+    if not instance.problem_statement.strip():
+        raise ValueError(
+            f"{name}: problem_statement is empty, and it is all that the agent is told"
+        )
+    if not instance.fail_to_pass:
+        raise ValueError(f"{name}: {FAIL} is empty, so doing nothing would resolve it")
+    return instance
 
 
 def from_r2e(row: Mapping[str, Any]) -> Instance:
     """A row of R2E-Gym: an image with the repository and its tests, and what they have to say.
 
     Raises:
-        ValueError: A column is missing.
+        ValueError: A column is missing or empty.
     """
     _require(row, R2E_COLUMNS, "r2e")
     image = row["docker_image"]
     commit = row.get("commit_hash") or image.rpartition(":")[2]
+    expected = json.loads(row["expected_output_json"])
+    if not expected:
+        raise ValueError(f"{image}: expected_output_json is empty: there is no test to grade by")
     return Instance(
         instance_id=f"{row['repo_name']}__{commit}",
         repo=row["repo_name"],
         base_commit=commit,
         problem_statement=row["problem_statement"],
+        patch=_r2e_patch(json.loads(row.get("parsed_commit_content") or "{}")),
         image=image,
         eval_script="bash run_tests.sh",
-        expected=json.loads(row["expected_output_json"]),
+        expected=expected,
+    )
+
+
+def _r2e_patch(commit: Mapping[str, Any]) -> str:
+    """The files that R2E-Gym's commit changed, as a diff; tests are left out when it is graded."""
+    return "".join(
+        make_diff(
+            file["header"]["file"]["path"],
+            file.get("old_file_content") or "",
+            file.get("new_file_content") or "",
+        )
+        for file in commit.get("file_diffs") or ()
     )
 
 
@@ -110,6 +163,8 @@ def load_instances(
 ) -> list[Instance]:
     """The instances of a file or of a hub data set, sorted by id.
 
+    Rows that cannot be played are left out, and so is what repeats an id; a warning says which.
+
     Args:
         source: ``json`` and ``parquet`` read a file, ``hub`` a data set; ``embedded`` is ``json``.
         path: The file, or the name on the hub.
@@ -119,20 +174,30 @@ def load_instances(
         max_instances: Keep so many, the first by id.
 
     Raises:
-        ValueError: An unknown source or adapter, a missing column, or an id given twice.
+        ValueError: An unknown source or adapter, or no row can be played.
         FileNotFoundError: There is no such file.
     """
     if source not in SOURCES:
         raise ValueError(f"datamodule.source={source!r}; allowed: {', '.join(SOURCES)}")
     if adapter not in ADAPTERS:
         raise ValueError(f"datamodule.adapter={adapter!r}; allowed: {', '.join(ADAPTERS)}")
-    rows = _rows(source, path, split, cache_dir)
-    found = sorted((_adapter(adapter, row)(row) for row in rows), key=lambda row: row.instance_id)
-    ids = [instance.instance_id for instance in found]
-    twice = sorted({one for one, other in pairwise(ids) if one == other})
-    if twice:
-        raise ValueError(f"{path}: instance ids given more than once: {twice[:5]}")
-    return found[:max_instances]
+    found: dict[str, Instance] = {}
+    refused: list[str] = []
+    for row in _rows(source, path, split, cache_dir):
+        try:
+            instance = _adapter(adapter, row)(row)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        if instance.instance_id in found:
+            refused.append(f"{instance.instance_id} is given more than once: the first is kept")
+        found.setdefault(instance.instance_id, instance)
+    if refused and not found:
+        raise ValueError(f"{path}: no row can be played. {refused[0]}")
+    if refused:
+        text = "%s: %d rows are left out, so the first: %s"
+        logger.warning(text, path, len(refused), "; ".join(refused[:5]))
+    return [found[name] for name in sorted(found)][:max_instances]
 
 
 def instances_hash(instances: Iterable[Instance]) -> str:
@@ -164,15 +229,31 @@ def _adapter(name: str, row: Mapping[str, Any]) -> Callable[[Mapping[str, Any]],
 
 
 def _require(row: Mapping[str, Any], columns: Sequence[str], adapter: str) -> None:
-    missing = [name for name in columns if row.get(name) is None]
-    if missing:
+    if all(row.get(name) is not None for name in columns):
+        return
+    known = SWEBENCH_COLUMNS if adapter == "swebench" else columns
+    missing = [name for name in known if row.get(name) is None]
+    raise ValueError(
+        f"A row has no {', '.join(missing)}; adapter={adapter} needs {', '.join(columns)}. It "
+        f"is {row.get('instance_id') or 'without an id'} and has: {', '.join(sorted(row))}. "
+        f"Another adapter: datamodule.adapter={'swebench' if adapter == 'r2e' else 'r2e'}"
+    )
+
+
+def _names(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
+    """Test names: a list, or one inside a text, in JSON or as Python prints it."""
+    value = row.get(column)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            with contextlib.suppress(SyntaxError, ValueError):
+                value = ast.literal_eval(value.strip())
+    names = () if value is None or value == "" else value
+    is_list = isinstance(names, Iterable) and not isinstance(names, str | Mapping)
+    if not is_list or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"A row has no {', '.join(missing)}; adapter={adapter} needs {', '.join(columns)}. It "
-            f"has: {', '.join(sorted(row))}. Another adapter: datamodule.adapter="
-            f"{'swebench' if adapter == 'r2e' else 'r2e'}"
+            f"{row['instance_id']}: {column}={row[column]!r:.200} is no list of test names; "
+            "expected is a list, or a text that holds one in JSON or as a Python literal"
         )
-
-
-def _names(value: str | Sequence[str]) -> tuple[str, ...]:
-    """Test names, which SWE-bench writes as a JSON list inside a text."""
-    return tuple(json.loads(value) if isinstance(value, str) else value)
+    return tuple(names)

@@ -12,43 +12,35 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aem_lightning.envs.base import MissingExtraError
 from aem_lightning.envs.swe.changes import file_changes
 from aem_lightning.envs.swe.grading import (
     FAILURES,
+    RUNNERS,
     Grade,
-    apply,
     apply_change,
     broken,
     decided,
-    refusal,
-    tampering,
+    graded_change,
     too_slow,
-    without_tests,
 )
+from aem_lightning.envs.swe.grading import (
+    OUTPUT_BYTES as OUTPUT_BYTES,
+)
+from aem_lightning.envs.swe.images import REPOSITORIES  # known without the package
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.sandbox import CommandResult, Sandbox, Session, SessionSpec
+from aem_lightning.envs.swe.worktree import apply
 
-# Known without the package, so that one can be told that it is missing.
-REPOSITORIES = frozenset(
-    {
-        *("astropy/astropy", "django/django", "marshmallow-code/marshmallow", "sympy/sympy"),
-        *("matplotlib/matplotlib", "mwaskom/seaborn", "pallets/flask", "psf/requests"),
-        *("pvlib/pvlib-python", "pydata/xarray", "pydicom/pydicom", "pylint-dev/astroid"),
-        *("pylint-dev/pylint", "pytest-dev/pytest", "pyvista/pyvista", "sphinx-doc/sphinx"),
-        *("scikit-learn/scikit-learn", "sqlfluff/sqlfluff"),
-    }
-)
 # These runners read their settings from the repository, so its own settings stay as they are.
 LEFT_OUT = re.compile(
     r"(^|/)(setup\.cfg|pyproject\.toml)$|^bin/|^sympy/(testing|utilities)/runtests\.py$"
 )
 # What runners say of a test that passed; product code has little reason to.
 FORGERY = re.compile(r"\.\.\. +(ok|OK)\b|\btest_\w+ ok\b|\b(PASSED|XFAIL)\b")
-OUTPUT_BYTES = 4 << 20  # runners that list every test write more than an agent is shown
 LINE_CHARACTERS = 2_000  # some of the parsers' patterns take the square of a line's length
 CONDA_ENVIRONMENT = "testbed"
 _START, _END = ">>>>> Start Test Output", ">>>>> End Test Output"
@@ -184,10 +176,12 @@ def grade_official(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
         MissingExtraError: `swebench` is not installed.
         ValueError: `swebench` does not know the version.
     """
-    change = without_tests(diff, instance.test_patch, LEFT_OUT)
-    refused = refusal(instance, (*tampering(diff), *_forgery(change)))
-    if refused is not None:
-        return refused
+    change = graded_change(instance, diff, LEFT_OUT)
+    if isinstance(change, Grade):
+        return change
+    forged = _forgery(change.diff)
+    if forged and instance.repo not in RUNNERS:
+        return Grade(tampered=forged, report="not run: " + "; ".join(forged))
     harness = load_harness()
     command = quiet_script(eval_script(instance, harness))
     with contextlib.closing(sandbox.open(spec)) as session:
@@ -196,7 +190,7 @@ def grade_official(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
             patched = apply(session, instance.test_patch, "--check")
             if patched.code:
                 return broken(patched, "the test patch does not apply")
-        ended = apply_change(session, change)
+        ended = apply_change(session, change.diff)
         if ended is not None:
             return ended
         result = _run(session, command)
@@ -209,7 +203,7 @@ def grade_official(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
         missing = _without_change(sandbox, spec, command)
         if missing is not None:
             return missing
-    return decided(result, statuses, instance)
+    return replace(decided(result, statuses, instance), left_out=change.left_out)
 
 
 def _run(session: Session, command: str, wall_s: float | None = None) -> CommandResult:

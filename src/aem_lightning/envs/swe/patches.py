@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@")
+RANGES = re.compile(r"@@ -(\S+) \+(\S+) @@")
 TOKEN = re.compile(r"\w+|[^\w\s]+")  # the tools' and the tiny policy's idea of a token
 
 
@@ -68,6 +69,40 @@ def hunks(diff: str) -> Iterator[Hunk]:
     for file, start, old, new in parts:
         if file and file != "/dev/null":
             yield Hunk(file, start, "".join(old), "".join(new))
+
+
+def reversed_diff(diff: str) -> str:
+    r"""The diff that takes ``diff`` back; of files that it renames or packs there is none.
+
+    >>> print(reversed_diff("--- a/m.py\n+++ b/m.py\n@@ -3,2 +3 @@\n x\n-y\n"), end="")
+    --- a/m.py
+    +++ b/m.py
+    @@ -3 +3,2 @@
+     x
+    +y
+    """
+    found: list[str] = []
+    before, left, right = "", 0, 0  # the name after ---; lines that a hunk still has on each side
+    for line in diff.split("\n"):
+        head = RANGES.match(line)
+        if left > 0 or right > 0:
+            left -= line[:1] not in ("+", "\\")
+            right -= line[:1] not in ("-", "\\")
+            found.append({"+": "-", "-": "+"}.get(line[:1], line[:1]) + line[1:])
+        elif head is not None:
+            left, right = (int(n.partition(",")[2] or 1) for n in head.groups())
+            found.append(f"@@ -{head[2]} +{head[1]} @@{line[head.end() :]}")
+        elif line.startswith("--- "):
+            before = line[4:]
+        elif line.startswith("+++ "):
+            after = re.sub("^b/", "a/", line[4:])
+            found += [f"--- {after}", f"+++ {re.sub('^a/', 'b/', before)}"]
+        elif line.startswith(("new file mode", "deleted file mode")):
+            turned = "deleted" if line.startswith("new") else "new"
+            found.append(f"{turned} file mode {line.rpartition(' ')[2]}")
+        elif not line.startswith("index "):
+            found.append(line)
+    return "\n".join(found)
 
 
 def token_fix(diff: str) -> TokenFix | None:

@@ -10,9 +10,7 @@ from aem_lightning.envs.swe.grading import (
     Grade,
     apply_change,
     broken,
-    refusal,
-    tampering,
-    without_tests,
+    graded_change,
 )
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.sandbox import Sandbox, SessionSpec
@@ -31,11 +29,11 @@ def grade_expected(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
 
     Source: R2E-Gym's ``_calculate_reward_r2e``; the fresh container is ours.
     """
-    refused = refusal(instance, tampering(diff))
-    if refused is not None:
-        return refused
+    change = graded_change(instance, diff, LEFT_OUT)
+    if isinstance(change, Grade):
+        return change
     with closing(sandbox.open(spec)) as session:
-        ended = apply_change(session, without_tests(diff, left_out=LEFT_OUT))
+        ended = apply_change(session, change.diff)
         if ended is not None:
             return ended
         result = session.run(f"{SHOW_TESTS}; {instance.eval_script}")
@@ -43,7 +41,12 @@ def grade_expected(sandbox: Sandbox, instance: Instance, diff: str, spec: Sessio
         return broken(result, "")
     statuses = expected_statuses(result.output)
     wanted = {_name(name): status for name, status in instance.expected.items()}
-    return Grade(statuses == wanted, statuses, report=result.output[-REPORT_CHARACTERS:])
+    other = [
+        name for name in wanted.keys() | statuses.keys() if statuses.get(name) != wanted.get(name)
+    ]
+    why = f"{len(other)} tests end otherwise than expected: {', '.join(sorted(other)[:3])}"
+    report = result.output[-REPORT_CHARACTERS:]
+    return Grade(not other, statuses, report=report, why=why, left_out=change.left_out)
 
 
 def expected_statuses(output: str) -> dict[str, str]:

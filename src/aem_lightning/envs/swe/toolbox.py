@@ -8,7 +8,9 @@ request cannot be done and the text says why.
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,6 +20,12 @@ SHOWN = 10000  # characters of a file
 MATCHES = 100
 DEPTH = 2
 TOKEN = re.compile(r"\w+|[^\w\s]+")
+CODING = re.compile(rb"(?:[ \t\f]*(?:#[^\n]*)?\r?\n)?[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 class ToolError(Exception):
@@ -29,7 +37,7 @@ def view(path: str = ".", view_range: str = "", root: str = ".") -> str:
     place = locate(path, root)
     if os.path.isdir(place):
         return list_folder(place, path)
-    lines = read(place, path).splitlines()
+    lines = lines_of(read(place, path))
     first, last = numbers(view_range, len(lines))
     return numbered(lines, first, last)
 
@@ -41,7 +49,7 @@ def symbol(name: str, root: str = ".") -> str:
         source = read(place, place)
         for found, start, end in definitions(source):
             if found.casefold() == wanted:
-                return place[2:] + "\n" + numbered(source.splitlines(), start, end)
+                return place[2:] + "\n" + numbered(lines_of(source), start, end)
     raise ToolError(f"there is no function {name}")
 
 
@@ -59,7 +67,7 @@ def create(path: str, file_text: str = "", root: str = ".") -> str:
     place = locate(path, root, must_exist=False)
     if os.path.exists(place):
         raise ToolError(path + " exists already; change it with str_replace")
-    write(place, file_text, remember=False)
+    write(place, file_text.encode(), remember=False)
     return "File created: " + path
 
 
@@ -67,26 +75,31 @@ def str_replace(path: str, old_str: str, new_str: str = "", root: str = ".") -> 
     """Put one text in the place of another, which has to occur exactly once."""
     place = locate(path, root)
     text = read(place, path)
+    end = line_end(text)
+    if old_str not in text:  # shown without its line ends, and typed with others
+        old_str = with_ends(old_str, end)
     count = text.count(old_str) if old_str else 0
     if count != 1:
         raise ToolError(
             f"old_str occurs {count} times in {path}; it has to occur exactly once. Copy it from "
             "the file, blanks included, with enough lines around it"
         )
-    at = text.index(old_str)
-    return change(place, path, text[:at] + new_str + text[at + len(old_str) :], text[:at], new_str)
+    head, tail = text.split(old_str)
+    new_str = with_ends(new_str, line_end(old_str) if "\n" in old_str else end)
+    return change(place, path, head + new_str + tail, head, new_str)
 
 
 def insert(path: str, insert_line: str, new_str: str = "", root: str = ".") -> str:
     """Put lines behind a line; 0 is the top."""
     place = locate(path, root)
-    lines = read(place, path).splitlines(True)
+    text = read(place, path)
+    lines, end = lines_of(text, keep_ends=True), line_end(text)
     after = whole_number(insert_line, "insert_line")
     if not 0 <= after <= len(lines):
         raise ToolError(f"insert_line={after}; the file has {len(lines)} lines")
-    if lines[:after] and not lines[after - 1].endswith("\n"):
-        lines[after - 1] += "\n"
-    new = new_str if new_str.endswith("\n") else new_str + "\n"
+    if lines[:after] and not lines[after - 1].endswith(("\n", "\r")):
+        lines[after - 1] += end
+    new = with_ends(new_str if new_str.endswith("\n") else new_str + "\n", end)
     head = "".join(lines[:after])
     return change(place, path, head + new + "".join(lines[after:]), head, new)
 
@@ -94,7 +107,7 @@ def insert(path: str, insert_line: str, new_str: str = "", root: str = ".") -> s
 def swap(path: str, line: str, old: str, new: str, root: str = ".") -> str:
     """Put one token of a line in the place of another, which has to occur there exactly once."""
     place = locate(path, root)
-    lines = read(place, path).splitlines(True)
+    lines = lines_of(read(place, path), keep_ends=True)
     number = whole_number(line, "line")
     if not 1 <= number <= len(lines):
         raise ToolError(f"line={number}; the file has {len(lines)} lines")
@@ -103,8 +116,8 @@ def swap(path: str, line: str, old: str, new: str, root: str = ".") -> str:
         raise ToolError(f"{old} occurs {len(found)} times in line {number}")
     text = lines[number - 1]
     lines[number - 1] = text[: found[0].start()] + new + text[found[0].end() :]
-    write(place, "".join(lines))
-    return numbered([part.rstrip("\n") for part in lines], number, number)
+    write(place, encoded(place, "".join(lines)))
+    return numbered([part.rstrip("\r\n") for part in lines], number, number)
 
 
 def undo_edit(path: str, root: str = ".") -> str:
@@ -113,10 +126,8 @@ def undo_edit(path: str, root: str = ".") -> str:
     kept = history(place)
     if not kept:
         raise ToolError(path + " has no change to take back")
-    with open(kept[-1], encoding="utf-8", newline="") as file:
-        text = file.read()
+    write(place, data_of(kept[-1], path), remember=False)
     os.remove(kept[-1])
-    write(place, text, remember=False)
     return "The last change of " + path + " is taken back."
 
 
@@ -125,7 +136,7 @@ def search(search_term: str, path: str = ".", root: str = ".") -> str:
     place = locate(path, root)
     found = []
     for name in python_files(place) if os.path.isdir(place) else [place]:
-        for number, line in enumerate(read(name, name).splitlines(), 1):
+        for number, line in enumerate(lines_of(read(name, name)), 1):
             if search_term in line:
                 found.append(f"{os.path.relpath(name)}:{number}: {line.strip()[:200]}")
     if not found:
@@ -147,27 +158,74 @@ def locate(path: str, root: str, must_exist: bool = True) -> str:
     return path
 
 
-def read(place: str, path: str) -> str:
-    """The text of a file."""
+def data_of(place: str, path: str) -> bytes:
+    """The bytes of a file."""
     try:
-        with open(place, encoding="utf-8", errors="replace", newline="") as file:
+        with open(place, "rb") as file:
             return file.read()
     except OSError as error:
         raise ToolError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def write(place: str, text: str, remember: bool = True) -> None:
+def read(place: str, path: str) -> str:
+    """The text of a file; what cannot be decoded stands as surrogates, and is written as it was."""
+    data = data_of(place, path)
+    return data.decode(*coding_of(data))
+
+
+def encoded(place: str, text: str) -> bytes:
+    """A text as bytes of the file that it is to replace."""
+    coding, errors = coding_of(data_of(place, place))
+    try:
+        return text.encode(coding, errors)
+    except UnicodeEncodeError as error:
+        wrong = text[error.start : error.end]
+        raise ToolError(f"{place} is written in {coding}, which has no {wrong!r}") from error
+
+
+def coding_of(data: bytes) -> tuple[str, str]:
+    """The encoding of a file and what to do with other bytes: as it says (PEP 263), else UTF-8."""
+    said = CODING.match(data)
+    marked = [name for mark, name in MARKS if data.startswith(mark)]
+    for coding in marked + ([said[1].decode()] if said else []):
+        try:
+            if data.decode(coding).encode(coding) == data:
+                return coding, "strict"
+        except (LookupError, ValueError):  # there is none of that name, or the file is not in it
+            continue
+    return "utf-8", "surrogateescape"
+
+
+def lines_of(text: str, keep_ends: bool = False) -> list[str]:
+    """The lines of a text as Python and git count them, who break none at a form feed."""
+    lines = io.StringIO(text, newline="").readlines()
+    return lines if keep_ends else [line.rstrip("\r\n") for line in lines]
+
+
+def line_end(text: str) -> str:
+    """What ends most lines of a file."""
+    if "\n" not in text and "\r" in text:
+        return "\r"
+    return "\r\n" if 2 * text.count("\r\n") > text.count("\n") else "\n"
+
+
+def with_ends(text: str, end: str) -> str:
+    """A text of the request with the line ends of a file."""
+    return re.sub("\r?\n", end, text)
+
+
+def write(place: str, data: bytes, remember: bool = True) -> None:
     """Write a file; what it held before is kept for `undo_edit`."""
     try:
         if remember:
             folder = os.path.join(".git", "undo")
             os.makedirs(folder, exist_ok=True)
             name = f"{key_of(place)}.{len(history(place)):06}"
-            with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
-                file.write(read(place, place))
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(data_of(place, place))
         os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-        with open(place, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(place, "wb") as file:
+            file.write(data)
     except OSError as error:
         raise ToolError(f"{place} cannot be written: {error.strerror}") from error
 
@@ -186,9 +244,9 @@ def key_of(place: str) -> str:
 
 def change(place: str, path: str, text: str, head: str, new: str) -> str:
     """Write a file and show its lines around the change."""
-    write(place, text)
-    first = head.count("\n") + 1
-    lines = text.splitlines()
+    write(place, encoded(place, text))
+    first = max(1, len(lines_of(head)) + head.endswith(("\n", "\r")))
+    lines = lines_of(text)
     last = min(len(lines), first + new.count("\n") + 3)
     return f"{path} has been changed:\n{numbered(lines, max(1, first - 3), last)}"
 
@@ -253,7 +311,7 @@ def definitions(source: str) -> list[tuple[str, int, int]]:
     """Functions with their first and last line; those of a class as ``Class.name``."""
     try:
         tree = ast.parse(source)
-    except SyntaxError:
+    except (SyntaxError, ValueError):  # or no text that Python can be in
         return []
     found = []
     for node in tree.body:
@@ -275,12 +333,11 @@ def main() -> int:
     """Answer the request on standard input."""
     request = json.load(sys.stdin)
     try:
-        text = TOOLS[request.pop("tool")](**request)
+        code, text = 0, TOOLS[request.pop("tool")](**request)
     except (ToolError, TypeError) as error:
-        sys.stdout.write(f"ERROR: {error}\n")
-        return 1
-    sys.stdout.write(text + "\n")
-    return 0
+        code, text = 1, f"ERROR: {error}"
+    sys.stdout.buffer.write(re.sub("[\ud800-\udfff]", "\ufffd", text).encode() + b"\n")
+    return code
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class CommandResult:
         truncated: The middle of the output is missing.
         seconds: Wall time.
         infra_error: What broke outside the command's doing; the session is then closed.
+        data: ``output`` before it was decoded.
     """
 
     code: int
@@ -88,6 +89,7 @@ class CommandResult:
     truncated: bool = False
     seconds: float = 0.0
     infra_error: str | None = None
+    data: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ class Output:
         return self._total - len(self._head) - len(self._tail)
 
     def text(self) -> str:
-        """What is kept, with a line that says what is not."""
+        """What is kept, each byte that is no UTF-8 as a surrogate; a line says what is not."""
         gap = b"\n[... %d bytes left out ...]\n" % self.missing if self.missing else b""
-        return bytes(self._head + gap + self._tail).decode("utf-8", "replace")
+        return bytes(self._head + gap + self._tail).decode("utf-8", "surrogateescape")
 
 
 class Job:

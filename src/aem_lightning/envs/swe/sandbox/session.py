@@ -88,15 +88,17 @@ class Session:
         wall_s: float | None = None,
         cwd: str | None = None,
         stdin: bytes | None = None,
+        output_bytes: int | None = None,
     ) -> CommandResult:
-        """Run ``command`` with bash; ``wall_s`` replaces the session's limit."""
+        """Run ``command`` with bash; ``wall_s`` and ``output_bytes`` replace the session's."""
         limits = self._spec.limits
         wall_s = limits.wall_s if wall_s is None else wall_s
+        output_bytes = output_bytes or limits.output_bytes
         request = {
             "command": command,
             "cwd": cwd or self._spec.workdir,
             "wall_s": wall_s,
-            "output_bytes": limits.output_bytes,
+            "output_bytes": output_bytes,
             "memory_bytes": limits.memory_bytes,
             "stdin": base64.b64encode(stdin or b"").decode(),
             "rlimits": {
@@ -113,7 +115,8 @@ class Session:
         if process is None:
             return self._gone(self._why or "the sandbox is closed", start)
         try:
-            reply = self._exchange(process, json.dumps(request).encode() + b"\n", wall_s + GRACE_S)
+            line = json.dumps(request).encode() + b"\n"
+            reply = self._exchange(process, line, wall_s + GRACE_S, output_bytes)
         except BrokenPipeError:
             return self._gone(f"the sandbox ended: {_last_words(process)}", start)
         except (OSError, ValueError) as error:
@@ -121,8 +124,9 @@ class Session:
         if isinstance(reply, str):
             return self._gone(reply, start)
         try:
-            return CommandResult(**reply)
-        except TypeError:
+            data = reply.pop("output").encode(errors="surrogateescape")
+            return CommandResult(output=data.decode(errors="replace"), data=data, **reply)
+        except (AttributeError, KeyError, TypeError, UnicodeError):
             return self._gone(f"the sandbox answered with {sorted(reply)}", start)
 
     def put_tar(self, data: bytes, path: str | None = None) -> CommandResult:
@@ -158,14 +162,14 @@ class Session:
         self.close()
 
     def _exchange(
-        self, process: subprocess.Popen[bytes], request: bytes, seconds: float
+        self, process: subprocess.Popen[bytes], request: bytes, seconds: float, output_bytes: int
     ) -> dict[str, Any] | str:
         """The reply, or why there is none."""
         assert process.stdin is not None
         assert process.stdout is not None
         end = time.monotonic() + seconds
         _write_all(process.stdin, request, end)
-        longest = 8 * self._spec.limits.output_bytes + 10_000  # a byte is at most \\u00xx in JSON
+        longest = 8 * output_bytes + 10_000  # a byte is at most \\u00xx in JSON
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:

@@ -1,0 +1,183 @@
+"""Gold first: which rows of a data set can be played, found out before anything learns from them.
+
+``python -m aem_lightning.envs.swe.validate rows.json --repositories clones`` grades the fix of each
+row, which has to earn 1, and no change at all, which has to earn 0. The verdicts are kept beside
+the rows, one a line, and hold as long as the row does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from aem_lightning.envs.swe.env import SweSettings, choose_sandbox, grade_change
+from aem_lightning.envs.swe.grading import Grade
+from aem_lightning.envs.swe.instances import ADAPTERS, SOURCES, Instance, load_instances
+from aem_lightning.envs.swe.repositories import Repositories
+from aem_lightning.envs.swe.sandbox import Limits, Sandbox
+
+logger = logging.getLogger(__name__)
+
+VERDICTS = "verdicts.jsonl"
+# What a log says of causes that have a name.
+_CAUSES = {
+    "its tests need the network": re.compile(
+        r"name resolution|could not resolve|network is unreachable|max retries exceeded"
+        r"|getaddrinfo|no matching distribution|failed to establish a new connection",
+        re.IGNORECASE,
+    ),
+    "its environment does not import": re.compile(r"\b(ModuleNotFoundError|ImportError)\b"),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a row.
+
+    Attributes:
+        instance_id: The row's.
+        key: Stands for the row and for how it was graded: another key is another verdict.
+        problem: Why it cannot be played; empty where it can.
+        is_final: It hangs on the row alone; else, as where a machine broke, the row is tried again.
+    """
+
+    instance_id: str
+    key: str
+    problem: str = ""
+    is_final: bool = True
+
+
+def validate(
+    instances: Sequence[Instance], settings: SweSettings, kept: Path, *, workers: int = 2
+) -> dict[str, Verdict]:
+    """The verdict on each instance by its id: as it was kept, the others after grading.
+
+    Args:
+        instances: What is to be played.
+        settings: How: where commands run, clones, limits.
+        kept: The file of verdicts; each is appended as it is known.
+        workers: Instances that are graded at once.
+
+    Raises:
+        EnvPoolError: No sandbox works here.
+        ValueError: None does for these instances.
+    """
+    located = [Repositories(settings.repositories).located(one) for one in instances]
+    known = read_verdicts(kept, located, settings)
+    final = {name for name, verdict in known.items() if verdict.is_final}
+    waiting = [one for one in located if one.instance_id not in final]
+    if not waiting:
+        return known
+    sandbox = choose_sandbox(settings, has_images=any(one.image for one in waiting))
+    logger.info("grading %d instances before their first use: fix and no change", len(waiting))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(workers) as pool, kept.open("a", encoding="utf-8") as file:
+        found = pool.map(lambda one: validate_instance(sandbox, settings, one), waiting)
+        for number, verdict in enumerate(found, 1):
+            known[verdict.instance_id] = verdict
+            file.write(json.dumps(asdict(verdict)) + "\n")
+            file.flush()
+            text = "%d of %d: %s %s"
+            said = f"is left out: {verdict.problem}" if verdict.problem else "can be played"
+            logger.info(text, number, len(waiting), verdict.instance_id, said)
+    return known
+
+
+def validate_instance(sandbox: Sandbox, settings: SweSettings, instance: Instance) -> Verdict:
+    """Grade the fix of an instance, where it has one, and no change."""
+    name, key = instance.instance_id, _key(instance, settings)
+    try:
+        files = Repositories(settings.repositories).base(instance)
+    except (FileNotFoundError, ValueError) as error:
+        return Verdict(name, key, str(error), is_final=False)
+    for diff, wanted in ((instance.patch, True), ("", False)):
+        if not diff and wanted:
+            continue  # a row without its fix, as of a test set: half of the proof
+        grade = grade_change(sandbox, settings, instance, files, diff)
+        if grade.infra_error:
+            return Verdict(name, key, _explained(grade), is_final=False)
+        if grade.resolved != wanted:
+            said = f"its fix earns 0: {_explained(grade)}" if wanted else "doing nothing earns 1"
+            return Verdict(name, key, said)
+    return Verdict(name, key)
+
+
+def read_verdicts(
+    kept: Path, instances: Iterable[Instance], settings: SweSettings
+) -> dict[str, Verdict]:
+    """The kept verdicts on these instances, by their ids."""
+    keys = {_key(instance, settings) for instance in instances}
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(Verdict(**json.loads(line)))
+        except (TypeError, ValueError):  # half a line of a run that was stopped
+            continue
+    return {verdict.instance_id: verdict for verdict in found if verdict.key in keys}
+
+
+def _key(instance: Instance, settings: SweSettings) -> str:
+    graded = {**asdict(instance), "problem_statement": "", "by": settings.image}
+    return hashlib.sha256(json.dumps(graded, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _explained(grade: Grade) -> str:
+    causes = [cause for cause, words in _CAUSES.items() if words.search(grade.report)]
+    return "; ".join([*causes[:1], grade.reason])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status is 1 where a row cannot be played."""
+    parser = argparse.ArgumentParser(description="Grade the fixes of SWE instances, and nothing.")
+    parser.add_argument("path", help="the file, or the name on the hub")
+    parser.add_argument("--source", choices=SOURCES[1:], default="json")
+    parser.add_argument("--split", default="test", help="of a data set on the hub")
+    parser.add_argument("--adapter", choices=ADAPTERS, default="auto")
+    parser.add_argument("--max-instances", type=int)
+    parser.add_argument("--repositories", help="a folder of clones, for rows without an image")
+    parser.add_argument("--sandbox", default="auto", help="auto, bubblewrap, docker or local")
+    parser.add_argument("--allow-unsafe", action="store_true", help="also without isolation")
+    parser.add_argument("--image", help="for docker: one with git, python3 and pytest")
+    parser.add_argument("--memory-gb", type=float, default=4.0)
+    parser.add_argument("--processes", type=int, default=256)
+    parser.add_argument("--grade-s", type=float, default=300.0)
+    parser.add_argument("--workers", type=int, default=2, help="instances graded at once")
+    parser.add_argument("--verdicts", help=f"default: {VERDICTS} beside the file")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    instances = load_instances(
+        given.source,
+        given.path,
+        split=given.split,
+        adapter=given.adapter,
+        max_instances=given.max_instances,
+    )
+    settings = SweSettings(
+        given.sandbox,
+        given.allow_unsafe,
+        given.repositories,
+        grade_s=given.grade_s,
+        image=given.image,
+        limits=Limits(memory_bytes=int(given.memory_gb * 2**30), processes=given.processes),
+    )
+    beside = Path() if given.source == "hub" else Path(given.path).expanduser().parent
+    kept = Path(given.verdicts) if given.verdicts else beside / VERDICTS
+    verdicts = validate(instances, settings, kept, workers=given.workers)
+    failed = sum(bool(verdicts[instance.instance_id].problem) for instance in instances)
+    logger.info(
+        "%d of %d can be played; verdicts in %s", len(instances) - failed, len(instances), kept
+    )
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
