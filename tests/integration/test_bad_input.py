@@ -187,7 +187,7 @@ def test_an_empty_split_is_trained_on(
     shutil.rmtree(root / "json_2.1.1" / "valid_unseen")
     (root / "json_2.1.1" / "valid_unseen").mkdir()
     monkeypatch.setenv("ALFWORLD_DATA", str(root))
-    ended = train("experiment=alfworld_aem", f"paths.root_dir={tmp_path}")
+    ended = train("experiment=alfworld_aem", "policy=tiny", f"paths.root_dir={tmp_path}")
     ended.assert_clear("valid_unseen", "no playable game", "datamodule=alfworld_generated")
 
 
@@ -196,7 +196,8 @@ def test_an_unknown_task_type_is_not_explained(
 ) -> None:
     monkeypatch.setenv("ALFWORLD_DATA", str(alfworld_root))
     ended = train(
-        "experiment=alfworld_aem", f"paths.root_dir={tmp_path}", "datamodule.task_types=[fly]"
+        *("experiment=alfworld_aem", "policy=tiny", f"paths.root_dir={tmp_path}"),
+        "datamodule.task_types=[fly]",
     )
     ended.assert_clear("task_types=['fly']", "pick_and_place_simple")
 

@@ -72,18 +72,18 @@ def test_a_run_in_another_folder_plays_again_what_was_played(
 def test_a_journal_fits_other_weights_or_tasks(toy_model: str, tmp_path: Path) -> None:
     agent = fit(toy_config(tmp_path, toy_model, "iterations=1", "iterations_per_epoch=1"))
     tasks = [Task("train/0"), Task("train/1")]
-    known = fingerprint(agent, tasks)
-    assert fingerprint(agent, tasks) == known
+    known = fingerprint(agent, tasks, agent.policy)
+    assert fingerprint(agent, tasks, agent.policy) == known
     agent.config |= {"name": "another", "optimizer": {"lr": 1.0}}  # no rollout depends on these
-    assert fingerprint(agent, tasks) == known
-    assert fingerprint(agent, tasks[::-1]) != known
+    assert fingerprint(agent, tasks, agent.policy) == known
+    assert fingerprint(agent, tasks[::-1], agent.policy) != known
     agent.config |= {"memory": "window"}
-    assert fingerprint(agent, tasks) != known
+    assert fingerprint(agent, tasks, agent.policy) != known
     agent.config["memory"] = "transcript"
-    assert fingerprint(agent, tasks) == known
+    assert fingerprint(agent, tasks, agent.policy) == known
     weight = next(iter(agent.policy.trainable().values()))
     weight.data.view(-1)[0] = weight.data.view(-1)[0].nextafter(weight.new_tensor(9.0))
-    assert fingerprint(agent, tasks) != known
+    assert fingerprint(agent, tasks, agent.policy) != known
 
 
 @pytest.mark.soak

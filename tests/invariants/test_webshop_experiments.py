@@ -57,6 +57,7 @@ def test_the_quickstart_does_not_train(tmp_path: Path) -> None:
             "iterations=2",
             "iterations_per_epoch=2",
             "max_context=768",
+            "max_new_tokens=12",
             "rewards.inadmissible=-0.1",  # tells the episodes of a group apart, won or not
             "callbacks=null",
             "logger=null",

@@ -283,9 +283,15 @@ def test_the_iterations_scalars_are_rates_over_episodes_and_turns(trained):
 
 def test_a_rank_without_a_kind_of_malformed_response_has_none_of_it(monkeypatch):
     kind = "rollout/malformed_rate/no_call"
-    found = [({kind: 0.5, "train/return": 2.0}, 2), ({}, 6)]
+    one = {kind: (1, 2), reporting.MALFORMED: (1, 2), "train/return": (4.0, 2)}
+    found = [(one, {"rollout/groups_played": 1.0}), ({reporting.MALFORMED: (0, 6)}, {})]
     monkeypatch.setattr(reporting, "of_each_rank", lambda mine: found)
-    assert reporting.over_ranks({}, []) == {kind: 0.125, "train/return": 2.0}
+    assert reporting.over_ranks({}, {}) == {
+        kind: 0.125,
+        reporting.MALFORMED: 0.125,
+        "train/return": 2.0,
+        "rollout/groups_played": 1.0,
+    }
 
 
 def test_a_broken_copy_is_in_no_rate_and_mixes_no_group():

@@ -28,9 +28,9 @@ from aem_lightning.callbacks.collapse import collapse_statistics
 from aem_lightning.functional import (
     cispo_surrogate,
     dppo_surrogate,
-    forecast_sums,
     hgpo_advantages,
 )
+from aem_lightning.functional.forecast import forecast_sums
 from aem_lightning.modules import RolloutSettings
 from aem_lightning.modules.dynamic_sampling import split_groups
 from aem_lightning.rollout import pack

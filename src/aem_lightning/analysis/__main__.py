@@ -68,8 +68,8 @@ ANALYSES = {
             "folder=${paths.log_dir}/compare/${experiment}",
         ),
     ),
-    "testbeds": Analysis("testbeds", check_testbeds),
     "cost": Analysis("cost", check_cost),
+    "testbeds": Analysis("testbeds", check_testbeds),
     "batch": Analysis(
         *("batch", check_batch, "cost"),
         "The batch that a run could not compute with, stage by stage once more: where a number is "

@@ -15,7 +15,6 @@ from aem_lightning.functional.advantages import (
 )
 from aem_lightning.functional.covariance import clip_cov_tokens, kl_cov_tokens, token_covariances
 from aem_lightning.functional.entropy import entropy_drift, response_entropy, token_entropy
-from aem_lightning.functional.forecast import forecast_sums
 from aem_lightning.functional.importance import importance_weights
 from aem_lightning.functional.logprob import logprob_entropy_through, token_logprob_entropy
 from aem_lightning.functional.losses import (
@@ -54,7 +53,6 @@ __all__ = [
     "empg_bonus",
     "empg_gain",
     "entropy_drift",
-    "forecast_sums",
     "gae",
     "gigpo_step_advantages",
     "graph_rewards",

@@ -15,6 +15,12 @@ def forecast_sums(batch: RolloutBatch) -> dict[str, float]:
     the mean token entropy H-bar, and the size of the step advantage A_S of GiGPO, which says how
     much hangs on the choice.
 
+    Source: the hypothesis that AEM moves the step from uncertain turns to confident ones
+    (docs/predictions.md), for which GiGPO's A_S (arXiv 2505.10978) says which are decisive.
+
+    Args:
+        batch: Its entropies are known; broken episodes are left out.
+
     Returns:
         ``n`` of them, the sums ``h``, ``a`` of H-bar and of the size of A_S, and those of products.
     """

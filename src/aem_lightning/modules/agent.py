@@ -22,7 +22,8 @@ from aem_lightning.algorithms import (
     response_means,
 )
 from aem_lightning.collectives import several_ranks, summed
-from aem_lightning.functional import forecast_sums, response_entropy
+from aem_lightning.functional import response_entropy
+from aem_lightning.functional.forecast import forecast_sums
 from aem_lightning.modules.ahead import Ahead, corrected
 from aem_lightning.modules.batching import choose_tokens, entropy_sums, make_batch, trained_units
 from aem_lightning.modules.dynamic_sampling import group_source, split_groups, why_all_broke

@@ -87,11 +87,13 @@ def pack(
         length=length,
         entropy=total_entropy / length.clamp(min=1),
         surprisal=torch.tensor([-sum(turn.logprobs) for turn in turns]),
-        reward=torch.tensor([turn.reward if counts[n] else 0.0 for n, _, turn in responses]),
+        reward=torch.tensor(
+            [turn.reward if counts[n] else 0.0 for n, _, turn in responses], dtype=torch.float32
+        ),
         valid=torch.tensor([turn.is_valid for turn in turns], dtype=torch.bool),
         anchor=anchor_states(trajectories, anchor_similarity),
         group=torch.tensor([tr.group for tr in trajectories], dtype=torch.long),
-        returns=torch.tensor(returns),
+        returns=torch.tensor(returns, dtype=torch.float32),
         loss_mask=judged & ~truncated if compact_filtering else judged,
         judged=judged,
         won=judged & torch.tensor([bool(tr.won) for tr in trajectories], dtype=torch.bool),

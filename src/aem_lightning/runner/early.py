@@ -36,6 +36,8 @@ def check_training(cfg: DictConfig) -> None:
         ConfigError: Values that cannot be.
         FileNotFoundError: Files that are not there.
     """
+    if cfg.get("profile"):  # read where torch is first imported: it warns at every pause of a trace
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     check_config(cfg)
     if cfg.ckpt_path is not None and cfg.stage != "train":
         refuse(

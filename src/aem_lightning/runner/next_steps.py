@@ -117,7 +117,8 @@ def _changes(base: Any, wanted: Any, prefix: str = "") -> Iterable[str]:
             yield f"+{name}={_written(value)}"
         elif is_node and isinstance(base[key], dict) and not _lacks(value, base[key]):
             yield from _changes(base[key], value, f"{name}.")
-        elif is_node and not prefix:  # another option of the group; Hydra deletes no null inside
+        elif is_node and not prefix and base[key] is not None:  # another option of the group
+            # Hydra deletes no null, inside or at the top.
             yield from (f"~{name}", f"+{name}={_written(value)}")
         elif value != base[key]:
             yield f"{name}={_written(value)}"

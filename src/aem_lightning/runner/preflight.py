@@ -26,7 +26,7 @@ from aem_lightning.callbacks.aem import forecast, forecast_words
 from aem_lightning.callbacks.transcripts import episode_markdown, episode_record
 from aem_lightning.datamodules import AgentDataModule
 from aem_lightning.files import write_atomically
-from aem_lightning.functional import forecast_sums
+from aem_lightning.functional.forecast import forecast_sums
 from aem_lightning.modules import AgentModule, Policy
 from aem_lightning.rollout import make_groups, pack, stable_seed
 from aem_lightning.rollout.shortage import is_out_of_memory
