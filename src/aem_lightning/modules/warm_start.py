@@ -133,8 +133,8 @@ class WarmStartModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        # The second beta of pre-training: with 0.999 the squared gradients of the first, large
-        # steps slow a model from nothing down for half of its warm start.
+        # The second beta is that of pre-training; with torch's 0.999 some warm starts of the
+        # quickstart had not learnt to take a thing before they move it.
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=self.lr, total_steps=max(2, self.total_steps), pct_start=0.1

@@ -28,6 +28,7 @@ from aem_lightning.runner.build import (
     warm_start,
 )
 from aem_lightning.runner.checkpoints import find_checkpoint, read_checkpoint
+from aem_lightning.runner.checks import refuse
 from aem_lightning.runner.early import check_training
 from aem_lightning.runner.evaluation import check_agent, play_all
 from aem_lightning.runner.folder import held
@@ -36,6 +37,7 @@ from aem_lightning.runner.next_steps import after_training, after_warm_start, to
 from aem_lightning.runner.preflight import preflight
 from aem_lightning.runner.ranks import first_rank_first
 from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
+from aem_lightning.runner.several import is_sharded
 from aem_lightning.runner.starting import Start
 from aem_lightning.runner.stopping import requeued_checkpoint
 from aem_lightning.runner.summary import StageClock, forecast_of, learning_verdict, write_summary
@@ -91,6 +93,15 @@ def reinforce(
     if trainer.world_size > cfg.tasks_per_iteration:
         told = "tasks_per_iteration=%d: of %d ranks so many play, for a group lives on one rank"
         log.warning(told, cfg.tasks_per_iteration, trainer.world_size)
+    even = trainer.world_size * -(-cfg.tasks_per_iteration // trainer.world_size)
+    if is_sharded(cfg) and even != cfg.tasks_per_iteration:
+        refuse(
+            [
+                f"tasks_per_iteration={cfg.tasks_per_iteration} on {trainer.world_size} ranks of "
+                "trainer=fsdp, which meet in every layer and so need equal shares: type "
+                f"tasks_per_iteration={even}"
+            ]
+        )
     if module.ahead is not None:
         check_lag(trainer, module.engine)
     check_agent(trainer, module)
