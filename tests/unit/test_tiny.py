@@ -10,8 +10,8 @@ from local_coin import LocalCoin
 from tiny_play import PLAIN, SMALL, TAGGED, word_tokenizer
 from tokenizers import normalizers
 
-from aem_lightning.modules import build_tokenizer
-from aem_lightning.modules.settings import WarmStartSettings
+from aem_lightning.modules import build_tiny_model, build_tokenizer
+from aem_lightning.modules.settings import Architecture, WarmStartSettings
 from aem_lightning.rollout import Prompt, PromptEncoder, RewardShaping
 from aem_lightning.rollout.expert import check_round_trip
 from aem_lightning.runner.warm_start import play_demonstrations, tiny_base
@@ -133,3 +133,9 @@ def test_expert_play_that_no_response_could_hold_stops_a_warm_start():
     settings = WarmStartSettings(demonstrations=4, slip=0.0)
     with pytest.raises(ValueError, match=r"max_new_tokens=6 cuts.*Type max_new_tokens=2\d"):
         play_demonstrations(LocalCoin(), encoder, settings, RewardShaping(), limits)
+
+
+def test_a_whole_number_is_no_number_for_an_architecture():
+    architecture = Architecture(initializer_range=1, rope_theta=500)
+    model = build_tiny_model(build_tokenizer(["look"]), architecture, seed=0)
+    assert model.config.initializer_range == 1.0

@@ -119,6 +119,10 @@ class Architecture:
     initializer_range: Positive = 0.05
     rope_theta: Positive = 1000.0
 
+    def __post_init__(self) -> None:
+        for name in ("initializer_range", "rope_theta"):  # Qwen2Config takes no int for a float
+            object.__setattr__(self, name, float(getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class WarmStartSettings:
