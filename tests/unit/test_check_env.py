@@ -219,7 +219,9 @@ def test_few_resets_show_open_files_but_do_not_take_the_interpreters_noise_for_a
     assert not find_leaks(Remembering(), TASKS, seed=0, resets=8)
 
 
-@pytest.mark.parametrize(("growth", "leaks"), [((67, 5, 52), 0), ((67, 60, 52), 1)])
+@pytest.mark.parametrize(
+    ("growth", "leaks"), [((67, 5), 0), ((164, 60, 52, 70, 20), 0), ((67, 60, 52) * 3, 1)]
+)
 def test_only_memory_that_grows_again_and_again_is_a_leak(growth, leaks):
     blocks = itertools.accumulate(growth, initial=65_000)
     counts = ({"open files": 5, "threads": 2, "blocks of memory": n} for n in blocks)
