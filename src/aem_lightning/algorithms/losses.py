@@ -276,6 +276,14 @@ class ClippedLoss:
         return (surrogate, clipped) if ids is None else (surrogate[ids], clipped[ids])
 
 
+def _need_token_ratios(loss: ClippedLoss, reason: str) -> None:
+    if loss.ratio != "token" or loss.dual_clip is not None:
+        raise ValueError(
+            f"loss.ratio={loss.ratio} loss.dual_clip={loss.dual_clip}: {reason}; type "
+            "loss.ratio=token loss.dual_clip=null"
+        )
+
+
 @dataclass(frozen=True)
 class CISPO(ClippedLoss):
     """`ClippedLoss` with clipped importance weights in place of a clipped ratio.
@@ -290,11 +298,7 @@ class CISPO(ClippedLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ratio != "token" or self.dual_clip is not None:
-            raise ValueError(
-                f"loss.ratio={self.ratio} loss.dual_clip={self.dual_clip}: CISPO weighs tokens, "
-                "and bounds nothing else; type loss.ratio=token loss.dual_clip=null"
-            )
+        _need_token_ratios(self, "CISPO weighs tokens, and bounds nothing else")
 
     def low_bound(self) -> tuple[bool, str]:
         return 0 <= self.clip_low <= 1, "type a number in [0, 1]"
@@ -329,11 +333,7 @@ class DPPO(ClippedLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ratio != "token" or self.dual_clip is not None:
-            raise ValueError(
-                f"loss.ratio={self.ratio} loss.dual_clip={self.dual_clip}: DPPO masks tokens and "
-                "clips no ratio; type loss.ratio=token loss.dual_clip=null"
-            )
+        _need_token_ratios(self, "DPPO masks tokens and clips no ratio")
         if not self.delta > 0 or self.divergence not in get_args(Divergence):
             raise ValueError(
                 f"loss.delta={self.delta}, loss.divergence={self.divergence}: type a number > 0, "

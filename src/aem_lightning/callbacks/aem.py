@@ -143,7 +143,7 @@ def _sums(iteration: Iteration) -> dict[str, float]:
         sums[f"mass_base_{sign}"] = advantage[chosen].abs().sum().item()
         sums[f"mass_{sign}"] = (alpha * advantage)[chosen].abs().sum().item()
         sums[f"effect_{sign}"] = (effect == value).sum().item()
-    return sums | {f"forecast_{name}": value for name, value in iteration.forecast.items()}
+    return sums | dict(iteration.forecast)
 
 
 def forecast_words(value: float | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from aem_lightning.functional.advantages import gigpo_step_advantages, grpo_advantages
 from aem_lightning.functional.returns import step_returns
 from aem_lightning.functional.segments import segment_ids, segment_sum
@@ -22,7 +24,8 @@ def forecast_sums(batch: RolloutBatch) -> dict[str, float]:
         batch: Its entropies are known; broken episodes are left out.
 
     Returns:
-        ``n`` of them, the sums ``h``, ``a`` of H-bar and of the size of A_S, and those of products.
+        ``forecast_n`` of them, the sums ``forecast_h`` and ``forecast_a`` of H-bar and of the size
+        of A_S, and ``forecast_hh``, ``forecast_aa`` and ``forecast_ha`` of their products.
     """
     judged = batch.judged[batch.trajectory] & (batch.length > 0)
     group, anchor = batch.response_group, batch.anchor
@@ -35,6 +38,6 @@ def forecast_sums(batch: RolloutBatch) -> dict[str, float]:
     mixed = (segment_sum(mixed.float(), groups, many) > 0)[groups]
     chosen = judged & (met > 1) & mixed[batch.trajectory]
     h, a = batch.entropy[chosen].double(), size[chosen].double()
-    sums = {"n": h.new_tensor(len(h)), "h": h.sum(), "a": a.sum()}
-    sums |= {"hh": (h * h).sum(), "aa": (a * a).sum(), "ha": (h * a).sum()}
-    return {name: value.item() for name, value in sums.items()}
+    summed = {"n": torch.ones_like(h), "h": h, "a": a, "hh": h * h, "aa": a * a, "ha": h * a}
+    sums = torch.stack([values.sum() for values in summed.values()]).tolist()
+    return {f"forecast_{name}": value for name, value in zip(summed, sums, strict=True)}

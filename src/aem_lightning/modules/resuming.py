@@ -57,12 +57,8 @@ def take_up(agent: Any, checkpoint: Mapping[str, Any]) -> None:
     first = agent.first_entropy_coef
     if ours.get("first_entropy_coef", first) == first:  # else another one was typed
         agent.entropy_coef = ours.get("entropy_coef", first)
-    typed = (config.get("modulation") for config in (ours["config"], agent.config))
-    if (
-        isinstance(agent.modulation, RepoR)
-        and ours.get("modulation")
-        and len({*map(str, typed)}) == 1
-    ):
+    is_as_typed = ours["config"].get("modulation") == agent.config.get("modulation")
+    if isinstance(agent.modulation, RepoR) and ours.get("modulation") and is_as_typed:
         agent.modulation = RepoR(**ours["modulation"])
 
 

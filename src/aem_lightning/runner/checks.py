@@ -147,8 +147,12 @@ _CUSTOM = {
     "loss": "MyLoss",
 }
 # Whose settings an algorithm changes.
-_OF_CLIPPED_LOSS = ("dapo", "drgrpo", "grpopp", "gspo")
-_LOSSES = {"drgrpo": ("ClippedLoss", "CISPO", "DPPO")}
+_LOSSES = {
+    "dapo": ("ClippedLoss",),
+    "drgrpo": ("ClippedLoss", "CISPO", "DPPO"),
+    "grpopp": ("ClippedLoss",),
+    "gspo": ("ClippedLoss",),
+}
 _ESTIMATORS = {"dapo": ("GRPO",), "drgrpo": ("GRPO", "GiGPO")}
 # Options of Lightning's Trainer that a loop with its own steps and epochs has no use for.
 _ELSEWHERE = {
@@ -326,8 +330,7 @@ def _combination_problems(cfg: DictConfig) -> list[str]:
             f"algorithm={cfg.algorithm} sets what GRPO's advantage has, and {advantage} has not: "
             "type advantage=grpo, or another algorithm, e.g. algorithm=gigpo for GiGPO"
         )
-    allowed = _LOSSES.get(cfg.algorithm, ("ClippedLoss",))
-    if cfg.algorithm in _OF_CLIPPED_LOSS and loss not in allowed:
+    if loss not in _LOSSES.get(cfg.algorithm, (loss,)):
         problems.append(
             f"algorithm={cfg.algorithm} sets what the clipped loss has, and {loss} is another "
             "loss: type algorithm=grpo, or another one that leaves the loss as it is"

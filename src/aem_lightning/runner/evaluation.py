@@ -77,12 +77,8 @@ def restored(cfg: DictConfig) -> Iterator[Restored]:
     checkpoint = read_checkpoint(path)
     trained = checked_config(cfg, checkpoint["aem_lightning"]["config"])
     check_server(trained)
-    with contextlib.ExitStack() as ending:
-        start = Start.of(trained, weights=checkpoint["state_dict"])
-        ending.callback(getattr(start.engine, "release", bool))
-        with first_rank_first("tasks"):
-            datamodule = build_datamodule(trained)
-        ending.callback(datamodule.close)
+    start = Start.of(trained, weights=checkpoint["state_dict"])
+    with _games(trained, start) as datamodule:
         policy, _ = build_policy(trained, datamodule, start.policy)
         module = build_agent(trained, policy, datamodule, start.engine)
         module.on_load_checkpoint(checkpoint)
@@ -105,16 +101,24 @@ def loaded(cfg: DictConfig) -> Iterator[Restored]:
     check_server(config)
     adapter = cfg.get("adapter")
     start = Start.of(config, policy=_played_policy(config, adapter, cfg.policy.model))
-    datamodule = build_datamodule(config)
-    try:
+    with _games(config, start) as datamodule:
         policy = start.policy
         if policy is None or config.policy.model is None:  # a warm start makes it
             policy, _ = build_policy(config, datamodule, policy)
         path = Path(adapter or str(policy.causal_lm.name_or_path))
         module = build_agent(config, policy, datamodule, start.engine)
         yield Restored(path, config, module, datamodule, start.trainer)
-    finally:
-        datamodule.close()
+
+
+@contextlib.contextmanager
+def _games(config: DictConfig, start: Start) -> Iterator[AgentDataModule]:
+    """The datamodule; its workers end with the context, and the engine lets its memory go."""
+    with contextlib.ExitStack() as ending:
+        ending.callback(getattr(start.engine, "release", bool))
+        with first_rank_first("tasks"):
+            datamodule = build_datamodule(config)
+        ending.callback(datamodule.close)
+        yield datamodule
 
 
 def _played_policy(config: DictConfig, adapter: str | None, typed: str | None) -> Policy | None:

@@ -23,7 +23,7 @@ def _shape(hidden: int, wide: int, layers: int, heads: int, shared: int) -> dict
     }
 
 
-_QWEN3 = {"head_dim": 128, "vocab_size": 151936}
+_QWEN3 = {"head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False}
 SHAPES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2.5-0.5b": ("qwen2", _shape(896, 4864, 24, 14, 2) | _QWEN2),
     "qwen2.5-1.5b": ("qwen2", _shape(1536, 8960, 28, 12, 2) | _QWEN2),
@@ -32,14 +32,14 @@ SHAPES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2.5-14b": ("qwen2", _shape(5120, 13824, 48, 40, 8) | _LARGE),
     "qwen2.5-32b": ("qwen2", _shape(5120, 27648, 64, 40, 8) | _LARGE),
     "qwen2.5-72b": ("qwen2", _shape(8192, 29568, 80, 64, 8) | _LARGE),
-    "qwen3-8b": ("qwen3", _shape(4096, 12288, 36, 32, 8) | _QWEN3 | {"tie_word_embeddings": False}),
+    "qwen3-8b": ("qwen3", _shape(4096, 12288, 36, 32, 8) | _QWEN3),
     "qwen3-14b": (
         "qwen3",
-        _shape(5120, 17408, 40, 40, 8) | _QWEN3 | {"tie_word_embeddings": False},
+        _shape(5120, 17408, 40, 40, 8) | _QWEN3,
     ),
     "qwen3-32b": (
         "qwen3",
-        _shape(5120, 25600, 64, 64, 8) | _QWEN3 | {"tie_word_embeddings": False},
+        _shape(5120, 25600, 64, 64, 8) | _QWEN3,
     ),
 }
 _VARIANTS = ("-instruct", "-base", "-chat", "-coder")

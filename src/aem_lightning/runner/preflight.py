@@ -97,7 +97,7 @@ def expected_seconds(cfg: DictConfig, parameters: int, *, on_gpu: bool) -> float
 def _is_wanted(
     cfg: DictConfig, trainer: L.Trainer, module: AgentModule, checkpoint: Path | None
 ) -> bool:
-    wish = cfg.get("preflight", False) and not module.policy.sharded and cfg.preflight
+    wish = False if module.policy.sharded else cfg.get("preflight", False)
     if wish != "auto":
         return bool(wish)
     parameters = sum(p.numel() for p in module.policy.parameters())
@@ -108,8 +108,7 @@ def _is_wanted(
 def _forecast(played: Played) -> float | None:
     """Whether AEM should help, from whole episodes."""
     whole = played.whole
-    sums = forecast_sums(pack(whole)) if whole else {}
-    return forecast({f"forecast_{name}": value for name, value in sums.items()})
+    return forecast(forecast_sums(pack(whole))) if whole else None
 
 
 @dataclass

@@ -59,8 +59,8 @@ def make_trainer(cfg: DictConfig) -> L.Trainer:
     if cfg.profile:
         callbacks.append(
             Profile(
-                decode_steps=cfg.get("profile_decode_steps", 16),
-                micro_batches=cfg.get("profile_micro_batches", 2),
+                decode_steps=cfg.get("profile_decode_steps", TrainOptions.profile_decode_steps),
+                micro_batches=cfg.get("profile_micro_batches", TrainOptions.profile_micro_batches),
             )
         )
     if cfg.get("rollout_journal"):  # earlier checkpoints have no such key
