@@ -6,16 +6,18 @@ import gc
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from aem_lightning.envs.base import TextEnv
 from aem_lightning.types import Task
 
 OPEN_FILES = "/dev/fd"
-AGAIN = 8  # times that growth has to go on; the interpreter's own has ended by then
-# Growth below which nothing is said, whatever the number of resets. The interpreter's own count of
-# blocks moves by a few with every thread that comes and goes.
+# Growth below which nothing is said, whatever the number of resets, and the windows of resets over
+# which growth is watched. Files and threads of others come and go; the interpreter's own count of
+# blocks moves by dozens either way, and by a hundred at the start.
 NOISE = {"open files": 4, "threads": 4, "blocks of memory": 50}
+WINDOWS = {"open files": 3, "threads": 3, "blocks of memory": 9}
 
 
 def held() -> dict[str, int]:
@@ -36,30 +38,34 @@ def find_leaks(
     resets: int,
     count: Callable[[], Mapping[str, float]] = held,
 ) -> list[str]:
-    """What grows over the second half of ``resets`` resets, each with one step after it.
+    """What keeps growing over windows of half of ``resets`` resets, each with one step after it.
 
-    The first half is for caches to fill. Whatever grows by one in two resets or more, and by
-    ``NOISE`` at least, is a leak, if it does so again and again over as many more resets: other
-    threads of the process come and go too, and the interpreter's own blocks with them. Memory is
-    counted in these blocks, so what a C library keeps does not show, nor what is kept over fewer
-    than 100 resets. ``count`` says what the environment's process holds.
+    The first window is for caches to fill. What grows in most of the `WINDOWS` after it, each time
+    by one in two resets or more and by `NOISE` at least, is a leak; what did not in a third of them
+    is none: no window decides alone where the interpreter's own blocks move too. Memory is counted
+    in these blocks, so what a C library keeps does not show, nor what is kept over fewer than 100
+    resets. ``count`` says what the environment's process holds.
     """
     half = resets // 2
     numbers = range(half)
-    before, after = (_play(env, tasks, seed, numbers, count) for _ in range(2))
-    leaks = _grown(before, after, half)
-    earlier = after
-    for _ in range(AGAIN):
-        if leaks:  # so far
-            later = _play(env, tasks, seed, numbers, count)
-            leaks &= _grown(earlier, later, half)
-            earlier = later
-    return [
-        f"reset() left {after[name] - before[name]:g} more {name} behind in {half} episodes "
-        f"({before[name]:g}, then {after[name]:g}); expected: no growth, since one environment "
-        "plays thousands"
-        for name in sorted(leaks)
-    ]
+    before = earlier = _play(env, tasks, seed, numbers, count)
+    watched, still = set(NOISE), Counter[str]()
+    leaks = {}
+    for window in range(1, max(WINDOWS.values()) + 1):
+        later = _play(env, tasks, seed, numbers, count)
+        still.update(watched - _grown(earlier, later, half))
+        watched = {name for name in watched if 3 * still[name] < WINDOWS[name]}
+        for name in [name for name in watched if WINDOWS[name] == window]:
+            watched.remove(name)
+            leaks[name] = (
+                f"reset() left {later[name] - before[name]:g} more {name} behind in "
+                f"{half * window} episodes ({before[name]:g}, then {later[name]:g}); expected: no "
+                "growth, since one environment plays thousands"
+            )
+        if not watched:
+            break
+        earlier = later
+    return [leaks[name] for name in sorted(leaks)]
 
 
 def _grown(before: Mapping[str, float], after: Mapping[str, float], resets: int) -> set[str]:
