@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from runs import fit, process, toy_config, toy_overrides
+from safetensors.torch import load_file, save_file
 
 from aem_lightning.runner import train
 from aem_lightning.runner.signals import Stopped, stoppable
@@ -39,6 +42,21 @@ def test_other_adapters_are_loaded_silently(toy_model: str, tmp_path: Path) -> N
     last = tmp_path / "a" / "checkpoints" / "last.ckpt"
     with pytest.raises(ValueError, match=r"do not fit this policy .* policy\.lora settings"):
         fit(toy_config(tmp_path / "b", toy_model, "policy.lora.r=2"), ckpt_path=last)
+
+
+def test_adapters_are_loaded_onto_other_weights(toy_model: str, tmp_path: Path) -> None:
+    fit(toy_config(tmp_path / "a", toy_model, "iterations=1", "iterations_per_epoch=1"))
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    other = tmp_path / "other"
+    shutil.copytree(toy_model, other)
+    weights = load_file(other / "model.safetensors")
+    name = max(weights, key=lambda name: weights[name].numel())
+    save_file(weights | {name: weights[name] + 0.01}, other / "model.safetensors", {"format": "pt"})
+    typed = re.escape(f"policy.model={toy_model}")
+    with pytest.raises(ValueError, match=rf"trained on the weights of .* made anew.* {typed}"):
+        fit(toy_config(tmp_path / "b", str(other)), ckpt_path=last)
+    half = fit(toy_config(tmp_path / "c", toy_model, "policy.dtype=bfloat16"), ckpt_path=last)
+    assert half.iteration == 4  # another precision of the same weights
 
 
 @pytest.mark.parametrize(

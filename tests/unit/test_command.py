@@ -55,6 +55,17 @@ def test_an_unknown_key_is_answered_with_the_nearest_ones(given, meant):
     assert meant in message.partition("Did you mean")[2]
 
 
+def test_a_files_own_key_is_unknown_once_what_reads_it_is_typed(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    mine = tmp_path / "experiment" / "mine.yaml"
+    typed = (f"hydra.searchpath=['file://{tmp_path}']", "experiment=mine")
+    mine.write_text("# @package _global_\nhelper: key_and\nname: ${helper}_door\n")
+    TRAIN.answer([*typed, "datamodule.workers=2"])
+    TRAIN.answer([*typed, "name=other"])
+    mine.write_text("# @package _global_\ngroupsize: 4\n")
+    assert "groupsize: a file of this config sets it" in complaint(*typed)
+
+
 def test_an_unknown_option_is_answered_with_those_that_there_are():
     message = complaint("experiment=quickstrat")
     assert "quickstrat" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,13 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from aem_lightning.modules.settings import Lora
 
 FULL_PRECISION = torch.float32
+SAMPLED = 256  # numbers of a frozen tensor that its digest sees
 _MAMBA = ("falcon_h1", "nemotron_h")  # beside those whose name says so
 
 
@@ -74,6 +77,40 @@ def check_adapters(expected: Mapping[str, torch.Size], state: Mapping[str, Tenso
             f"first: {wrong[0][0]} with shape {tuple(wrong[0][1])}). Use the policy and "
             "policy.lora settings that the checkpoint was trained with, and its advantage: that of "
             "algorithm=ppo has a value head of its own."
+        )
+
+
+def base_digest(model: nn.Module) -> str | None:
+    """What tells the frozen weights of ``model`` from others: a hash of some numbers of each.
+
+    Up to `SAMPLED` evenly spaced numbers of a tensor, in bfloat16, so that a model loaded in
+    another precision is the same. Quantized weights are left out. ``None``: nothing is frozen, or
+    no rank has the whole of it.
+    """
+    digest = hashlib.sha256()
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    if not frozen or any(p.is_meta or isinstance(p, DTensor) for p in frozen.values()):
+        return None
+    for name, parameter in sorted(frozen.items()):
+        if parameter.is_floating_point():
+            numbers = parameter.detach().flatten()
+            some = numbers[:: max(1, len(numbers) // SAMPLED)].to("cpu", torch.bfloat16)
+            digest.update(name.encode() + some.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_base(expected: str | None, was: Mapping[str, str | None] | None) -> None:
+    """Raise unless a checkpoint's adapters are ``was`` trained on the weights ``expected``.
+
+    Raises:
+        ValueError: Saying on which they were.
+    """
+    if was and None not in (expected, was["digest"]) and was["digest"] != expected:
+        raise ValueError(
+            f"The checkpoint's adapters were trained on the weights of {was['name']}, and the "
+            "policy's own are others: a warm start that was made anew, or another policy.model. "
+            f"Type policy.model={was['name']} if it is still there (to eval.py: "
+            f"'overrides=[\"policy.model={was['name']}\"]'), or train again."
         )
 
 

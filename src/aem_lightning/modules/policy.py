@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from aem_lightning.functional import logprob_entropy_through, token_logprob_entropy
 from aem_lightning.modules.attention import packed_hidden
-from aem_lightning.modules.lora import merged_copy, peft_config
+from aem_lightning.modules.lora import base_digest, merged_copy, peft_config
 from aem_lightning.modules.settings import Lora
 from aem_lightning.modules.sharding import hollow_model
 from aem_lightning.modules.value import ValueHead
@@ -216,6 +217,11 @@ class Policy(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that require a gradient, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @functools.cached_property
+    def base_digest(self) -> str | None:
+        """`base_digest` of what is frozen: the same for as long as the policy lives."""
+        return base_digest(self.causal_lm)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write adapter and tokenizer: a folder for ``PeftModel.from_pretrained(base, folder)``."""

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from aem_lightning.algorithms import RepoR
 from aem_lightning.files import write_atomically
-from aem_lightning.modules.lora import check_adapters
+from aem_lightning.modules.lora import check_adapters, check_base
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +39,20 @@ def stored_state(agent: Any) -> dict[str, Any]:
     classes = [_class_path(optimizer) for optimizer in optimizers]
     moved = asdict(agent.modulation) if isinstance(agent.modulation, RepoR) else None
     kept = {name: getattr(agent, name) for name in names}
-    return kept | {"optimizers": classes, "modulation": moved}
+    base = {"digest": agent.policy.base_digest, "name": agent.policy.causal_lm.name_or_path}
+    return kept | {"optimizers": classes, "modulation": moved, "base": base}
 
 
 def take_up(agent: Any, checkpoint: Mapping[str, Any]) -> None:
     """Give ``agent`` what `stored_state` has put into a checkpoint; earlier versions kept less.
 
     Raises:
-        ValueError: The adapters in it do not fit the agent's policy.
+        ValueError: The adapters in it do not fit the agent's policy, or are of other weights.
     """
     expected = {f"policy.{name}": p.shape for name, p in agent.policy.trainable().items()}
     check_adapters(expected, checkpoint["state_dict"])
     ours = checkpoint["aem_lightning"]
+    check_base(agent.policy.base_digest, ours.get("base"))
     agent.iteration = ours["iteration"]
     before = ours["iteration"] * ours["config"].get("tasks_per_iteration", 0)
     agent.tasks_played = ours.get("tasks_played", before)

@@ -87,13 +87,17 @@ def _is_word(argument: str) -> bool:
 def stray_key(composed: DictConfig, configs: Path, given: Sequence[str]) -> str | None:
     """What to say of a key that nothing reads: in a file, Hydra takes any.
 
-    One that was added with a plus was meant, and so was one that another key refers to.
+    One that was added with a plus was meant, and so was one that another key of any file refers to,
+    though that key be typed.
     """
     own = OmegaConf.load(configs / "train.yaml")
     known = {*map(str, own), *composed.hydra.runtime.choices, "hydra"}
     added = [argument.lstrip("+").split("=")[0].split(".")[0] for argument in given]
     strange = [key for key in map(str, composed) if key not in known and key not in added]
-    written = OmegaConf.to_yaml(composed) if strange else ""
+    sources = composed.hydra.runtime.config_sources if strange else []
+    folders = [Path(source.path) for source in sources if source.schema == "file"]
+    files = [path for folder in folders for path in folder.rglob("*.yaml")]
+    written = "".join(path.read_text(encoding="utf-8") for path in files)
     for key in strange:
         if not re.search(rf"\${{{re.escape(key)}\b", written):
             close = difflib.get_close_matches(key, sorted(known), n=3)
