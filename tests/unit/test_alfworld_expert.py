@@ -1,11 +1,19 @@
 import random
+import re
 from functools import partial
 
 import pytest
 from alfworld_folders import games_root
 
 from aem_lightning.envs import EnvPool, ResetRequest
-from aem_lightning.envs.alfworld import AlfworldEnv, SearchingExpert, list_games
+from aem_lightning.envs.alfworld import (
+    THOUGHTS,
+    AlfworldEnv,
+    SearchingExpert,
+    list_games,
+    vocabulary_texts,
+)
+from aem_lightning.modules.tiny import build_tokenizer
 
 MAX_TURNS = 50
 MUG_ON_SHELF = {
@@ -160,6 +168,7 @@ def test_expert_does_not_say_what_it_believes(params, seen, allowed, thought):
 def test_expert_says_nothing_or_much_before_it_acts():
     root = games_root("easy")
     experts = {game.id: SearchingExpert(game.params, 0) for game in list_games(root, "train")}
+    known = build_tokenizer([*vocabulary_texts(), *THOUGHTS])  # as of a tiny policy that thinks
     with EnvPool(partial(AlfworldEnv, root), workers=1) as pool:
         steps = pool.reset({key: ResetRequest(key, 0, i) for i, key in enumerate(experts)})
         while steps:
@@ -168,5 +177,9 @@ def test_expert_says_nothing_or_much_before_it_acts():
                 for key, step in steps.items()
             }
             for key in sent:
-                assert 6 <= len(experts[key].thought.split()) <= 14
+                thought = experts[key].thought
+                assert 6 <= len(thought.split()) <= 14
+                tokens = known.tokenize(thought)
+                assert len(tokens) == len(re.findall(r"\w+|[^\w\s]", thought)), tokens
+                assert 8 <= len(tokens) <= 26
             steps = {key: step for key, step in pool.step(sent).items() if not step.terminated}

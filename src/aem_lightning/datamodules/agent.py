@@ -182,6 +182,10 @@ class AgentDataModule(LightningDataModule):
         """Texts that hold every word the environment can say: one token each for `policy=tiny`."""
         return []
 
+    def thoughts(self) -> list[str]:
+        """The same of its expert's thoughts, for a prompt whose ``demonstration`` has them."""
+        return []
+
     def tools(self) -> list[Tool]:
         """The environment's tools, for ``prompt.action=tool_call``; none: the one ``act(action)``.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from aem_lightning.datamodules.agent import AgentDataModule
 from aem_lightning.envs import TextEnv
 from aem_lightning.envs.alfworld import (
+    THOUGHTS,
     AlfworldEnv,
     Game,
     SearchingExpert,
@@ -128,3 +129,7 @@ class AlfworldDataModule(AgentDataModule):
         """Every word that the text engine knows, and of human goals those to train on."""
         human = self.games(self.train_split) if self.goals == "human" else []
         return [*vocabulary_texts(), *(game.goal for game in human)]
+
+    def thoughts(self) -> list[str]:
+        """Every word that the expert thinks beside the game's."""
+        return list(THOUGHTS)

@@ -84,8 +84,11 @@ def tiny_base(
     seed: int,
     prompt: Prompt | None = None,
 ) -> Policy:
-    """A policy with random weights, whose words are the environment's and the prompt's."""
-    tokenizer = build_tokenizer([*datamodule.vocabulary(), *_template_texts(prompt)])
+    """A policy with random weights, whose words are the environment's, expert's and prompt's."""
+    thinks = prompt is not None and "{thought}" in prompt.demonstration
+    thoughts = datamodule.thoughts() if thinks else []
+    texts = [*datamodule.vocabulary(), *thoughts, *_template_texts(prompt)]
+    tokenizer = build_tokenizer(texts)
     return Policy(build_tiny_model(tokenizer, architecture, seed), tokenizer)
 
 

@@ -4,7 +4,7 @@ alfworld and textworld are optional and imported on use.
 """
 
 from aem_lightning.envs.alfworld.engine import AlfworldEnv
-from aem_lightning.envs.alfworld.expert import SearchingExpert
+from aem_lightning.envs.alfworld.expert import THOUGHTS, SearchingExpert
 from aem_lightning.envs.alfworld.games import (
     SPLITS,
     Game,
@@ -19,6 +19,7 @@ from aem_lightning.envs.alfworld.vocabulary import vocabulary_texts
 __all__ = [
     "SPLITS",
     "TASK_TYPES",
+    "THOUGHTS",
     "AlfworldEnv",
     "Game",
     "SearchingExpert",

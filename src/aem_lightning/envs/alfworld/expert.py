@@ -20,6 +20,13 @@ THING = re.compile(r"an? ([a-z]+ \d+)")
 # Added to a random number in [0, 1): what is closed costs a turn more, few things lie in the bin.
 RELUCTANCE = {"cabinet": 0.25, "drawer": 0.25, "safe": 0.25, "garbagecan": 0.5, "toilet": 0.5}
 
+# Every word of its thoughts beside those of the game.
+THOUGHTS = (
+    "I look for the book. It is closed. I have not seen it yet.",
+    "I do not need it. I need the lamp, which I saw at it.",
+    "I hold it. I have to clean it with it first. I have to bring it to it.",
+)
+
 
 class SearchingExpert:
     """Plays from what it reads: observations, admissible actions, and what the goal is about.
