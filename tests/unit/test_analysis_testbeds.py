@@ -20,7 +20,8 @@ def report(folder, differences, forecasts):
         run = folder / f"seed_{seed}"
         run.mkdir(parents=True)
         (run / "summary.json").write_text(json.dumps({"forecast": forecast}))
-        runs.append({"arm": "grpo", "seed": seed, "folder": str(run)})
+        curves = {"train/success_rate": {"value": [0.1] * 9 + [0.4 + seed] * 5}}
+        runs.append({"arm": "grpo", "seed": seed, "folder": str(run), "curves": curves})
     mean = sum(differences) / len(differences)
     value = {"value": mean, "low": mean, "high": mean, "p_sign_flip": 0.5, "by_seed": differences}
     seeds = list(range(len(differences)))
@@ -72,6 +73,7 @@ def test_a_forecast_is_held_against_the_sign_that_was_measured(tmp_path, monkeyp
     assert [each["called_right"] for each in found["settings"].values()] == [True, False]
     table = (tmp_path / "testbeds.md").read_text()
     assert "| up | grpo_aem − grpo | 2 | +4.5 [+4.5, +4.5], p = 0.500 | -0.30 | True |" in table
+    assert "| down | grpo | 90.0 % | 1 of 2 [9 %, 91 %] |" in table  # 40 and 140 %
     assert "Interaction, up − down: +1.5" in table
     assert (tmp_path / "testbeds.png").is_file()
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from aem_lightning.analysis.report import need_matplotlib, new_figure, write_report
 from aem_lightning.analysis.statistics import sign_flip_test, t_interval
 from aem_lightning.analysis.training import quoted
+from aem_lightning.metrics import wilson_interval
 from aem_lightning.runner.summary import SUMMARY
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MEASURE = "train_success"  # over all iterations: the area under the curve
+LAST = 5  # iterations whose success in training says where a run ended
 
 
 def testbeds(cfg: DictConfig) -> dict[str, Any]:
@@ -82,7 +84,17 @@ def _of_setting(report: Mapping[str, Any], arm: str) -> dict[str, Any]:
     forecast = sum(known) / len(known) if known else None
     effect = pairs[arm]["value"]
     right = forecast * effect < 0 if forecast is not None and effect is not None else None
-    return {"pairs": pairs, "base": base, "forecast": forecast, "called_right": right}
+    ends: dict[str, dict[int, float]] = {}
+    for run in report["runs"]:
+        last = run["curves"]["train/success_rate"]["value"][-LAST:]
+        ends.setdefault(run["arm"], {})[run["seed"]] = sum(last) / len(last)
+    return {
+        "pairs": pairs,
+        "base": base,
+        "forecast": forecast,
+        "called_right": right,
+        "ends": ends,
+    }
 
 
 def _compare(cfg: DictConfig, name: str, setting: Mapping[str, Any]) -> int:
@@ -138,6 +150,20 @@ def _table(content: Mapping[str, Any]) -> str:
             said = f"{setting['forecast']:+.2f} | {setting['called_right']}" if tested else "|"
             cells = f"{name} | {arm} − {setting['base']} | {len(pair['seeds'])} | {_points(pair)}"
             lines.append(f"| {cells} | {said} |")
+    lines += [
+        "",
+        f"Success in training over the last {LAST} iterations, and the seeds that end over 50 %.",
+        "",
+        "| setting | arm | at the end | seeds |",
+        "|---|---|---:|---:|",
+    ]
+    for name, setting in content["settings"].items():
+        for arm, by_seed in setting["ends"].items():
+            values = list(by_seed.values())
+            over, mean = sum(value > 0.5 for value in values), sum(values) / len(values)
+            low, high = (100 * end for end in wilson_interval(over, len(values)))
+            share = f"{over} of {len(values)} [{low:.0f} %, {high:.0f} %]"
+            lines.append(f"| {name} | {arm} | {100 * mean:.1f} % | {share} |")
     one, other = content["opposite"]
     lines += ["", f"Interaction, {one} − {other}: {_points(content['interaction'])}."]
     return "\n".join(lines)
