@@ -94,6 +94,44 @@ def test_the_gold_patch_loses_or_doing_nothing_wins(sandbox, make_env, instances
     assert (reward, terminated, info["won"], info["score"]) == (0.0, True, False, 0.0)
 
 
+def test_a_graded_episode_leaves_nothing_that_the_official_harness_reads(
+    make_env, instances, tmp_path
+):
+    env = make_env(records=str(tmp_path / "kept"), model_name="mine")
+    right, wrong = instances[0], instances[1]
+    play(env, right, FunctionsExpert(right))
+    env.reset(options={"task_id": wrong.instance_id})
+    env.step(bash("printf 'caf\\351\\n' > latin.txt"))
+    env.step(FINISH)
+    play(env, right, Idle())
+    lines = (tmp_path / "kept" / "predictions.jsonl").read_text().splitlines()
+    known = [json.loads(line) for line in lines]
+    assert [each["instance_id"] for each in known] == [
+        instance.instance_id for instance in (right, wrong, right)
+    ]
+    assert {tuple(each) for each in known} == {("instance_id", "model_name_or_path", "model_patch")}
+    assert "+caf\N{REPLACEMENT CHARACTER}" in known[1]["model_patch"]
+    assert known[2]["model_patch"] == ""
+    first, second = (tmp_path / "kept" / right.instance_id / number for number in "12")
+    assert (first / "patch.diff").read_text() == known[0]["model_patch"]
+    assert (first / "test_output.txt").read_text()
+    (report,) = json.loads((first / "report.json").read_text()).values()
+    assert report["resolved"]
+    assert report["tests_status"]["FAIL_TO_PASS"] == {
+        "success": list(right.fail_to_pass),
+        "failure": [],
+    }
+    (report,) = json.loads((second / "report.json").read_text()).values()
+    assert report["tests_status"]["FAIL_TO_PASS"]["failure"] == list(right.fail_to_pass)
+    assert "tests that have to pass do not" in report["reason"]
+    raw = (tmp_path / "kept" / wrong.instance_id / "1" / "patch.diff").read_bytes()
+    assert b"+caf\xe9" in raw
+    with pytest.raises(
+        ValueError, match=r"records=kept.*type datamodule\.environment\.cached=false"
+    ):
+        SweSettings(records="kept", cached=True)
+
+
 def test_the_agent_finds_hidden_tests_or_another_commit(sandbox, make_env, instances):
     env, instance = make_env(sandbox), instances[0]
     env.reset(options={"task_id": instance.instance_id})

@@ -107,6 +107,8 @@ class SweDataModule(AgentDataModule):
         if unknown:
             allowed = ", ".join(SweSettings.__dataclass_fields__)
             raise ValueError(f"datamodule.environment has {unknown}; allowed: {allowed}")
+        if given.get("records"):  # workers may have other working folders
+            given["records"] = str(Path(given["records"]).expanduser().absolute())
         return SweSettings(**given, limits=Limits(**limits))
 
     def prepare_data(self) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from aem_lightning.envs.base import EnvPoolError, Reset, Step
@@ -15,6 +16,7 @@ from aem_lightning.envs.swe.grading import Grade, grade
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.official import OUTPUT_BYTES, grade_official, is_official
 from aem_lightning.envs.swe.r2e import HIDE_TESTS, grade_expected
+from aem_lightning.envs.swe.records import keep_record
 from aem_lightning.envs.swe.repositories import Repositories
 from aem_lightning.envs.swe.sandbox import (
     WORKDIR,
@@ -55,6 +57,9 @@ class SweSettings:
         limits: Of a command; of the tests too, but for their time and their output.
         variables: Of the environment of commands and tests, beside the sandbox's own.
         cached: Answer from memory what was asked before; only where answers do not depend on time.
+        records: A folder for patch, log, report and prediction of every graded episode:
+            `keep_record`.
+        model_name: What predictions call the policy.
     """
 
     sandbox: Literal["auto", "bubblewrap", "docker", "local"] = "auto"
@@ -68,8 +73,15 @@ class SweSettings:
     limits: Limits = field(default_factory=Limits)
     variables: Mapping[str, str] = field(default_factory=dict)
     cached: bool = False
+    records: str | None = None
+    model_name: str = "aem_lightning"
 
     def __post_init__(self) -> None:
+        if self.cached and self.records is not None:
+            raise ValueError(
+                f"datamodule.environment.records={self.records}: what is answered from memory "
+                "leaves no record; type datamodule.environment.cached=false too"
+            )
         if self.dialect not in DIALECTS:
             raise ValueError(
                 f"datamodule.environment.dialect={self.dialect!r}; allowed: {', '.join(DIALECTS)}"
@@ -313,7 +325,11 @@ class _Engine:
         found = grade_change(
             self._sandbox, self._settings, self._instance, self._files, changed.diff
         )
-        return replace(found, left_out=changed.left_out + found.left_out)
+        found = replace(found, left_out=changed.left_out + found.left_out)
+        if (folder := self._settings.records) is not None and not found.infra_error:
+            model = self._settings.model_name
+            keep_record(Path(folder), model, self._instance, changed.diff, found)
+        return found
 
     def _spec(self, limits: Limits) -> SessionSpec:
         return session_spec(self._settings, self._instance, limits)
