@@ -84,19 +84,23 @@ def base_digest(model: nn.Module) -> str | None:
     """What tells the frozen weights of ``model`` from others: a hash of some numbers of each.
 
     Up to `SAMPLED` evenly spaced numbers of a tensor, in bfloat16, so that a model loaded in
-    another precision is the same. Quantized weights are left out. ``None``: nothing is frozen, or
-    no rank has the whole of it.
+    another precision is the same. ``None`` where nothing is frozen, weights are quantized, or no
+    rank has the whole of them.
     """
-    digest = hashlib.sha256()
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    if not frozen or any(p.is_meta or isinstance(p, DTensor) for p in frozen.values()):
+    if not frozen or not all(_is_plain(parameter) for parameter in frozen.values()):
         return None
+    digest = hashlib.sha256()
     for name, parameter in sorted(frozen.items()):
-        if parameter.is_floating_point():
-            numbers = parameter.detach().flatten()
-            some = numbers[:: max(1, len(numbers) // SAMPLED)].to("cpu", torch.bfloat16)
-            digest.update(name.encode() + some.view(torch.int16).numpy().tobytes())
+        numbers = parameter.detach().flatten()
+        some = numbers[:: max(1, len(numbers) // SAMPLED)].to("cpu", torch.bfloat16)
+        digest.update(name.encode() + some.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    is_here = not (parameter.is_meta or isinstance(parameter, DTensor))
+    return is_here and parameter.is_floating_point()
 
 
 def check_base(expected: str | None, was: Mapping[str, str | None] | None) -> None:
