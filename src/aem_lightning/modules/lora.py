@@ -84,8 +84,8 @@ def base_digest(model: nn.Module) -> str | None:
     """What tells the frozen weights of ``model`` from others: a hash of some numbers of each.
 
     Up to `SAMPLED` evenly spaced numbers of a tensor, in bfloat16, so that a model loaded in
-    another precision is the same. ``None`` where nothing is frozen, weights are quantized, or no
-    rank has the whole of them.
+    another precision is the same. ``None`` where nothing is frozen, weights are quantized or in
+    float16, whose small numbers are others, or no rank has the whole of them.
     """
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     if not frozen or not all(_is_plain(parameter) for parameter in frozen.values()):
@@ -100,7 +100,7 @@ def base_digest(model: nn.Module) -> str | None:
 
 def _is_plain(parameter: Tensor) -> bool:
     is_here = not (parameter.is_meta or isinstance(parameter, DTensor))
-    return is_here and parameter.is_floating_point()
+    return is_here and parameter.dtype in (torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_base(expected: str | None, was: Mapping[str, str | None] | None) -> None:
