@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from aem_lightning.datamodules import SweDataModule
 from aem_lightning.envs import check_env
 from aem_lightning.envs.swe import (
+    BashExpert,
     FunctionsExpert,
     Instance,
     SweEnv,
@@ -148,6 +150,25 @@ def test_words_cannot_play(sandbox, make_env, instances):
     assert reward == 1.0
     assert seen[0] == "` caches . counter . add ` gives a wrong result"
     assert len(seen) == 4  # view, edit, finish
+
+
+def test_blocks_of_bash_cannot_play(sandbox, make_env, instances):
+    env, instance = make_env(sandbox, dialect="bash"), instances[0]
+    seen, (_, reward, *_) = play(env, instance, BashExpert(instance))
+    assert (reward, seen[0]) == (1.0, instance.problem_statement)
+    assert seen[2] == "<returncode>0</returncode>\n<output>\n</output>"
+    env.reset(options={"task_id": instance.instance_id})
+    for action in ("ls", "```bash\nls\n```\nand then\n```bash\npwd\n```"):
+        observation, *_, info = env.step(action)
+        assert "Write exactly one" in observation
+        assert not info["is_action_valid"]
+    observation, *_ = env.step("```bash\nseq 4000; false\n```")
+    assert observation.startswith("<returncode>1</returncode>\n<output_head>\n1\n2\n")
+    assert re.search(r"\n(\d+) characters elided\n", observation)[1] == str(18893 - 10_000)
+    _, reward, over, *_ = env.step(
+        "No more:\n```bash\necho COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT\n```"
+    )
+    assert (reward, over) == (0.0, True)
 
 
 def test_the_expert_in_words_does_not_mend_what_a_slip_broke(make_env, instances):

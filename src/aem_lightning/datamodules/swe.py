@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from aem_lightning.datamodules.agent import AgentDataModule
 from aem_lightning.envs import TextEnv
 from aem_lightning.envs.swe import (
+    BashExpert,
     FunctionsExpert,
     Instance,
     SweEnv,
@@ -33,6 +34,13 @@ from aem_lightning.envs.swe.vocabulary import vocabulary_texts
 from aem_lightning.types import Count, Task, Tool
 
 log = logging.getLogger(__name__)
+
+SweExpert = FunctionsExpert | BashExpert | WordsExpert
+EXPERTS: Mapping[str, type[SweExpert]] = {
+    "functions": FunctionsExpert,
+    "bash": BashExpert,
+    "words": WordsExpert,
+}
 
 
 @dataclass(frozen=True)
@@ -199,14 +207,14 @@ class SweDataModule(AgentDataModule):
         known = {i.instance_id: i for split in self._all_splits() for i in self.instances(split)}
         return partial(SweEnv, tuple(known.values()), self.play)
 
-    def make_expert(self, task: Task, seed: int) -> FunctionsExpert | WordsExpert:
+    def make_expert(self, task: Task, seed: int) -> SweExpert:
         """An expert that plays the gold patch."""
         instance = next(i for i in self.instances(task.split) if i.instance_id == task.id)
-        return WordsExpert(instance) if self.play.dialect == "words" else FunctionsExpert(instance)
+        return EXPERTS[self.play.dialect](instance)
 
     def tools(self) -> list[Tool]:
-        """Editor, search and shell; words have none."""
-        return [] if self.play.dialect == "words" else tool_schemas()
+        """Editor, search and shell; the other dialects have none."""
+        return tool_schemas() if self.play.dialect == "functions" else []
 
     def vocabulary(self) -> list[str]:
         """Every word that embedded libraries and the environment can say."""

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from aem_lightning.envs.base import EnvPoolError, Reset, Step
+from aem_lightning.envs.swe.bash import describe_output, hands_in, parse_block
 from aem_lightning.envs.swe.grading import Grade, grade
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.official import OUTPUT_BYTES, grade_official, is_official
@@ -35,8 +36,8 @@ from aem_lightning.envs.swe.worktree import SETUP_WALL_S, apply, commit_base, re
 from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
 from aem_lightning.types import Count, Positive
 
-Dialect = Literal["functions", "words"]
-DIALECTS = ("functions", "words")
+Dialect = Literal["functions", "bash", "words"]
+DIALECTS = get_args(Dialect)
 SANDBOXES = ("auto", "bubblewrap", "docker", "local")
 
 
@@ -48,7 +49,8 @@ class SweSettings:
         sandbox: ``auto``, ``bubblewrap``, ``docker`` or ``local``.
         allow_unsafe: Commands may run without isolation, where nothing isolates here.
         repositories: The folder of clones, for instances without an image.
-        dialect: ``functions``: calls in XML; ``words``: the few words of `WordsDialect`.
+        dialect: ``functions``: calls in XML; ``bash``: blocks of it, see `parse_block`; ``words``:
+            the few words of `WordsDialect`.
         max_turns: The turn after which the work is graded as it is, and the episode cut; None
             leaves that to the caller, who then grades nothing.
         episode_s: Seconds after which an episode is cut.
@@ -279,7 +281,7 @@ class _Engine:
             return said, 0.0, False, True, self._info(reason=said)
         self._turns += 1
         try:
-            call = self._words.parse(action) if self._words else parse_call(action)
+            call = self._parse(action)
         except CallError as error:
             return self._go_on(str(error), is_valid=False)
         if call.tool == "finish":
@@ -289,7 +291,16 @@ class _Engine:
             return self._break(result.infra_error)
         if self._words:
             return self._go_on(self._words.read(call, result.output), is_valid=True)
+        if self._settings.dialect == "bash":
+            if hands_in(result):
+                return self._finish("The work is handed in.", terminated=True)
+            return self._go_on(describe_output(result), is_valid=True)
         return self._go_on(describe(call, result), is_valid=True)
+
+    def _parse(self, action: str) -> Call:
+        if self._words:
+            return self._words.parse(action)
+        return parse_block(action) if self._settings.dialect == "bash" else parse_call(action)
 
     def close(self) -> None:
         session, self._session = self._session, None
@@ -340,9 +351,9 @@ class _Engine:
 
     def _observation(self) -> str:
         statement = self._instance.problem_statement
-        if self._settings.dialect == "functions":
-            return statement
-        return spoken(statement.strip().partition("\n")[0])  # the title
+        if self._settings.dialect == "words":
+            return spoken(statement.strip().partition("\n")[0])  # the title
+        return statement
 
     def _info(self, **more: Any) -> dict[str, Any]:
         info: dict[str, Any] = {
