@@ -21,6 +21,7 @@ NEW = (
     *("filter", "filter_share", "modulation.proxy", "modulation.then.proxy"),
     *("policy.chat_template_kwargs", "policy.thoughts", "policy.warm_start.imitate_losses"),
     *("datamodule.memory_gb", "datamodule.pass_environment", "datamodule.on_bad_answer"),
+    *("datamodule.environment.records", "datamodule.environment.model_name"),
     *("datamodule.goals", "datamodule.validate"),  # of ALFWorld, where WebShop had it; of SWE
     *(f"callbacks.{name}." for name in ("progress", "hyperparameters", "learning", "trends")),
 )

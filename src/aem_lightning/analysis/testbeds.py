@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+from scipy import stats
 
 from aem_lightning.analysis.report import need_matplotlib, new_figure, write_report
 from aem_lightning.analysis.statistics import sign_flip_test, t_interval
 from aem_lightning.analysis.training import quoted
-from aem_lightning.metrics import wilson_interval
 from aem_lightning.runner.summary import SUMMARY
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ def _table(content: Mapping[str, Any]) -> str:
         for arm, by_seed in setting["ends"].items():
             values = list(by_seed.values())
             over, mean = sum(value > 0.5 for value in values), sum(values) / len(values)
-            low, high = (100 * end for end in wilson_interval(over, len(values)))
-            share = f"{over} of {len(values)} [{low:.0f} %, {high:.0f} %]"
+            ends = stats.binomtest(over, len(values)).proportion_ci(method="wilson")
+            share = f"{over} of {len(values)} [{100 * ends.low:.0f} %, {100 * ends.high:.0f} %]"
             lines.append(f"| {name} | {arm} | {100 * mean:.1f} % | {share} |")
     one, other = content["opposite"]
     lines += ["", f"Interaction, {one} − {other}: {_points(content['interaction'])}."]
