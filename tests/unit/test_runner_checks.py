@@ -107,6 +107,16 @@ def test_a_wrong_value_is_named_with_what_is_allowed(quickstart, name, value, ad
         ("algorithm=drgrpo advantage=rloo", "RLOO has not", "advantage=gigpo"),
         ("algorithm=gspo loss=clip_cov", "one ratio for all tokens", "loss=clipped"),
         ("algorithm=dapo group_size=1", "that is every group: type group_size=8", "group_size=8"),
+        (
+            "datamodule=swe_embedded prompt=swe_functions datamodule.environment.dialect=bash",
+            "dialect=bash does not read .* type prompt=swe_bash",
+            "prompt=swe_bash",
+        ),
+        (
+            "datamodule=swe_embedded prompt=swe_bash",
+            "dialect=functions does not read .*blocks of bash",
+            "datamodule.environment.dialect=bash",
+        ),
         ("trainer=fsdp", "engine.cache=auto: .* type engine=vllm", "engine=vllm"),
         ("trainer=fsdp engine=hf", "engine.cache=slots: .* type engine=vllm", "trainer=ddp"),
         ("trainer=fsdp engine=plain", "engine.cache=plain: .* type engine=vllm", "engine=vllm"),

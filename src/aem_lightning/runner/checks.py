@@ -369,6 +369,14 @@ def _combination_problems(cfg: DictConfig) -> list[str]:
             f"rollout.lag=1 plays an iteration before callbacks.{acting[0]} says what is played in "
             "it: type rollout.lag=0, or callbacks=default"
         )
+    dialect = OmegaConf.select(cfg, "datamodule.environment.dialect")
+    action, blocks = cfg.prompt.action, "```bash" in str(cfg.prompt.opening)
+    if (dialect == "bash" and action != "plain") or (dialect == "functions" and blocks):
+        problems.append(
+            f"datamodule.environment.dialect={dialect} does not read what the prompt asks for "
+            f"(prompt.action={action}{', blocks of bash' if blocks else ''}): type prompt=swe_bash "
+            "datamodule.environment.dialect=bash, or prompt=swe_functions with dialect=functions"
+        )
     if cfg.group_size == 1 and cfg.collection_rounds != 1:
         problems.append(
             f"collection_rounds={cfg.collection_rounds} replaces groups whose copies all earned "
