@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -76,6 +76,16 @@ def test_sign_flips_are_counted_wrongly() -> None:
     assert sign_flip_test([0.1, -0.1]) == 1.0
     # |3 - 2 + 1| = 2; of the signed sums ±6, ±4, ±2, ±0 six are as large.
     assert sign_flip_test([3.0, -2.0, 1.0]) == 6 / 8
+    # Of 256 signed sums 164 are as large; many of them equal it, and in floats only nearly.
+    tied = [n / 10_240 for n in (-64, 46, 20, 64, 28, 8, -50, 6)]
+    assert (
+        sign_flip_test(tied)
+        == sum(
+            abs(sum(map(int.__mul__, signs, (-64, 46, 20, 64, 28, 8, -50, 6)))) >= 58
+            for signs in product((1, -1), repeat=8)
+        )
+        / 256
+    )
     with pytest.raises(ValueError, match="no pair"):
         sign_flip_test([])
 

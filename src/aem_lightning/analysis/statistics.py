@@ -6,9 +6,11 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
@@ -130,8 +132,12 @@ def sign_flip_test(differences: Sequence[float], *, draws: int = 100_000, seed: 
         raise ValueError("sign_flip_test: no pair of runs; at least 1 is needed")
     if len(differences) == 1:
         return 1.0
+
+    def mean(values: NDArray[Any], axis: int) -> NDArray[Any]:
+        return np.asarray(values.mean(axis).round(12))  # so that equal ones are, in any order
+
     found = stats.permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=draws, rng=seed
+        (differences,), mean, permutation_type="samples", n_resamples=draws, rng=seed
     )
     return float(found.pvalue)
 
