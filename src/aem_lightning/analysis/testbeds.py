@@ -172,7 +172,7 @@ def _table(content: Mapping[str, Any]) -> str:
 def _draw(content: Mapping[str, Any]) -> Figure:
     settings = content["settings"]
     figure = new_figure(4 * len(settings), 4)
-    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(settings), squeeze=False)[0]
     for axes, (name, setting) in zip(panels, settings.items(), strict=True):
         for place, (arm, pair) in enumerate(setting["pairs"].items()):
             values = [100 * value for value in pair["by_seed"]]
