@@ -134,7 +134,7 @@ def sign_flip_test(differences: Sequence[float], *, draws: int = 100_000, seed: 
         return 1.0
 
     def mean(values: NDArray[Any], axis: int) -> NDArray[Any]:
-        return np.asarray(values.mean(axis).round(12))  # so that equal ones are, in any order
+        return np.asarray(values.mean(axis).round(15))  # so that equal ones are, in any order
 
     found = stats.permutation_test(
         (differences,), mean, permutation_type="samples", n_resamples=draws, rng=seed
