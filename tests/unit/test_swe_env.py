@@ -391,7 +391,7 @@ def test_the_datamodule_says_what_the_agent_must_not_know(swe_root):
     ("settings", "message"),
     [
         ({"source": "csv"}, "datamodule.source='csv'; allowed: embedded, json"),
-        ({"environment": {"dialect": "xml"}}, "allowed: functions, words"),
+        ({"environment": {"dialect": "xml"}}, "allowed: functions, bash, words"),
         (
             {"environment": {"walls": 3}},
             r"datamodule.environment has \['walls'\]; allowed: sandbox",
