@@ -117,6 +117,7 @@ def test_a_second_signal_waits() -> None:
     code = (
         "import os, signal, time\n"
         "from aem_lightning.runner.signals import stoppable\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & ignores it
         "with stoppable():\n"
         "    try:\n"
         "        print('up', flush=True); time.sleep(60)\n"
