@@ -50,18 +50,19 @@ def find_leaks(
     numbers = range(half)
     before = earlier = _play(env, tasks, seed, numbers, count)
     watched, still = set(NOISE), Counter[str]()
-    leaks = {}
+    leaks: dict[str, str] = {}
     for window in range(1, max(WINDOWS.values()) + 1):
         later = _play(env, tasks, seed, numbers, count)
         still.update(watched - _grown(earlier, later, half))
         watched = {name for name in watched if 3 * still[name] < WINDOWS[name]}
-        for name in [name for name in watched if WINDOWS[name] == window]:
-            watched.remove(name)
-            leaks[name] = (
-                f"reset() left {later[name] - before[name]:g} more {name} behind in "
-                f"{half * window} episodes ({before[name]:g}, then {later[name]:g}); expected: no "
-                "growth, since one environment plays thousands"
-            )
+        leaks |= {
+            name: f"reset() left {later[name] - before[name]:g} more {name} behind in "
+            f"{half * window} episodes ({before[name]:g}, then {later[name]:g}); expected: no "
+            "growth, since one environment plays thousands"
+            for name in watched
+            if WINDOWS[name] == window
+        }
+        watched = {name for name in watched if WINDOWS[name] > window}
         if not watched:
             break
         earlier = later

@@ -1,8 +1,7 @@
 """Software engineering: fix a repository until hidden tests pass."""
 
-from aem_lightning.envs.swe.bash import BashExpert
 from aem_lightning.envs.swe.env import SweEnv, SweSettings, choose_sandbox
-from aem_lightning.envs.swe.expert import FunctionsExpert, WordsExpert
+from aem_lightning.envs.swe.expert import BashExpert, FunctionsExpert, WordsExpert
 from aem_lightning.envs.swe.grading import Grade, grade
 from aem_lightning.envs.swe.instances import Instance, instances_hash, load_instances
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from aem_lightning.envs.swe.bash import SUBMIT
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.patches import TOKEN, TokenFix, hunks, token_fix
 from aem_lightning.envs.swe.tools import write_call
 from aem_lightning.envs.swe.words import FINISH, SWAPS, swap_action, view_action
 
+DELIMITER = "END_OF_PATCH"
 NAMED = re.compile(r"`(?:\w+\.)?([\w.]+)`")
 
 
@@ -21,16 +23,29 @@ class FunctionsExpert:
     """
 
     def __init__(self, instance: Instance) -> None:
-        if not instance.patch:
-            raise ValueError(
-                f"{instance.instance_id} has no gold patch, so there is no expert play of it. "
-                "Warm-start on embedded instances: datamodule=swe_embedded"
-            )
+        _need_patch(instance)
         self._calls = _calls(instance)
 
     def act(self, observation: str, admissible: Sequence[str]) -> str:
         """The next call, whatever the observation says."""
         return next(self._calls, write_call("finish", command="submit"))
+
+
+class BashExpert:
+    """Plays the gold patch in blocks of bash: shows what it changes, applies it, hands it in.
+
+    Raises:
+        ValueError: The instance has no patch.
+    """
+
+    def __init__(self, instance: Instance) -> None:
+        _need_patch(instance)
+        patch = f"<<'{DELIMITER}'\n{instance.patch.rstrip()}\n{DELIMITER}"
+        self._commands = iter((f"git apply --stat {patch}", f"git apply {patch}"))
+
+    def act(self, observation: str, admissible: Sequence[str]) -> str:
+        """The next block, whatever the observation says."""
+        return f"```bash\n{next(self._commands, f'echo {SUBMIT}')}\n```"
 
 
 class WordsExpert:
@@ -111,4 +126,12 @@ def _calls(instance: Instance) -> Iterator[str]:
             path=f"/testbed/{hunk.path}",
             old_str=hunk.old,
             new_str=hunk.new,
+        )
+
+
+def _need_patch(instance: Instance) -> None:
+    if not instance.patch:
+        raise ValueError(
+            f"{instance.instance_id} has no gold patch, so there is no expert play of it. "
+            "Warm-start on embedded instances: datamodule=swe_embedded"
         )

@@ -130,9 +130,14 @@ def describe(call: Call, result: CommandResult) -> str:
     """A result as the agent reads it."""
     if call.tool != "execute_bash":
         return f"Execution output of [{call.tool}]:\n{result.output.rstrip()}"
-    notes = "\nThe command was stopped at its time limit." if result.timed_out else ""
     text = shortened(result.output)
-    return f"Exit code: {result.code}{notes}\nExecution output of [execute_bash]:\n{text}"
+    exit_code = f"Exit code: {result.code}{time_note(result)}"
+    return f"{exit_code}\nExecution output of [execute_bash]:\n{text}"
+
+
+def time_note(result: CommandResult) -> str:
+    """A line more where a command ran out of time."""
+    return "\nThe command was stopped at its time limit." if result.timed_out else ""
 
 
 def shortened(text: str) -> str:
