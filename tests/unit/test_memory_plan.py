@@ -174,6 +174,36 @@ def test_the_plan_names_no_setting_to_lower(monkeypatch, paper, caplog):
     assert "Should it run out: lower" in caplog.text
 
 
+def test_the_supervised_stage_is_planned_as_if_it_sampled(monkeypatch, paper, caplog):
+    caplog.set_level("INFO")
+    on(monkeypatch, 24)
+    cfg = paper("alfworld_aem", stage="warm_start", concurrency="auto")
+    assert planned(cfg).concurrency == 128  # experts in play; no engine holds keys and values
+    footprint = footprint_of(cfg)
+    plan = plan_of(cfg, footprint, 1, 16384)
+    assert not plan.rollout
+    assert plan.always["optimizer states"] == optimizer_bytes(torch.optim.AdamW, footprint.trained)
+    assert "policy.warm_start.batch_tokens=16384" in caplog.text
+    assert "keys and values" not in caplog.text
+    cfg.policy.warm_start.batch_tokens = 90_000
+    planned(cfg)
+    (fewer,) = re.findall(r"lower policy.warm_start.batch_tokens=(\d+) first", caplog.text)[-1:]
+    assert 0 < int(fewer) < 90_000
+    with pytest.raises(MemoryError, match=r"(?s)does not fit.*batch_tokens=4096.*1.5B"):
+        planned(paper("swe", stage="warm_start"))
+    tiny = composed(["experiment=quickstart", "stage=warm_start"])
+    made = footprint_of(tiny)  # trains whole, without adapters
+    assert made.weights == 0
+    assert plan_of(tiny, made, 1, 2048).always["weights"] == made.adapters > 0
+
+
+def test_a_value_head_takes_no_memory(paper):
+    without = footprint_of(paper("alfworld_aem"))
+    target = {"_target_": "aem_lightning.algorithms.PPO"}
+    cfg = paper("alfworld_aem", advantage=target)
+    assert sum(footprint_of(cfg).trained) - sum(without.trained) == 1536 + 1
+
+
 @pytest.mark.parametrize("gigabytes", [24, 80, 141])
 def test_a_policy_of_32b_starts_on_one_gpu(monkeypatch, paper, gigabytes):
     cfg, offered = paper("swe"), []

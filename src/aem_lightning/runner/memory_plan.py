@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,10 @@ INSTEAD: tuple[Mapping[str, Any], ...] = (
         "policy.quantization": "nf4",
     },
     {"concurrency": "auto", "policy.model": "Qwen/Qwen2.5-1.5B-Instruct"},
+)
+SUPERVISED_INSTEAD: tuple[Mapping[str, Any], ...] = (
+    {"policy.warm_start.batch_tokens": 4096},
+    {"policy.warm_start.batch_tokens": 4096, "policy.model": "Qwen/Qwen2.5-1.5B-Instruct"},
 )
 
 
@@ -78,7 +82,8 @@ class Plan:
 def planned(cfg: DictConfig, *, trains: bool = True) -> DictConfig:
     """``cfg`` with numbers for ``auto``; the plan is logged.
 
-    From the config alone: no weight is read or fetched.
+    From the config alone: no weight is read or fetched. Of ``stage=warm_start`` it is the plan of
+    the supervised stage, in which an expert plays and no engine samples.
 
     Args:
         cfg: Of ``configs/train.yaml``.
@@ -98,7 +103,7 @@ def planned(cfg: DictConfig, *, trains: bool = True) -> DictConfig:
         told = "memory: the size of policy.model=%s cannot be known before it is loaded"
         log.info(told, cfg.policy.model)
         return cfg
-    tokens, on_gpu = longest(cfg, cfg.micro_batch_tokens), device.kind == "GPU"
+    tokens, on_gpu = longest(cfg, OmegaConf.select(cfg, _budget(cfg))), device.kind == "GPU"
     plan = plan_of(cfg, footprint, cfg.concurrency, tokens, on_gpu=on_gpu, trains=trains)
     if ranks.rank() == 0:
         log.info("%s", shown(cfg, plan, device))
@@ -136,8 +141,11 @@ def footprint_of(cfg: DictConfig) -> Footprint | None:
         config = config_of(model)
     try:
         if config is not None:
-            lora = lora_of(cfg)
-            return Footprint.before_loading(config, lora, stored, kind, four_bits=four_bits)
+            lora = None if model is None and _supervised(cfg) else lora_of(cfg)
+            found = Footprint.before_loading(config, lora, stored, kind, four_bits=four_bits)
+            if _has_values(cfg):  # a linear function of hidden states
+                found = replace(found, trained=(*found.trained, int(config.hidden_size), 1))
+            return found
     except Exception as error:  # what a family cannot do without its weights
         if "policy.lora." in str(error):
             raise
@@ -160,15 +168,17 @@ def plan_of(
 ) -> Plan:
     """What a run of ``cfg`` takes with so many episodes at once, and tokens of a micro-batch."""
     always = {"weights": footprint.weights / _sharing(cfg), "adapters": float(footprint.adapters)}
+    if _supervised(cfg) and not footprint.weights:  # a tiny model, all of which trains
+        always = {"weights": always.pop("adapters")}
     rollout: dict[str, float] = {}
     update: dict[str, float] = {}
-    known = footprint.config is not None
-    if known and not str(cfg.engine.get("_target_")).endswith("VllmEngine"):
+    known, samples = footprint.config is not None, not _supervised(cfg)
+    if known and samples and not str(cfg.engine.get("_target_")).endswith("VllmEngine"):
         rollout["keys and values"] = footprint.key_values(slots, cfg.max_context)
         if on_gpu and cfg.engine.get("cuda_graphs") == "auto":
             rollout["CUDA graphs"] = footprint.graphs(slots)
     if trains:
-        always["gradients"] = always["adapters"]
+        always["gradients"] = float(footprint.adapters)
         always["optimizer states"] = _optimizer(cfg, footprint)
     if trains and known:
         checkpointed = bool(cfg.policy.gradient_checkpointing)
@@ -223,12 +233,12 @@ def shown(cfg: DictConfig, plan: Plan, device: Device) -> str:
     table.add_column("goes by")
     by = {
         "weights": f"policy.model, policy.dtype={cfg.policy.dtype}, policy.quantization",
-        "adapters": f"policy.lora.r={cfg.policy.lora.r}",
-        "gradients": "the adapters",
-        "optimizer states": "the adapters, optimizer",
+        "adapters": f"policy.lora.r={cfg.policy.lora.r}" + (", value head" * _has_values(cfg)),
+        "gradients": "what trains",
+        "optimizer states": "what trains, " + ("AdamW" if _supervised(cfg) else "optimizer"),
         "keys and values": f"concurrency={cfg.concurrency}, max_context={cfg.max_context}",
         "CUDA graphs": f"concurrency={cfg.concurrency}",
-        "activations": f"micro_batch_tokens={cfg.micro_batch_tokens}, "
+        "activations": f"{_budget(cfg)}={OmegaConf.select(cfg, _budget(cfg))}, "
         f"policy.gradient_checkpointing={str(cfg.policy.gradient_checkpointing).lower()}",
         "head chunks": "the vocabulary",
     }
@@ -258,9 +268,9 @@ def first_to_lower(cfg: DictConfig, plan: Plan, device: Device) -> str:
         fits = int(max(left - update, left / 2) / (rollout / cfg.concurrency))
         if cfg.concurrency > 1:
             return f"concurrency={max(1, min(fits, cfg.concurrency // 2))}"
-    elif cfg.micro_batch_tokens > cfg.max_context:
-        held = max(left - rollout, left / 2) / (update / cfg.micro_batch_tokens)
-        return f"micro_batch_tokens={max(1, int(min(held, cfg.micro_batch_tokens // 2)))}"
+    elif (tokens := OmegaConf.select(cfg, _budget(cfg))) > cfg.max_context:
+        held = max(left - rollout, left / 2) / (update / tokens)
+        return f"{_budget(cfg)}={max(1, int(min(held, tokens // 2)))}"
     elif not cfg.policy.gradient_checkpointing:
         return "policy.gradient_checkpointing=true"
     return f"max_context={cfg.max_context // 2}"
@@ -284,25 +294,41 @@ def _refusal(cfg: DictConfig, plan: Plan, device: Device) -> str:
 
 def _that_run(cfg: DictConfig, device: Device) -> Iterator[str]:
     """Commands whose plans fit, and, where there is such an option, the one for more GPUs."""
-    for changes in INSTEAD:
+    for changes in SUPERVISED_INSTEAD if _supervised(cfg) else INSTEAD:
         other = cfg.copy()
         for key, value in changes.items():
             OmegaConf.update(other, key, value)
         footprint = footprint_of(other)
         if footprint is None or footprint.config is None:
             continue
-        slots = choose(other, footprint, device.total)["concurrency"]
-        tokens = longest(other, other.micro_batch_tokens)
+        slots = choose(other, footprint, device.total).get("concurrency", 1)
+        tokens = longest(other, OmegaConf.select(other, _budget(other)))
         if plan_of(other, footprint, slots, tokens).total() <= device.total:
             yield train_instead(cfg, changes)
-    if (CHECKOUT / "configs" / "trainer" / "fsdp.yaml").is_file():
-        sharded = train_instead(cfg, {"trainer": "fsdp", "engine": "vllm"})
-        yield f"with several GPUs, and a vLLM server on others: {sharded}"
+    sharded = CHECKOUT / "configs" / "trainer" / "fsdp.yaml"
+    if sharded.is_file() and not _supervised(cfg):
+        command = train_instead(cfg, {"trainer": "fsdp", "engine": "vllm"})
+        yield f"with several GPUs, and a vLLM server on others: {command}"
+
+
+def _supervised(cfg: DictConfig) -> bool:
+    return bool(cfg.stage == "warm_start")
+
+
+def _budget(cfg: DictConfig) -> str:
+    """The key that says how many tokens one pass forward and backward has."""
+    return "policy.warm_start.batch_tokens" if _supervised(cfg) else "micro_batch_tokens"
+
+
+def _has_values(cfg: DictConfig) -> bool:
+    """Whether a value head is trained beside the adapters."""
+    return not _supervised(cfg) and str(cfg.advantage.get("_target_")).endswith(".PPO")
 
 
 def _optimizer(cfg: DictConfig, footprint: Footprint) -> float:
     try:
-        return optimizer_bytes(instantiate(cfg.optimizer), footprint.trained)
+        make = torch.optim.AdamW if _supervised(cfg) else instantiate(cfg.optimizer)
+        return optimizer_bytes(make, footprint.trained)
     except Exception as error:  # one that cannot be made is told of by `check_parts`
         log.debug("%r", error)
         return 0.0

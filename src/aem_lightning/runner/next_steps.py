@@ -82,7 +82,7 @@ def to_continue(cfg: DictConfig, checkpoint: Path) -> str:
 
 def train_instead(cfg: DictConfig, changes: Mapping[str, Any]) -> str:
     """The command of ``cfg`` with other ``changes``, options or groups, in the place of its own."""
-    words = _without(overrides_of(cfg), [*changes, *OF_ONE_RUN[1:]])
+    words = _without(overrides_of(cfg), [*changes, "paths.output_dir"])
     return command(
         _script("train.py"), *words, *(override(key, value) for key, value in changes.items())
     )

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run ``cfg``; returns what ``summary.json`` holds."""
     check_training(cfg)
-    if cfg.stage == "train":
+    if cfg.stage != "check":
         cfg = planned(cfg)
     check_parts(cfg)
     if cfg.stage == "train":
