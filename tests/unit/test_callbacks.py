@@ -276,6 +276,19 @@ def test_the_choice_of_episodes_is_a_function_of_the_seed(tmp_path: Path) -> Non
     assert any(other != chosen[0] for other in chosen[2:])
 
 
+def test_every_keeps_whole_groups_and_shows_loggers_the_sample_alone(tmp_path: Path) -> None:
+    fit(tmp_path, [Transcripts(episodes=1, every_n_iterations=1, every=2)])
+    lines = json_lines(tmp_path)
+    train = [line for line in lines if line["stage"] == "train"]
+    assert [line["iteration"] for line in train] == [0, 0, 0, 0, 1, 2, 2, 2, 2, 3]
+    assert [(line["group"], line["copy"]) for line in train[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert train[1]["turns"][0]["advantage"] == -2.0, "of its own trajectory"
+    validated = [line for line in lines if line["stage"] == "validate"]
+    assert len(validated) == 2 * 8, "both validations' two batches of four"
+    texts = {tag for tag in events(tmp_path).Tags()["tensors"] if tag.startswith("transcripts/")}
+    assert texts == {"transcripts/train_0/text_summary", "transcripts/validate_0/text_summary"}
+
+
 def test_a_test_run_writes_its_episodes(tmp_path: Path) -> None:
     make_trainer(tmp_path, ours()).test(StubAgent(), two_batches(), verbose=False)
     assert [line["stage"] for line in json_lines(tmp_path)] == ["test"]
@@ -325,8 +338,9 @@ def test_a_long_observation_is_cut_in_the_text_and_whole_in_the_record() -> None
 
 
 def test_transcripts_refuse_every_zero_iterations() -> None:
-    with pytest.raises(ValueError, match="every_n_iterations is 0; it must be 1 or more"):
-        Transcripts(every_n_iterations=0)
+    for name in ("every_n_iterations", "every"):
+        with pytest.raises(ValueError, match=f"Transcripts: {name} is 0; it must be 1 or more"):
+            Transcripts(**{name: 0})
 
 
 # --- adapter export

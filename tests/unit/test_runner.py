@@ -1,6 +1,9 @@
 """Runs of the real config on the toy environment, in this process: what they leave and return."""
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,11 @@ from omegaconf import OmegaConf
 from runs import built, composed, curves, toy_config
 from safetensors.torch import load_file
 
+from aem_lightning.card import ORIGIN, run_card
 from aem_lightning.runner import evaluate, train, training
 from aem_lightning.runner.build import build_datamodule, build_trainer, warm_start
 from aem_lightning.runner.evaluation import _training_config
+from aem_lightning.runner.origin import commit_of
 from aem_lightning.viewer import read_episodes
 
 QUICK = (
@@ -66,6 +71,40 @@ def test_a_run_leaves_summary_checkpoint_and_adapter(root, first):
     assert Path(first["paths"]["checkpoint"]).is_file()
     assert (Path(first["paths"]["adapter"]) / "adapter_config.json").is_file()
     assert first["next"][0].endswith(f"ckpt_path={first['paths']['checkpoint']}")
+
+
+def test_a_card_tells_what_a_run_was_while_it_goes_and_when_it_is_done(root, first, tmp_path):
+    folder = root / "logs" / "toy" / "1"
+    done = run_card(folder)
+    assert (done.name, done.finished, done.seed, done.iterations) == ("toy", True, 0, 2)
+    assert done.versions["torch"] == torch.__version__
+    assert done.hours == pytest.approx(sum(first["seconds"].values()) / 3600)
+    assert done.success["before"].rate == first["success_before"]["rate"]
+    assert "rollout" in {cost.label for cost in done.costs}
+    for name, text in done.lines().items():
+        assert f"| {name} | {text} |" in done.markdown()
+    shutil.copy(folder / ORIGIN, tmp_path)
+    (tmp_path / "summary.json").write_text('{"half')
+    live = run_card(tmp_path)
+    assert (live.finished, live.costs, dict(live.success)) == (False, (), {})
+    assert (live.name, live.started, live.versions) == ("toy", done.started, done.versions)
+    assert 0 <= live.hours < 1
+    assert "wrote no results" in live.markdown()
+
+
+def test_the_commit_is_of_a_checkout_alone(tmp_path):
+    assert commit_of(tmp_path) == {"commit": None, "dirty": None}
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    clean = commit_of(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", clean["commit"])
+    assert clean["dirty"] is False
+    (tmp_path / "own_environment.py").touch()
+    assert commit_of(tmp_path) == {**clean, "dirty": True}
+    inside = tmp_path / "site-packages"
+    inside.mkdir()
+    assert commit_of(inside)["commit"] is None, "of a repository that it only lies in"
 
 
 def test_a_second_run_takes_the_warm_start_and_the_first_evaluation_of_the_first(root, first):

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from aem_lightning.callbacks.loggers import log_text
 from aem_lightning.callbacks.outputs import iteration_of, trajectories_of
 from aem_lightning.callbacks.prompts import Read, kept_prompts, recorded_messages
+from aem_lightning.collectives import from_all_ranks, several_ranks, this_rank
 from aem_lightning.types import Iteration, Task, Trajectory, Turn
 
 Scores = Mapping[tuple[int, int], Sequence[float]]
@@ -26,16 +27,19 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
 
 
 class Transcripts(Callback):
-    """Sampled episodes of training, validation and test.
+    """Sampled episodes of training, validation and test, or every one of them.
 
     Each goes as a text (``transcripts/train_0``, ``transcripts/validate_0``, …) to the loggers that
     show texts, and as one line to ``transcripts.jsonl``, which is appended to and complete after
     each episode. Which episodes are shown is a function of (seed, stage, iteration) through a
     generator of its own; the global random states are not touched. A resumed run appends:
-    iterations after its checkpoint are played, and written, again. With several ranks the episodes
-    are those of rank zero.
+    iterations after its checkpoint are played, and written, again. With several ranks the sampled
+    episodes are those of rank zero.
 
     Args:
+        every: Every episode of iterations 0, n, 2n, … and of each validation and test goes into
+            ``transcripts.jsonl``, of all ranks, so that groups are whole; ``None`` for the sample
+            alone, which is what loggers are shown.
         episodes: Episodes shown each time.
         every_n_iterations: Training episodes are shown at iterations 0, n, 2n, …
         validation_episodes: Episodes shown after a validation or test; ``episodes`` when ``None``.
@@ -44,7 +48,7 @@ class Transcripts(Callback):
         max_chars: Longest observation or response in a logger's text; JSON lines hold all of it.
 
     Raises:
-        ValueError: A number is negative, or ``every_n_iterations`` is 0.
+        ValueError: A number is negative, or ``every_n_iterations`` or ``every`` is 0.
     """
 
     def __init__(
@@ -55,18 +59,21 @@ class Transcripts(Callback):
         seed: int = 0,
         folder: str | Path | None = None,
         max_chars: int = 4000,
+        every: int | None = None,
     ) -> None:
         shown_in_validation = episodes if validation_episodes is None else validation_episodes
         for name, value, least in (
             ("episodes", episodes, 0),
             ("every_n_iterations", every_n_iterations, 1),
+            ("every", 1 if every is None else every, 1),
             ("validation_episodes", shown_in_validation, 0),
             ("max_chars", max_chars, 1),
         ):
             if value < least:
                 raise ValueError(f"Transcripts: {name} is {value}; it must be {least} or more.")
         self._episodes = episodes
-        self._every = every_n_iterations
+        self._every = every
+        self._sample_every = every_n_iterations
         self._validation_episodes = shown_in_validation
         self._seed = seed
         self._folder = folder
@@ -82,9 +89,11 @@ class Transcripts(Callback):
         if iteration is None:
             return
         self._iteration = iteration.index
-        if iteration.index % self._every == 0 and trainer.is_global_zero:
-            scores = _scores(iteration)
-            self._show(trainer, "train", iteration.trajectories, self._episodes, scores, pl_module)
+        sample = 0 if iteration.index % self._sample_every else self._episodes
+        whole = self._every is not None and iteration.index % self._every == 0
+        if sample or whole:
+            played, scores = iteration.trajectories, _scores(iteration)
+            self._show(trainer, "train", played, sample, scores, pl_module, whole=whole)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget episodes of a validation, or a test, that did not end."""
@@ -100,15 +109,16 @@ class Transcripts(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the episodes until all are played."""
-        if trainer.is_global_zero and not trainer.sanity_checking:
+        if not trainer.sanity_checking:
             self._pending.extend(trajectories_of(outputs))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show some of them."""
         pending, self._pending = self._pending, []
-        if pending:
-            stage = "test" if trainer.testing else "validate"
-            self._show(trainer, stage, pending, self._validation_episodes, {}, pl_module)
+        if trainer.sanity_checking:
+            return
+        stage, whole = "test" if trainer.testing else "validate", self._every is not None
+        self._show(trainer, stage, pending, self._validation_episodes, {}, pl_module, whole=whole)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
@@ -130,16 +140,29 @@ class Transcripts(Callback):
         episodes: int,
         scores: Scores,
         agent: Any,
+        *,
+        whole: bool,
     ) -> None:
         generator = random.Random(f"{self._seed} {stage} {self._iteration}")
-        chosen = generator.sample(range(len(trajectories)), min(episodes, len(trajectories)))
-        path = Path(self._folder or trainer.default_root_dir) / "transcripts.jsonl"
-        for slot, index in enumerate(sorted(chosen)):
-            read = getattr(getattr(agent, "encoder", None), "read", None)
-            record = episode_record(trajectories[index], index, scores, read)
-            record = {"stage": stage, "iteration": self._iteration, **record}
-            append_json_line(path, record)
-            text = episode_markdown(record, self._max_chars)
+        sample = min(episodes, len(trajectories)) if trainer.is_global_zero else 0
+        chosen = sorted(generator.sample(range(len(trajectories)), sample))
+        read = getattr(getattr(agent, "encoder", None), "read", None)
+        # Each rank counts its groups from 0 on.
+        rank = {"rank": this_rank()} if whole and several_ranks() else {}
+        label = {"stage": stage, "iteration": self._iteration, **rank}
+        records = {
+            index: {**label, **episode_record(trajectories[index], index, scores, read)}
+            for index in (range(len(trajectories)) if whole else chosen)
+        }
+        kept = from_all_ranks([*records.values()]) if whole else [*records.values()]
+        if not trainer.is_global_zero:
+            return
+        for record in kept:
+            append_json_line(
+                Path(self._folder or trainer.default_root_dir) / "transcripts.jsonl", record
+            )
+        for slot, index in enumerate(chosen):
+            text = episode_markdown(records[index], self._max_chars)
             log_text(trainer, f"transcripts/{stage}_{slot}", text, step=self._iteration or 0)
 
 

@@ -34,6 +34,7 @@ from aem_lightning.runner.checks import TrainOptions, refuse, wrong_options
 from aem_lightning.runner.early import check_evaluation, read_template, with_base_model
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.memory_plan import planned
+from aem_lightning.runner.origin import write_origin
 from aem_lightning.runner.ranks import first_rank_first
 from aem_lightning.runner.report import (
     about,
@@ -159,13 +160,14 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         agent.module.repeats = cfg.get("repeats") or 1
         checkpoint = agent.path if is_run else None
         report = about(agent.module, agent.config, cfg.get("adapter"), checkpoint)
-        trainer = agent.trainer
+        trainer, games = agent.trainer, game_hashes(agent.datamodule)
+        write_origin(Path(cfg.paths.output_dir), trainer, games, name=None, seed=cfg.seed)
         results = play_all(trainer, agent.module, agent.datamodule)
         transcripts = Path(cfg.paths.output_dir).absolute() / "transcripts.jsonl"
         if trainer.is_global_zero:
             write_transcripts(transcripts, agent.module, report["model"])
     report |= {
-        "games": game_hashes(agent.datamodule),
+        "games": games,
         "transcripts": str(transcripts),
         **results,
     }

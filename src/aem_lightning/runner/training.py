@@ -34,8 +34,10 @@ from aem_lightning.runner.evaluation import check_agent, play_all
 from aem_lightning.runner.folder import held
 from aem_lightning.runner.memory_plan import planned
 from aem_lightning.runner.next_steps import after_training, after_warm_start, to_continue
+from aem_lightning.runner.origin import write_origin
 from aem_lightning.runner.preflight import preflight
 from aem_lightning.runner.ranks import first_rank_first
+from aem_lightning.runner.report import game_hashes
 from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
 from aem_lightning.runner.several import is_sharded
 from aem_lightning.runner.starting import Start
@@ -73,6 +75,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         ending.callback(datamodule.close)
         if start is None:
             return check_only(cfg, datamodule)
+        output, games = Path(cfg.paths.output_dir), game_hashes(datamodule)
+        write_origin(output, start.trainer, games, name=cfg.name, seed=cfg.seed)
         if cfg.stage == "warm_start":
             return warm_start_only(cfg, datamodule, clock, start.policy)
         return reinforce(cfg, datamodule, clock, start, earlier)
