@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults models fuzz test-adapters test-matrix test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type tensorboard clean
+.PHONY: help install train test coverage faults models fuzz test-adapters test-matrix test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type docs notebooks tensorboard clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -108,6 +108,12 @@ format: install ## Mend style and format where a machine can
 
 lint-fix: format ## The same as format
 
+docs: install ## Build the documentation as a site, strictly, into site/: ARGS="-d elsewhere"
+	@NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict $(ARGS)
+
+notebooks: install ## Execute every notebook, and keep what it prints and draws: ARGS=simplex is one
+	@OMP_NUM_THREADS=1 "$(BIN)/python" scripts/notebooks.py $(ARGS)
+
 type: install ## Check types (mypy, strict on src)
 	@"$(BIN)/python" -m mypy
 
@@ -115,5 +121,5 @@ tensorboard: install ## Show the curves of every run below LOGDIR
 	@"$(BIN)/python" -m tensorboard.main --logdir "$(LOGDIR)" $(ARGS)
 
 clean: ## Remove caches and build leftovers; runs, data and the virtual environment stay
-	@rm -rf build dist .coverage .coverage.* coverage.xml htmlcov .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	@rm -rf build dist site .coverage .coverage.* coverage.xml htmlcov .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	@find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

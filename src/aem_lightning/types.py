@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 
+# What errors and warnings refer to, with the heading of their symptom behind it.
+TROUBLESHOOTING = "docs/troubleshooting.md"
+
 # Numbers that options are made of; the runner holds what is typed against them.
 Count = Annotated[int, Ge(1), Le(2**31 - 1)]
 Places = Annotated[int, Ge(1), Le(2**16)]  # at once: each has memory of its own

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from aem_lightning.callbacks.outputs import iteration_of
-from aem_lightning.types import Iteration
+from aem_lightning.types import TROUBLESHOOTING, Iteration
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,14 @@ _QUIET = {
     "warm start; where all win, harder ones",
     "no_update": " there was no update",
 }
+
+# Where to read on, by verdict.
+_SEE = {
+    **dict.fromkeys((*_QUIET,), f"{TROUBLESHOOTING}#success-is-zero"),
+    "sampler_differs": f"{TROUBLESHOOTING}#engine-and-trainer-differ",
+    "stale_sampler": f"{TROUBLESHOOTING}#engine-and-trainer-differ",
+}
+_SEE_ELSE = f"{TROUBLESHOOTING}#it-does-not-learn"
 
 
 @dataclass(frozen=True)
@@ -245,7 +253,9 @@ class LearningWatch(Callback):
             return
         self.verdict = Verdict(found[0], iteration, found[1])
         if trainer.is_global_zero:
-            logger.warning("verdict %s (iteration %d): %s", found[0], iteration + 1, found[1])
+            see = _SEE.get(found[0], _SEE_ELSE)
+            text = "verdict %s (iteration %d): %s (see %s)"
+            logger.warning(text, found[0], iteration + 1, found[1], see)
         if self.strict:
             trainer.should_stop = True
 

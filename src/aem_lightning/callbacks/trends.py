@@ -11,13 +11,14 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from aem_lightning.callbacks.outputs import iteration_of
 from aem_lightning.collectives import of_each_rank
-from aem_lightning.types import Iteration
+from aem_lightning.types import TROUBLESHOOTING, Iteration
 
 logger = logging.getLogger(__name__)
 
 COLLAPSE = 0.1  # of the entropy that the run began with
 ERUPTION, LEAST_ERUPTION = 3.0, 0.5  # times that entropy, and nats above it
 BLOW_UP = 0.5  # nats a token between the policy before and after an iteration
+SEE = f"{TROUBLESHOOTING}#entropy-falls"
 GROWTH, LEAST_GROWTH = 2.0, 16.0  # times the length that the run began with, and tokens above it
 
 
@@ -52,7 +53,8 @@ class TrendWatch(Callback):
             if name not in self._said:
                 self._said.append(name)
                 if trainer.is_global_zero:
-                    logger.warning("%s (iteration %d): %s", name, done.index + 1, text)
+                    told = name, done.index + 1, text, SEE
+                    logger.warning("%s (iteration %d): %s (see %s)", *told)
 
     def _found(self, point: dict[str, float]) -> dict[str, str]:
         """What runs away, by name."""

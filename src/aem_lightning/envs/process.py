@@ -30,6 +30,7 @@ from aem_lightning.envs.orders import (
     Starting,
     read_answer,
 )
+from aem_lightning.types import TROUBLESHOOTING
 
 K = TypeVar("K", bound=Hashable)
 
@@ -128,7 +129,8 @@ class WorkerProcess:
                 alive = self._popen.poll() is None
                 self.kill()
                 hint = f". To wait longer, type datamodule.timeout_s={2 * limit:g}" if alive else ""
-                raise EnvPoolError(f"An environment worker could not be started: {lost}{hint}")
+                told = f"An environment worker could not be started: {lost}{hint}"
+                raise EnvPoolError(f"{told} (see {TROUBLESHOOTING}#it-hangs)")
             if isinstance(answer, Broken):
                 self.kill()
                 reraise(answer)

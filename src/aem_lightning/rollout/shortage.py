@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from aem_lightning.types import TROUBLESHOOTING
+
 # What a RuntimeError says where torch has no class of its own: on a CPU, and inside cuBLAS.
 _SHORT = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -47,4 +49,5 @@ def in_stage(stage: str, advice: str = "", /, **settings: int) -> Iterator[None]
                 f"{k.replace('__', '.')}={max(1, v // 2)} ({v} now)" for k, v in settings.items()
             ]
             said = f"{said}. Type {', or '.join([*halves, *filter(None, [advice])])}"
-        raise ShortOfMemoryError(f"Out of memory in {stage}: {said}") from error
+        see = f"{TROUBLESHOOTING}#out-of-memory"
+        raise ShortOfMemoryError(f"Out of memory in {stage}: {said} (see {see})") from error

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aem_lightning.rollout import NotFiniteError
 from aem_lightning.runner.next_steps import command
+from aem_lightning.types import TROUBLESHOOTING
 
 
 class BrokenBatch(Callback):
@@ -41,7 +42,8 @@ class BrokenBatch(Callback):
         if broken:
             exception.add_note(f"Weights that are not finite: {len(broken)}, the first {broken[0]}")
         again = command("-m", "aem_lightning.analysis", "batch", f"file={path}")
-        exception.add_note(f"Kept: {path}\nThe same again: {again}")
+        see = f"{TROUBLESHOOTING}#a-number-is-not-finite"
+        exception.add_note(f"Kept: {path}\nThe same again: {again}\nSee {see}")
         last = folder / "checkpoints" / "last.ckpt"
         exception.add_note(
             f"The last checkpoint: ckpt_path={last}"

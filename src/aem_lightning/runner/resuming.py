@@ -15,10 +15,12 @@ from aem_lightning.runner.build import plain, warm_start_data
 from aem_lightning.runner.checkpoints import read_checkpoint
 from aem_lightning.runner.checks import refuse
 from aem_lightning.runner.next_steps import override
+from aem_lightning.types import TROUBLESHOOTING
 
 log = logging.getLogger(__name__)
 
 BEFORE = "success_before.json"
+RESUMED = f"{TROUBLESHOOTING}#it-resumed-wrongly"
 # The shape of what is trained: a checkpoint's weights fit no other.
 SHAPE = ("policy.lora.r", "policy.lora.target_modules", "policy.architecture.")
 # Places, and what looks on.
@@ -68,7 +70,7 @@ def earlier_run(cfg: DictConfig, checkpoint: Path) -> Earlier:
     made_here = SHAPE if cfg.policy.model is None else SHAPE[:-1]
     problems = [
         f"{name}={value!r}: the weights in ckpt_path={checkpoint} are of {name}={was!r}. Type "
-        f"{override(name, was)}, or start without ckpt_path"
+        f"{override(name, was)}, or start without ckpt_path; see {RESUMED}"
         for name, (was, value) in changes.items()
         if name.startswith(made_here)
     ]
