@@ -21,7 +21,7 @@ from aem_lightning.runner import ranks
 from aem_lightning.runner.build import instantiate, lora_of, model_to_load, plain
 from aem_lightning.runner.checks import refuse
 from aem_lightning.runner.known_models import config_of, parameters_by_name
-from aem_lightning.runner.next_steps import CHECKOUT, train_instead
+from aem_lightning.runner.next_steps import train_instead
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def _refusal(cfg: DictConfig, plan: Plan, device: Device) -> str:
 
 
 def _that_run(cfg: DictConfig, device: Device) -> Iterator[str]:
-    """Commands whose plans fit, and, where there is such an option, the one for more GPUs."""
+    """Commands whose plans fit, and the one for more GPUs."""
     for changes in INSTEAD:
         other = cfg.copy()
         for key, value in changes.items():
@@ -295,9 +295,8 @@ def _that_run(cfg: DictConfig, device: Device) -> Iterator[str]:
         tokens = longest(other, other.micro_batch_tokens)
         if plan_of(other, footprint, slots, tokens).total() <= device.total:
             yield train_instead(cfg, changes)
-    if (CHECKOUT / "configs" / "trainer" / "fsdp.yaml").is_file():
-        sharded = train_instead(cfg, {"trainer": "fsdp", "engine": "vllm"})
-        yield f"with several GPUs, and a vLLM server on others: {sharded}"
+    sharded = train_instead(cfg, {"trainer": "fsdp", "engine": "vllm"})
+    yield f"with several GPUs, and a vLLM server on others: {sharded}"
 
 
 def _optimizer(cfg: DictConfig, footprint: Footprint) -> float:
