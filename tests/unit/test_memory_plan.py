@@ -10,7 +10,7 @@ import pytest
 import torch
 from models.families import build
 from omegaconf import OmegaConf
-from runs import ROOT, composed, toy_config
+from runs import composed, toy_config
 from tiny_play import make_policy, word_tokenizer
 
 from aem_lightning.modules import Architecture, Lora, Policy, build_tiny_model, self_check
@@ -210,10 +210,10 @@ def test_a_policy_of_32b_starts_on_one_gpu(monkeypatch, paper, gigabytes):
     on(monkeypatch, gigabytes)
     monkeypatch.setattr(Policy, "from_pretrained", None)
     monkeypatch.setattr(memory_plan, "train_instead", lambda cfg, to: offered.append(to) or "it")
-    monkeypatch.setattr(memory_plan, "CHECKOUT", ROOT / "nowhere")
     with pytest.raises(MemoryError, match=r"Qwen/Qwen3-32B does not fit.*Nothing was fetched") as e:
         planned(cfg)
     assert f"this GPU has {gigabytes}.0 GB" in str(e.value)
+    assert offered.pop()["trainer"] == "fsdp"  # of several GPUs
     assert ("policy.quantization" in offered[0]) == (gigabytes == 80)
     assert ("policy.model" in offered[0]) == (gigabytes < 80)
     for changes in offered:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -22,10 +21,10 @@ from aem_lightning.analysis.inputs import (
     check_proxy,
     check_testbeds,
 )
-from aem_lightning.analysis.training import find_configs
-from aem_lightning.runner.cli import clear_errors, quiet_libraries
-from aem_lightning.runner.command import Command
+from aem_lightning.runner.cli import quiet_libraries
+from aem_lightning.runner.command import Command, configs_of
 from aem_lightning.runner.help_page import first_sentence
+from aem_lightning.runner.shipped import as_typed, shipped
 from aem_lightning.runner.signals import stoppable
 
 TYPED = "python -m aem_lightning.analysis"
@@ -82,14 +81,16 @@ def main() -> None:
     """Run the analysis that the first argument names; the others are overrides."""
     name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if name in ("", "-h", "--help"):
-        show_analyses(find_configs())
+        show_analyses(shipped("configs"))
         return
     if name not in ANALYSES:
         sys.exit(
-            f"{name}: there is no such analysis. Type {TYPED} <{'|'.join(ANALYSES)}> "
-            f"key=value ...; what they are: {TYPED} --help"
+            as_typed(
+                f"{name}: there is no such analysis. Type {TYPED} <{'|'.join(ANALYSES)}> "
+                f"key=value ...; what they are: {TYPED} --help"
+            )
         )
-    configs, analysis = find_configs(), ANALYSES[name]
+    configs, analysis = configs_of(arguments), ANALYSES[name]
     config = analysis.config or name
     about = f"``{TYPED} {name} key=value ...``; options: configs/analysis/{config}.yaml."
     command = Command(configs, f"analysis/{config}", f"{TYPED} {name}", about, analysis.check)
@@ -98,15 +99,7 @@ def main() -> None:
     arguments = [f"name={name}", *own, *arguments] if analysis.config else arguments
     # To Hydra the word alone is the group, which an analysis does not compose.
     arguments = [re.sub(r"^\+*experiment=", "+typed_experiment=", word) for word in arguments]
-    command.answer(arguments)
-    sys.argv = [sys.argv[0], *arguments]
-
-    def run(cfg: DictConfig) -> None:
-        with clear_errors():
-            command.check_job(cfg)
-            analysis(cfg)
-
-    hydra.main(version_base="1.3", config_path=str(configs), config_name=command.name)(run)()
+    command.run(arguments, analysis)
 
 
 def show_analyses(configs: Path) -> None:
@@ -118,9 +111,15 @@ def show_analyses(configs: Path) -> None:
     console = Console(markup=False, highlight=False)
     console.print("The paper's analyses, each into a folder of figure, numbers and TensorBoard:\n")
     console.print(table)
-    console.print(f"\nType {TYPED} <name> key=value ...; options: {TYPED} <name> --help")
+    typed = as_typed(TYPED)
+    console.print(f"\nType {typed} <name> key=value ...; options: {typed} <name> --help")
+
+
+def run() -> None:
+    """The command, which a signal ends as it ends a training run."""
+    with stoppable():
+        main()
 
 
 if __name__ == "__main__":
-    with stoppable():
-        main()
+    run()

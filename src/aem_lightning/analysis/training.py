@@ -13,28 +13,13 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from aem_lightning import runner
+from aem_lightning.runner.shipped import shipped
 from aem_lightning.runner.summary import SUMMARY
 from aem_lightning.runner.trust import remember
 
 log = logging.getLogger(__name__)
 
 ASKED = "analysis_overrides.json"
-
-
-def find_configs() -> Path:
-    """The folder ``configs`` of the working directory, or of the checkout this package lies in.
-
-    Raises:
-        FileNotFoundError: Neither has the analyses' options.
-    """
-    places = [Path.cwd() / "configs", Path(__file__).resolve().parents[3] / "configs"]
-    for place in places:
-        if (place / "analysis").is_dir():
-            return place
-    raise FileNotFoundError(
-        f"There is no folder configs/analysis in {places[0].parent}: type this in the "
-        "project's folder"
-    )
 
 
 def finished_run(cfg: DictConfig, folder: Path, arm: Sequence[str], seed: int) -> Path:
@@ -88,7 +73,7 @@ def arm_overrides(cfg: DictConfig, name: str) -> list[str]:
     """
     if name in cfg.arm_overrides:
         return list(cfg.arm_overrides[name])
-    algorithms = sorted(path.stem for path in (find_configs() / "algorithm").glob("*.yaml"))
+    algorithms = sorted(path.stem for path in (shipped("configs") / "algorithm").glob("*.yaml"))
     algorithm = name.removesuffix("_aem")
     if algorithm in algorithms:
         return [f"algorithm={algorithm}", f"modulation={'none' if name == algorithm else 'aem'}"]

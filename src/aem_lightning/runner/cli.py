@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.runner import ranks
+from aem_lightning.runner.shipped import as_typed
 from aem_lightning.runner.signals import stoppable
 
 log = logging.getLogger(__name__)
@@ -59,13 +60,13 @@ def clear_errors() -> Iterator[None]:
     except Exception as error:
         message = _mendable(error)
         if ranks.several():
-            told = message or f"{type(error).__name__}: {error}"
+            told = as_typed(message or f"{type(error).__name__}: {error}")
             folder = Path(HydraConfig.get().runtime.output_dir)
             log.error("%s", ranks.last_word(error, told, folder))
         elif message is None:
             raise
         else:
-            log.error("%s\n(%s)", message, _keep_traceback())
+            log.error("%s\n(%s)", as_typed(message), _keep_traceback())
         sys.exit(1)
 
 

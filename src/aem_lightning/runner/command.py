@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -22,7 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aem_lightning.runner import overrides
 from aem_lightning.runner.checks import NO_FOLDER_YET, refuse
+from aem_lightning.runner.cli import clear_errors
+from aem_lightning.runner.ranks import meet
 from aem_lightning.runner.secrets import scrub, secrets_in, typed_secrets, without_secrets
+from aem_lightning.runner.shipped import as_typed, shipped
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +36,9 @@ class Command:
     """One of the project's commands.
 
     Attributes:
-        configs: The folder ``configs``.
+        configs: The folder whose files come first: ``configs``, or one of a person's own.
         name: Its config, e.g. ``train`` or ``analysis/proxy``.
-        typed: What is typed before the overrides, e.g. ``python train.py``.
+        typed: What is typed before the overrides in a checkout, e.g. ``python train.py``.
         about: What it is, for its help.
         check: Raises `ValueError` or `FileNotFoundError` where a config cannot run.
     """
@@ -45,12 +49,38 @@ class Command:
     about: str
     check: Callable[[DictConfig], object]
 
+    def run(self, arguments: Sequence[str], job: Callable[[DictConfig], object]) -> None:
+        """Answer ``arguments``, or do ``job`` with the config that they make."""
+        self.answer(arguments)
+        meet()
+        sys.argv[1:] = arguments
+
+        def checked(cfg: DictConfig) -> None:
+            with clear_errors():
+                self.check_job(cfg)
+                job(cfg)
+
+        start = hydra.main(str(self.configs), self.name, version_base="1.3")
+        start(checked)()
+
+    def file(self, name: str) -> Path:
+        """The file ``name`` of a person's own folder, or else of the project's."""
+        own = self.configs / name
+        return own if own.is_file() else shipped("configs") / name
+
     def answer(self, arguments: Sequence[str]) -> None:
         """End with help where it is asked for, and with what to type where that was wrong.
 
         What is left to Hydra: ``--cfg`` and ``--info`` of a config that can be composed, and the
         jobs of ``--multirun``, once each of their values has been tried.
         """
+        try:
+            self._answer(arguments)
+        except SystemExit as end:
+            told = as_typed(end.code) if isinstance(end.code, str) else end.code
+            raise SystemExit(told) from None
+
+    def _answer(self, arguments: Sequence[str]) -> None:
         parser = get_args_parser()
         flags, unknown = parser.parse_known_args(list(arguments))
         if unknown:
@@ -77,7 +107,8 @@ class Command:
         # Others than Hydra's: a number, a list or a text of pages in a group's place.
         except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
             sys.exit(overrides.explained(error, self.name, given, self.typed))
-        if self.name == "train" and (stray := overrides.stray_key(composed, self.configs, given)):
+        file = self.file("train.yaml")
+        if self.name == "train" and (stray := overrides.stray_key(composed, file, given)):
             sys.exit(stray)
         return composed
 
@@ -105,6 +136,23 @@ class Command:
     def _check(self, cfg: DictConfig) -> None:
         refuse(without_secrets(secrets_in(cfg)))
         self.check(cfg)
+
+
+def configs_of(arguments: Sequence[str]) -> Path:
+    """The folder whose files come first: that of ``--config-dir``, or else the project's.
+
+    Hydra itself would take a folder of ``--config-dir`` for files that the project lacks alone.
+    """
+    flags, _ = get_args_parser().parse_known_args(list(arguments))
+    if flags.config_path is not None:
+        typed = f"--config-dir {flags.config_path}"
+        sys.exit(f"--config-path: type {typed}, whose files come before the project's own")
+    if flags.config_dir is None:
+        return shipped("configs")
+    folder = Path(flags.config_dir).absolute()
+    if not folder.is_dir():
+        sys.exit(f"--config-dir {folder}: there is no such folder. `aem-configs` makes one")
+    return folder
 
 
 def _jobs(given: Sequence[str]) -> Iterator[list[str]]:

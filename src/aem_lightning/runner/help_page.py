@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from aem_lightning.runner.overrides import options_of
+from aem_lightning.runner.shipped import as_typed
 
 if TYPE_CHECKING:
     from aem_lightning.runner.command import Command
@@ -79,24 +80,28 @@ def first_sentence(path: Path) -> str:
 
 def show_help(command: Command, composed: DictConfig) -> None:
     """Print the help of ``command``, with the values that its overrides lead to."""
-    comments = list(_all_comments(command.configs / f"{command.name}.yaml"))
+    comments = list(_all_comments(command.file(f"{command.name}.yaml")))
     choices = composed.hydra.runtime.choices
     for group, option in choices.items():
-        path = command.configs / group / f"{option}.yaml"
+        path = command.file(f"{group}/{option}.yaml")
         if path.is_file() and "@package _global_" in path.read_text(encoding="utf-8"):
             comments += _all_comments(path)  # as of policy=api: its keys are the config's
     console = Console(markup=False, highlight=False)
-    console.print(command.about.strip().replace("``", "`"))
+    console.print(as_typed(command.about.strip().replace("``", "`")))
     if comments[0].header:
-        console.print(f"\n{comments[0].header}")
+        console.print(f"\n{as_typed(comments[0].header)}")
+    typed = as_typed(command.typed)
     console.print("\nGroups, as group=option; * is taken now")
     console.print(_groups(choices, comments))
     console.print("\nOptions, as key=value")
     for part in _options(composed, comments):
         console.print(part)
     console.print(
-        f"\nAll keys, nested ones too: {command.typed} --cfg job\n"
-        f"Hydra's own flags: {command.typed} --hydra-help"
+        f"\nAll keys, nested ones too: {typed} --cfg job\n"
+        f"Files of your own, which come first: {typed} --config-dir FOLDER; aem-configs FOLDER "
+        "copies the project's into it\n"
+        f"Hydra's own flags: {typed} --hydra-help\n"
+        "logs/ and data/ go into this folder, or that of paths.root_dir=... or AEM_LIGHTNING_ROOT"
     )
 
 

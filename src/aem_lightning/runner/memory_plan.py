@@ -21,7 +21,7 @@ from aem_lightning.runner import ranks
 from aem_lightning.runner.build import instantiate, lora_of, model_to_load, plain
 from aem_lightning.runner.checks import refuse
 from aem_lightning.runner.known_models import config_of, parameters_by_name
-from aem_lightning.runner.next_steps import CHECKOUT, train_instead
+from aem_lightning.runner.next_steps import train_instead
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def _refusal(cfg: DictConfig, plan: Plan, device: Device) -> str:
 
 
 def _that_run(cfg: DictConfig, device: Device) -> Iterator[str]:
-    """Commands whose plans fit, and, where there is such an option, the one for more GPUs."""
+    """Commands whose plans fit, and the one for more GPUs."""
     for changes in SUPERVISED_INSTEAD if _supervised(cfg) else INSTEAD:
         other = cfg.copy()
         for key, value in changes.items():
@@ -305,8 +305,7 @@ def _that_run(cfg: DictConfig, device: Device) -> Iterator[str]:
         tokens = longest(other, OmegaConf.select(other, _budget(other)))
         if plan_of(other, footprint, slots, tokens).total() <= device.total:
             yield train_instead(cfg, changes)
-    sharded = CHECKOUT / "configs" / "trainer" / "fsdp.yaml"
-    if sharded.is_file() and not _supervised(cfg):
+    if not _supervised(cfg):
         command = train_instead(cfg, {"trainer": "fsdp", "engine": "vllm"})
         yield f"with several GPUs, and a vLLM server on others: {command}"
 

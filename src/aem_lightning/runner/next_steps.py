@@ -19,9 +19,9 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from aem_lightning.runner.shipped import CHECKOUT, from_install, shipped
 from aem_lightning.runner.trust import literal, typed_again
 
-CHECKOUT = Path(__file__).parents[3]
 # What belongs to one run alone, and not to the one that goes on from it.
 OF_ONE_RUN = ("ckpt_path", "paths.output_dir", "stage")
 
@@ -31,13 +31,7 @@ def command(*words: str) -> str:
 
     It names the interpreter that runs, unless that is the ``python`` which this shell finds.
     """
-    running = Path(sys.executable)
-    found = Path(shutil.which("python") or os.devnull).absolute()
-    if found.parent == running.parent and found.samefile(running):
-        return shlex.join(["python", *words])
-    here = Path.cwd()
-    name = running.relative_to(here) if running.is_relative_to(here) else running
-    return shlex.join([str(name), *words])
+    return shlex.join([_found("python", Path(sys.executable)), *words])
 
 
 def override(key: str, value: Any) -> str:
@@ -55,12 +49,7 @@ def after_training(cfg: DictConfig, checkpoint: Path) -> list[str]:
     if cfg.seed != 0:  # an evaluation's own: with it, the summary's figure comes out again
         words.append(override("seed", cfg.seed))
     return [
-        command(
-            _script("eval.py"),
-            *words,
-            *typed_again(cfg),
-            override("ckpt_path", str(checkpoint)),
-        ),
+        _typed("eval", *words, *typed_again(cfg), override("ckpt_path", str(checkpoint))),
         command("-m", "tensorboard.main", "--logdir", str(Path(cfg.paths.log_dir))),
     ]
 
@@ -71,21 +60,19 @@ def after_warm_start(model: Path, cfg: DictConfig | None = None) -> list[str]:
     words = _without(given, (*OF_ONE_RUN, "policy.model"))
     stage_of_its_own = "experiment=alfworld_warm_start"
     words = ["experiment=alfworld_aem" if word == stage_of_its_own else word for word in words]
-    return [command(_script("train.py"), *words, override("policy.model", str(model)))]
+    return [_typed("train", *words, override("policy.model", str(model)))]
 
 
 def to_continue(cfg: DictConfig, checkpoint: Path) -> str:
     """The command that goes on from ``checkpoint`` with the overrides of this run."""
     words = _without(overrides_of(cfg), OF_ONE_RUN)
-    return command(_script("train.py"), *words, override("ckpt_path", str(checkpoint)))
+    return _typed("train", *words, override("ckpt_path", str(checkpoint)))
 
 
 def train_instead(cfg: DictConfig, changes: Mapping[str, Any]) -> str:
     """The command of ``cfg`` with other ``changes``, options or groups, in the place of its own."""
     words = _without(overrides_of(cfg), [*changes, "paths.output_dir"])
-    return command(
-        _script("train.py"), *words, *(override(key, value) for key, value in changes.items())
-    )
+    return _typed("train", *words, *(override(key, value) for key, value in changes.items()))
 
 
 def overrides_of(cfg: DictConfig) -> list[str]:
@@ -97,12 +84,9 @@ def overrides_of(cfg: DictConfig) -> list[str]:
         given = HydraConfig.get().overrides
         places = [word for word in given.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
         return [*places, *given.task]
-    configs = CHECKOUT / "configs"
-    if not configs.is_dir():
-        return []
     # An analysis trains inside a command of its own, which knows the same configs.
-    known = GlobalHydra.instance().is_initialized()
-    with nullcontext() if known else initialize_config_dir(str(configs), version_base="1.3"):
+    known, configs = GlobalHydra.instance().is_initialized(), str(shipped("configs"))
+    with nullcontext() if known else initialize_config_dir(configs, version_base="1.3"):
         base = compose("train")
     plain: list[Any] = [OmegaConf.to_container(each, resolve=False) for each in (base, cfg)]
     return list(_changes(*plain))
@@ -156,7 +140,26 @@ def _is_bare(text: str) -> bool:
         return False
 
 
-def _script(name: str) -> str:
-    """The script ``name``: beside the one that runs, or that of this folder or this checkout."""
-    places = (Path(sys.argv[0]).with_name(name), Path(name), CHECKOUT / name)
-    return str(next((place for place in places if place.is_file()), name))
+def _typed(name: str, *words: str) -> str:
+    """``python train.py`` or ``aem-train``, or their like, with ``words`` and a folder of options.
+
+    The script stands beside the one that runs, or in this folder or checkout.
+    """
+    if HydraConfig.initialized():
+        sources = HydraConfig.get().runtime.config_sources
+        own = [source.path for source in sources if source.provider == "command-line"]
+        words = (*words, *(word for folder in own for word in ("--config-dir", folder)))
+    if from_install():
+        name = f"aem-{name}"
+        return shlex.join([_found(name, Path(sys.executable).with_name(name)), *words])
+    places = (folder / f"{name}.py" for folder in (Path(sys.argv[0]).parent, Path(), CHECKOUT))
+    return command(str(next((place for place in places if place.is_file()), f"{name}.py")), *words)
+
+
+def _found(name: str, file: Path) -> str:
+    """``name``, where this shell finds ``file`` by it, or else the path of ``file``."""
+    found = Path(shutil.which(name) or os.devnull).absolute()
+    if found.parent == file.parent and found.samefile(file):
+        return name
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)

@@ -16,6 +16,8 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aem_lightning.runner.shipped import shipped
+
 API = "policy=api"
 
 
@@ -84,13 +86,13 @@ def _is_word(argument: str) -> bool:
     return isinstance(value, str | list)
 
 
-def stray_key(composed: DictConfig, configs: Path, given: Sequence[str]) -> str | None:
-    """What to say of a key that nothing reads: in a file, Hydra takes any.
+def stray_key(composed: DictConfig, file: Path, given: Sequence[str]) -> str | None:
+    """What to say of a key that nothing reads, and ``file`` lacks: in a file, Hydra takes any.
 
     One that was added with a plus was meant, and so was one that another key of any file refers to,
     though that key be typed.
     """
-    own = OmegaConf.load(configs / "train.yaml")
+    own = OmegaConf.load(file)
     known = {*map(str, own), *composed.hydra.runtime.choices, "hydra"}
     added = [argument.lstrip("+").split("=")[0].split(".")[0] for argument in given]
     strange = [key for key in map(str, composed) if key not in known and key not in added]
@@ -122,7 +124,7 @@ def _wrong_option(file: str, options: Sequence[str], given: Sequence[str]) -> st
 
 def _renamed(argument: str) -> str | None:
     """What stands beside an option of an earlier version in the table of names."""
-    table = Path(__file__).parents[3] / "docs" / "names.md"
+    table = shipped("docs/names.md")
     lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
     named = [line for line in lines if line.startswith("|") and f"`{argument}`" in line]
     rows = (line.strip("|").split("|") for line in named)

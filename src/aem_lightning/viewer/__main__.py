@@ -17,7 +17,7 @@ from aem_lightning.viewer.episodes import OUTCOMES
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     command = argparse.ArgumentParser(
-        prog="python -m aem_lightning.viewer",
+        prog=None if Path(sys.argv[0]).name == "aem-view" else "python -m aem_lightning.viewer",
         description="Show the episodes that a run wrote down: a list, one of them, or a page.",
     )
     command.add_argument("path", type=Path, help="transcripts.jsonl, or a folder that holds it")
