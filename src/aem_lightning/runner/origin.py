@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 import aem_lightning
 from aem_lightning.card import ORIGIN
 from aem_lightning.files import write_atomically
-from aem_lightning.runner.next_steps import CHECKOUT
+from aem_lightning.runner.shipped import CHECKOUT
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
 # Nothing of the user's own settings takes part, and nothing of the checkout is touched.
