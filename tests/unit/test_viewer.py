@@ -6,9 +6,13 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,12 @@ from aem_lightning.callbacks.transcripts import (
     episode_record,
     recorded_episode,
 )
+from aem_lightning.card import ORIGIN, RunCard
 from aem_lightning.types import Task, Trajectory, Turn
 from aem_lightning.viewer import Wish, chosen, episode_view, list_view, page, read_episodes
 from aem_lightning.viewer.__main__ import main
-from aem_lightning.viewer.episodes import prompts
+from aem_lightning.viewer.episodes import Part, groups, parting, prompts, read_part
+from aem_lightning.viewer.serve import server
 
 HOSTILE = "[red]x[/red] </script><b>bold</b> <!-- \x1b[2J\ud83d \u2028"
 
@@ -192,11 +198,16 @@ def test_no_text_of_an_episode_steers_the_terminal(tmp_path: Path) -> None:
         assert "[red]x[/red]" in text
 
 
+def data_of(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(re.findall('id="data">(.*)</script>\n', text)[0])
+    return found
+
+
 def test_no_text_of_an_episode_leaves_the_data_of_the_page(tmp_path: Path) -> None:
     text = page(hostile(tmp_path / "hostile.jsonl"), "</script>")
     text.encode()
-    assert text.count("</script>") == 1
-    data = json.loads(re.findall(r"const DATA = (.*);\n", text)[0])
+    assert text.count("</script>") == 2, "of the data, and of the code"
+    data = data_of(text)
     assert data["title"] == "</script>"
     assert data["episodes"][0]["number"] == 1
     assert data["episodes"][0]["turns"][0]["response"] == HOSTILE.replace("\ud83d", "?")
@@ -208,25 +219,25 @@ def test_a_page_loads_nothing(file: Path) -> None:
     assert not re.search(r"<link|<img|<iframe|src=|@import|url\(|innerHTML", text)
 
 
-def dumped(address: str, folder: Path) -> str:
-    """What a browser makes of a page, without its scripts."""
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=5000",
-        "--dump-dom",
-    ]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), "")
+needs_browser = pytest.mark.skipif(not BROWSER, reason=f"no browser here: {BROWSERS}")
+
+
+def dumped(address: str, folder: Path, wait: str = "--virtual-time-budget=5000") -> str:
+    """What a browser makes of a page, without its data and scripts."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--disable-gcm", wait]
     done = subprocess.run(
-        ["chromium", *options, f"--user-data-dir={folder / 'browser'}", address],
+        [BROWSER, *options, f"--user-data-dir={folder / 'browser'}", address],
         capture_output=True,
         text=True,
         timeout=60,
     )
-    return done.stdout.partition("<script>")[0]
+    assert done.stdout, done.stderr
+    return done.stdout.partition("<script")[0]
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser here")
+@needs_browser
 def test_a_browser_lists_the_episodes_and_shows_the_one_of_the_address(
     file: Path, tmp_path: Path
 ) -> None:
@@ -237,14 +248,52 @@ def test_a_browser_lists_the_episodes_and_shows_the_one_of_the_address(
     assert dom.count("<button") == 5
     assert "5 episodes, 1 of 3 won (33.3 %)" in dom
     assert "<h1>runs &amp; more</h1>" in dom
-    main_part = dom.partition("<main>")[2]
+    main_part = dom.partition('<div id="episode">')[2]
     assert "episode 9 · return 0 · 1 turns" in main_part
     assert main_part.count("&lt;b&gt;bold&lt;/b&gt;") == 5, "type, error and the turn's three texts"
     assert "<b>bold</b>" not in dom
     assert "entropy of each response" in main_part
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser here")
+def group(size: int, turns: int, at: int, iteration: int = 0, **more: Any) -> list[dict[str, Any]]:
+    """Records of copies that do the same up to turn ``at``, in other words from turn 1 on."""
+
+    def played(copy: int, i: int) -> Turn:
+        response = f"{copy if i else 'all'} {'word ' * 30}"
+        return turn(f"go {copy if i >= at else 0}", response=response, observation="a room " * 40)
+
+    task = Task(f"game-{iteration}", "pick", "train")
+    made = (
+        Trajectory(task, 0, copy, turns=[played(copy, i) for i in range(turns)])
+        for copy in range(size)
+    )
+    return [{"stage": "train", "iteration": iteration, **more, **episode_record(t)} for t in made]
+
+
+@needs_browser
+def test_ten_thousand_turns_open_in_two_seconds_copies_side_by_side(
+    tmp_path: Path,
+) -> None:
+    records = [record for number in range(25) for record in group(8, 50, 3, number)]
+    assert sum(len(record["turns"]) for record in records) == 10_000
+    target = tmp_path / "page.html"
+    target.write_text(page(dict(enumerate(records, 1)), "t", RunCard("a", command="python <b>")))
+    took = []
+    while len(took) < 3 and min(took, default=9e9) >= 2000:
+        dom = dumped(f"{target.as_uri()}#19", tmp_path, "--force-device-scale-factor=1")
+        took += [int(found) for found in re.findall('data-ready="([0-9]+)"', dom)]
+    assert min(took) < 2000, took
+    assert "200 episodes, 0 of 200 won" in dom
+    assert dom.count("<button") < 70, "those of the list that can be seen, and some more"
+    assert "8 copies part at turn 3, their words at turn 1" in dom
+    before, _, after = dom.partition('<div class="part">part at turn 3</div>')
+    assert before.count("<article") == 8 * 3, "columns: turns 0 to 2 of each copy"
+    assert after.startswith('<article id="turn3" class="differs">')
+    assert after.count("<article") == 8 * 27, "then what is near the screen"
+    assert "<dd>python &lt;b&gt;</dd>" in dom
+
+
+@needs_browser
 def test_a_browser_makes_prompts_whole_and_escapes_them(tmp_path: Path) -> None:
     record, target = with_prompts(), tmp_path / "page.html"
     record["turns"].append(
@@ -273,10 +322,7 @@ def test_the_command_lists_shows_and_writes(
     target = tmp_path / "page.html"
     main([str(file), "--type", "heat", "--html", str(target)])
     assert f"written: {target}" in capsys.readouterr().out
-    assert [
-        e["number"]
-        for e in json.loads(target.read_text().split("DATA = ")[1].split(";\n")[0])["episodes"]
-    ] == [3, 4]
+    assert [each["number"] for each in data_of(target.read_text())["episodes"]] == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -288,6 +334,9 @@ def test_the_command_lists_shows_and_writes(
         (["{empty}"], "no episode is in it yet"),
         (["{other}"], "other.jsonl:2: no episode: each line is a JSON object with task, "),
         (["{file}", "--html", "{file}/x"], "Not a directory"),
+        (["{file}", "--group"], "no two episodes are copies of one group"),
+        (["nowhere", "--serve"], "nowhere: there is no such folder"),
+        (["{file}", "--serve", "--port", "70000"], "--port 70000 cannot be had"),
     ],
 )
 def test_the_command_says_what_is_wrong(
@@ -299,6 +348,125 @@ def test_the_command_says_what_is_wrong(
     with pytest.raises(SystemExit) as caught:
         main([word.format(file=file, empty=empty, other=other) for word in words])
     assert said in str(caught.value.code)
+
+
+def test_groups_and_where_their_copies_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again, other = group(2, 4, 4), group(3, 4, 2, 1)
+    shorter = {**other[0], "iteration": 2, "turns": other[0]["turns"][:1]}
+    longer = {**other[1], "iteration": 2, "turns": other[0]["turns"]}
+    path = tmp_path / "transcripts.jsonl"
+    for record in (*group(2, 4, 3), *again, *other, shorter, longer, group(1, 1, 1, 3)[0]):
+        append_json_line(path, record)
+    found = groups(dict(enumerate(read_episodes(path), 1)))
+    assert [[*each] for each in found] == [[1, 2], [3, 4], [5, 6, 7], [8, 9], [10]]
+    assert [parting(each.values()) for each in found] == [3, None, 2, 1, None]
+    main([str(path), "--group"])
+    said = capsys.readouterr().out
+    assert re.search("1 2 .*0/2 +part at turn 3, their words at turn 1", said)
+    assert re.search("3 4 .* the same throughout, their words at turn 1", said)
+    assert " 10 " not in said
+    main([str(path), "--group", "--episode", "6"])
+    said = capsys.readouterr().out
+    assert "3 copies: part at turn 2" in said
+    assert re.search("▸ 2 +go 0 +go 1 +go 2", said)
+    with pytest.raises(SystemExit, match=r"no other copy of its group.*transcripts.every=1"):
+        main([str(path), "--group", "--episode", "10"])
+
+
+def test_a_live_file_is_read_line_by_line_and_a_shorter_one_from_its_beginning(
+    tmp_path: Path,
+) -> None:
+    path, records = tmp_path / "transcripts.jsonl", group(3, 2, 1)
+    assert read_part(path, 0, 0) == Part()
+    append_json_line(path, records[0])
+    size = path.stat().st_size
+    with path.open("a") as file:
+        file.write(json.dumps(records[1])[:50])
+    first = read_part(path, 0, 0)
+    assert (list(first.episodes), first.offset, first.more) == ([1], size, True)
+    assert read_part(path, first.offset, 1) == Part({}, 1, size, False)
+    append_json_line(path, records[1])  # of a resumed run: the half line goes
+    with path.open("a") as file:
+        file.write('{"no": "episode"}\n')
+    append_json_line(path, records[2])
+    second = read_part(path, first.offset, 1, limit=1)
+    assert (list(second.episodes), second.more) == ([2], True)
+    third = read_part(path, second.offset, second.number)
+    assert (dict(third.episodes), third.unreadable, third.more) == ({3: records[2]}, 1, False)
+    path.write_text("")
+    append_json_line(path, records[2])
+    anew = read_part(path, third.offset, third.number)
+    assert (anew.reset, dict(anew.episodes)) == (True, {1: records[2]})
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder that a server follows, and the server's address."""
+    with server(tmp_path, 0, Wish(stage="train")) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield tmp_path, f"http://127.0.0.1:{serving.server_address[1]}"
+        serving.shutdown()
+
+
+def asked(address: str, **headers: str) -> Any:
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as answer:
+        return json.loads(answer.read())
+
+
+def test_the_server_tells_what_a_run_appends_to_this_machine_alone(
+    served: tuple[Path, str],
+) -> None:
+    folder, address = served
+    (folder / ORIGIN).write_text('{"command": "python train.py </script>"}')
+    before = asked(f"{address}/episodes?offset=0&number=0")
+    assert (before["episodes"], before["offset"]) == ([], 0)
+    assert before["card"]["lines"] == [["command", "python train.py </script>"]]
+    records = hostile(folder / "transcripts.jsonl")
+    append_json_line(folder / "transcripts.jsonl", {**records[1], "stage": "evaluate"})
+    after = asked(f"{address}/episodes?offset={before['offset']}&number={before['number']}")
+    assert [each["number"] for each in after["episodes"]] == [1], "the other is not wished for"
+    assert (after["number"], after["offset"]) == (2, (folder / "transcripts.jsonl").stat().st_size)
+    for path, headers, status in (
+        ("/episodes?offset=-1", {}, 400),
+        ("/../transcripts.jsonl", {}, 404),
+        ("/", {"Host": "elsewhere.example:80"}, 403),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            asked(address + path, **headers)
+        assert caught.value.code == status
+
+
+@needs_browser
+def test_a_browser_follows_a_live_run(served: tuple[Path, str]) -> None:
+    folder, address = served
+    file = folder / "transcripts.jsonl"
+    for record in group(2, 2, 1):
+        append_json_line(file, record)
+    hostile(file)
+    with file.open("a") as appended:
+        appended.write('{"half')
+    dom = dumped(address, folder)
+    assert "3 episodes, 0 of 2 won" in dom
+    assert "episode 3 · " in dom.partition('<div id="episode">')[2], (
+        "the newest, until one is chosen"
+    )
+    assert "<b>bold</b>" not in dom
+
+
+def test_a_served_run_ends_quietly(tmp_path: Path) -> None:
+    words = ["-u", "-m", "aem_lightning.viewer", str(tmp_path), "--serve", "--port=0"]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen([sys.executable, *words], env=COMMAND_ENVIRONMENT, **pipes)
+    try:
+        port = running.stdout.readline().split()[0].rpartition(":")[2]
+        with pytest.raises(SystemExit, match=f"--port {port} is taken: type another"):
+            main([str(tmp_path), "--serve", "--port", port])
+    finally:
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=30)
+    assert (running.returncode, said) == (0, "")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(file: Path) -> None:

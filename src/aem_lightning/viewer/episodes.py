@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,55 @@ def read_episodes(path: Path) -> list[Record]:
     return records
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What was written to a transcripts file behind a place in it.
+
+    Attributes:
+        episodes: By their numbers in the file, from 1.
+        number: Episodes up to its end.
+        offset: The byte behind it, where the next part begins.
+        more: There is more in the file already.
+        reset: The file is another one, shorter than the place: this part is of its beginning.
+        unreadable: Lines that are no episodes.
+    """
+
+    episodes: Mapping[int, Record] = field(default_factory=dict)
+    number: int = 0
+    offset: int = 0
+    more: bool = False
+    reset: bool = False
+    unreadable: int = 0
+
+
+def read_part(file: Path, offset: int, number: int, limit: int = 1 << 22) -> Part:
+    """The whole lines behind ``offset``, in about ``limit`` bytes, of a file that a run appends to.
+
+    ``number`` is that of the last episode before. A line that is being written is left for later;
+    a file that is not there yet has no lines.
+    """
+    size = file.stat().st_size if file.is_file() else 0
+    if reset := size < offset:
+        offset = number = 0
+    if size == offset:
+        return Part({}, number, offset, reset=reset)
+    with file.open("rb") as source:
+        source.seek(offset)
+        text = source.read(limit)
+        text += b"" if text.endswith(b"\n") else source.readline()
+    text = text[: text.rfind(b"\n") + 1]
+    end = offset + len(text)
+    found: dict[int, Record] = {}
+    unreadable = 0
+    for line in filter(None, text.split(b"\n")):
+        try:
+            found[number + 1] = _record(line.decode(errors="replace"), str(file))
+            number += 1
+        except ValueError:
+            unreadable += 1
+    return Part(found, number, end, bool(text) and end < size, reset, unreadable)
+
+
 def chosen(records: Sequence[Record], wish: Wish) -> dict[int, Record]:
     """The episodes that are wished for, by their number in the file, from 1.
 
@@ -92,6 +142,39 @@ def outcome_of(record: Record) -> str:
     if record["infra_error"]:
         return "broken"
     return "won" if record["won"] else "lost"
+
+
+def groups(episodes: Mapping[int, Record]) -> list[dict[int, Record]]:
+    """The copies that were played of one task side by side, by their numbers.
+
+    A copy that comes again, as a resumed run plays it, begins a group of its own.
+    """
+    found: dict[tuple[Any, ...], list[dict[int, Record]]] = {}
+    for number, record in episodes.items():
+        of_batch = record.get("group") if record.get("stage") == "train" else None
+        names = ("stage", "iteration", "rank", "model", "task")
+        played = found.setdefault((*map(record.get, names), of_batch), [{}])
+        if record.get("copy") in {other.get("copy") for other in played[-1].values()}:
+            played.append({})
+        played[-1][number] = record
+    return [group for played in found.values() for group in played]
+
+
+def deed(turn: Record) -> tuple[Any, ...]:
+    """What was seen and done in a turn; of a malformed response its words."""
+    done = turn["action"]
+    return (turn["observation"], turn["response"] if done is None else done)
+
+
+def words(turn: Record) -> tuple[Any, ...]:
+    """What was seen and written in a turn."""
+    return (turn["observation"], turn["response"])
+
+
+def parting(copies: Iterable[Record], of: Callable[[Record], tuple[Any, ...]] = deed) -> int | None:
+    """The first turn at which copies differ, or one of them has ended; ``None`` for none."""
+    rows = zip_longest(*(map(of, copy["turns"]) for copy in copies))
+    return next((i for i, row in enumerate(rows) if any(each != row[0] for each in row)), None)
 
 
 def mean(turns: Iterable[Record], name: str) -> float | None:
