@@ -75,11 +75,6 @@ def test_an_install_prints_scripts_of_a_checkout(installed, monkeypatch):
     assert as_typed(told) == told
 
 
-def test_a_checkout_prints_the_commands_of_an_install():
-    assert as_typed("python train.py") == "python train.py"
-    assert next_steps.train_instead(composed([]), {}).endswith("train.py")
-
-
 def test_a_copy_of_the_configs_is_partial_or_overwrites(tmp_path, capsys):
     folder = tmp_path / "my configs"
     copy_configs([str(folder)])
