@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults models fuzz test-adapters test-matrix test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type docs notebooks tensorboard clean
+.PHONY: help install train test coverage faults models fuzz test-adapters test-matrix test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type docs notebooks wheel-test lock licences tensorboard clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -116,6 +116,21 @@ notebooks: install ## Execute every notebook, and keep what it prints and draws:
 
 type: install ## Check types (mypy, strict on src)
 	@"$(BIN)/python" -m mypy
+
+wheel-test: install ## Build the wheel, install it into an empty environment without the checkout, and train there
+	@rm -rf build/wheel && mkdir -p build/wheel/empty
+	@"$(BIN)/python" -m pip wheel -q --no-deps -w build/wheel . examples/key_and_door
+	@"$(BIN)/python" -m venv build/wheel/venv
+	@build/wheel/venv/bin/python -m pip install -q -c constraints.txt build/wheel/*.whl
+	@cd build/wheel/empty && ../../../scripts/try_wheel.sh "$(CURDIR)/build/wheel/venv/bin"
+
+lock: install ## Renew requirements.lock, which uv and pip read: every version of '.[all]' with its hashes
+	@"$(BIN)/python" -m pip install -q uv
+	@"$(BIN)/python" -m uv pip compile -q pyproject.toml --extra all -c constraints.txt --universal \
+		--python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" -o requirements.lock
+
+licences: install ## Renew docs/licences.md: the licences of what this project depends on
+	@"$(BIN)/python" scripts/licences.py docs/licences.md
 
 tensorboard: install ## Show the curves of every run below LOGDIR
 	@"$(BIN)/python" -m tensorboard.main --logdir "$(LOGDIR)" $(ARGS)

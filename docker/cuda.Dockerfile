@@ -1,0 +1,31 @@
+# NVIDIA GPUs: docker build -f docker/cuda.Dockerfile -t aem-lightning:cuda .
+# docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/runs" aem-lightning:cuda experiment=alfworld_aem
+# torch of PyPI brings CUDA itself, so the base needs none; the host needs the driver and nvidia-container-toolkit.
+FROM python:3.12-slim-bookworm AS build
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ git make \
+    && rm -rf /var/lib/apt/lists/*
+RUN python -m venv /opt/aem
+ENV PATH=/opt/aem/bin:$PATH PIP_NO_CACHE_DIR=1
+WORKDIR /build
+COPY constraints.txt ./
+RUN pip install -c constraints.txt torch
+COPY pyproject.toml README.md LICENSE ./
+COPY configs configs
+COPY docs/names.md docs/
+COPY src src
+RUN pip install -c constraints.txt ".[alfworld,api,gymnasium,quant,swe,webshop]"
+
+FROM python:3.12-slim-bookworm
+# Episodes of swe run in bubblewrap, which asks for a container of its own: docs/swe.md.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends bubblewrap git libseccomp2 libstdc++6 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home aem && install -d -o aem /runs
+COPY --from=build /opt/aem /opt/aem
+ENV PATH=/opt/aem/bin:$PATH
+USER aem
+WORKDIR /runs
+VOLUME /runs
+ENTRYPOINT ["aem-train"]
+CMD ["--help"]
