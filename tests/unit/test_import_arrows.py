@@ -54,6 +54,8 @@ ARROWS = {
         "metrics",
     },
     "viewer": set(),
+    "export": {"files", "rollout", "viewer"},
+    "hub": {"files", "runner"},
     "gpu_check": {"types", "files", "modules", "rollout", "runner"},
     "analysis": {
         "types",
