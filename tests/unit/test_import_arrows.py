@@ -56,6 +56,8 @@ ARROWS = {
         "metrics",
     },
     "viewer": {"card"},
+    "export": {"files", "rollout", "viewer"},
+    "hub": {"card", "files", "runner"},
     "gpu_check": {"types", "files", "modules", "rollout", "runner"},
     "analysis": {
         "types",

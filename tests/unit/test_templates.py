@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from coin import CoinEnv
 from models.templates import (
     FACTS,
     FOLDER,
@@ -19,8 +20,19 @@ from models.templates import (
     tokenizer,
     whole,
 )
+from tiny_play import LocalPool, Script, coin_task, ids_of
 
-from aem_lightning.rollout import Prompt, PromptEncoder
+from aem_lightning.callbacks.transcripts import episode_record
+from aem_lightning.export import Chats, rows_of
+from aem_lightning.rollout import (
+    Collector,
+    Episode,
+    Prompt,
+    PromptEncoder,
+    Result,
+    RewardShaping,
+)
+from aem_lightning.rollout.conversation import ChatTemplate
 
 REPLY = "It is near.</think><action>open red box</action>"
 THOUGHT = "<think>" + REPLY
@@ -150,3 +162,28 @@ def test_a_template_writes_what_the_genuine_one_does_not(name: str) -> None:
 def test_the_page_leaves_a_template_out() -> None:
     shown = page()
     assert all(f"| {name} | {HELD.get(name, 'memory')} |" in shown for name in FACTS)
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+@pytest.mark.parametrize("thoughts", ["keep", "cut"])
+def test_a_recorded_chat_comes_back_as_other_tokens(name: str, thoughts: str) -> None:
+    made = encoder(name, thoughts=thoughts)
+    chat = ChatTemplate(made.tokenizer, made.end_id)
+    said = THOUGHT.removeprefix(made._opened)
+    script = Script(made, said)
+    script.answer = lambda key, turn: Result(
+        key, ids := [*ids_of(said, made), made.end_id], [0.0] * len(ids), None, "stop", 1, 0
+    )
+    collector = Collector(LocalPool(CoinEnv), made, script, RewardShaping(), 3, 4096, 16)
+    played = collector.collect([Episode(coin_task(3), 0, 0)])[0]
+    chats = Chats(lambda: chat)
+    form = "sft" if thoughts == "keep" else "completion"
+    rows = rows_of(form, [episode_record(played, read=made.read)], chats)
+    assert chats.lost == 0
+    assert thoughts == "keep" or not chats.changed
+    first = {"sft": lambda row: 0, "completion": lambda row: len(row["prompt"])}[form]
+    whole = [row.get("messages") or [*row["prompt"], *row["completion"]] for row in rows]
+    again = [chat.ids(each, first(row)) for each, row in zip(whole, rows, strict=True)]
+    assert [ids for ids, _ in again] == played.rows
+    learnt = [sum(mask) for _, mask in again]
+    assert sum(learnt) == sum(turn.length for turn in played.turns)

@@ -133,6 +133,7 @@ class WarmStartSettings:
         base: The hub name or folder of the model that such a policy is made from; ``None`` makes it
             from nothing but its architecture.
         demonstrations: Expert episodes to play.
+        demonstrations_from: A folder or file of recorded chats, in the place of expert play.
         max_turns: Turns of a demonstration; ``None`` allows as many as the run does.
         slip: Share of random actions in them, from which the expert has to recover.
         imitate_slips: Learn the random actions too, as from a careless player; reinforcement can
@@ -149,6 +150,7 @@ class WarmStartSettings:
     required: bool = False
     base: str | None = None
     demonstrations: Count = 1000
+    demonstrations_from: str | None = None
     max_turns: Count | None = None
     slip: Share = 0.0
     imitate_slips: bool = False

@@ -29,6 +29,7 @@ from aem_lightning.rollout import Prompt, PromptEncoder, RolloutEngine
 from aem_lightning.rollout.shortage import in_stage
 from aem_lightning.runner import ranks
 from aem_lightning.runner.checks import refuse, unresolved
+from aem_lightning.runner.demonstrations import fingerprint
 from aem_lightning.runner.early import read_template
 from aem_lightning.runner.parts import check_classes, made
 from aem_lightning.runner.several import is_sharded, problems_of_ranks
@@ -202,6 +203,9 @@ def _warm_start_folder(cfg: DictConfig) -> Path:
     policy_config = plain(cfg.policy)
     if not (cfg.policy.model or cfg.policy.warm_start.get("base")):
         policy_config.pop("lora")  # a tiny model is warm-started without adapters
+    # Without them the key is what it was before there were any.
+    if (recorded := policy_config["warm_start"].pop("demonstrations_from", None)) is not None:
+        policy_config["warm_start"]["demonstrations"] = fingerprint(recorded)
     key = warm_start_key(
         policy_config,
         plain(cfg.prompt),

@@ -28,6 +28,10 @@ from aem_lightning.runner.checks import (
 from aem_lightning.runner.folder import check_free
 from aem_lightning.runner.trust import literal
 
+KEY = "policy.warm_start.demonstrations_from"
+# What the files of demonstrations end with, and what `datasets` calls them.
+KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
 
 def check_training(cfg: DictConfig) -> None:
     """Raise where ``cfg``, of ``configs/train.yaml``, cannot run.
@@ -56,6 +60,7 @@ def check_training(cfg: DictConfig) -> None:
         finds.append(partial(_find_model, "policy.model", cfg.policy.model))
         finds.append(partial(_find_model, "policy.warm_start.base", base))
         finds.append(partial(read_template, cfg.policy.chat_template))
+        finds.append(partial(demonstration_files, cfg.policy.warm_start.get("demonstrations_from")))
     missing = []
     for find in finds:
         try:
@@ -139,6 +144,26 @@ def read_template(template: str | None) -> str | None:
             "template in it, or the template itself."
         )
     return path.read_text(encoding="utf-8")
+
+
+def demonstration_files(source: str | None) -> list[Path]:
+    """The files of recorded chats in ``source``, a file or folder; none for ``None``.
+
+    Raises:
+        FileNotFoundError: It is not there, or holds none.
+    """
+    if source is None:
+        return []
+    place = Path(source).expanduser()
+    inside = sorted(p for p in place.rglob("*") if p.is_file()) if os.path.isdir(place) else [place]
+    saved = [p for p in inside if p.name in ("state.json", "dataset_dict.json")]
+    files = inside if saved else [p for p in inside if p.suffix in KINDS and os.path.isfile(p)]
+    if not files:
+        raise FileNotFoundError(
+            f"{KEY}={source}: there are no demonstrations. Give a folder that `datasets` saved "
+            f"(save_to_disk), or files that end in {', '.join(KINDS)}"
+        )
+    return files
 
 
 def _find_model(key: str, model: str | None) -> None:

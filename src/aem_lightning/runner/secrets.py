@@ -39,6 +39,15 @@ def typed_secrets(overrides: Sequence[str]) -> dict[str, str]:
         return {}
 
 
+def secrets_of_run(folder: Path) -> dict[str, str]:
+    """The same of the config that a run has left in ``folder``; nothing where it left none."""
+    file = folder / ".hydra" / "config.yaml"
+    if not file.is_file():
+        return {}
+    loaded = OmegaConf.load(file)
+    return secrets_in(loaded) if isinstance(loaded, DictConfig) else {}
+
+
 def without_secrets(found: dict[str, str]) -> list[str]:
     """What to type instead; the secrets themselves are not repeated."""
     return [

@@ -45,6 +45,7 @@ from aem_lightning.rollout import (
 )
 from aem_lightning.rollout.shortage import in_stage
 from aem_lightning.rollout.tool_call import example
+from aem_lightning.runner.demonstrations import read_demonstrations
 from aem_lightning.types import Trajectory
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ def run_warm_start(
     folder: Path,
     trainer: Mapping[str, Any],
 ) -> WarmStart:
-    """Train ``base`` on expert play and save it; a complete ``folder`` is taken as it is."""
+    """Train ``base`` on expert play or recorded chats and save it; a whole ``folder`` is kept."""
     if (done := finished(folder)) is not None:
         return done
     start = time.perf_counter()
@@ -177,9 +178,14 @@ def run_warm_start(
     base.to("cuda" if on_gpu else "cpu")
     if base not in CHECKED:
         self_check(base, packing="padded")
-    played, slips = play_demonstrations(datamodule, encoder, settings, rewards, limits)
+    if settings.demonstrations_from is None:
+        played, slips = play_demonstrations(datamodule, encoder, settings, rewards, limits)
+        dataset = demonstrations_dataset(played, set() if settings.imitate_slips else slips)
+        counts = {"demonstrations": len(played), "turns": sum(len(t.turns) for t in played)}
+    else:
+        dataset = read_demonstrations(settings.demonstrations_from, encoder, limits["max_context"])
+        counts = {"demonstrations": len(dataset)}
     seconds_play = time.perf_counter() - start
-    dataset = demonstrations_dataset(played, set() if settings.imitate_slips else slips)
     sampler = DemonstrationSampler(
         [len(row) for row in dataset["input_ids"]], settings.batch_tokens, settings.seed
     )
@@ -206,8 +212,7 @@ def run_warm_start(
     seconds = time.perf_counter() - start
     report = {
         "settings": asdict(settings),
-        "demonstrations": len(played),
-        "turns": sum(len(trajectory.turns) for trajectory in played),
+        **counts,
         "rows": len(dataset),
         "loss": float(fit.callback_metrics["warm_start/loss"]),
         "seconds_play": seconds_play,
