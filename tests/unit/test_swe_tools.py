@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 
 import pytest
 
@@ -207,3 +209,40 @@ def test_a_function_is_not_found_by_its_name(repository):
     assert toolbox.symbol("box . open") == (
         "pack/core.py\n     6\t    def open(self):\n     7\t        return 2"
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("pipe.py", "no regular file"),
+        ("/dev/zero", "no regular file"),
+        ("/proc/self/pagemap", "is over 16 MiB|cannot be read"),
+        ("a\0b", "a NUL character"),
+        ("a\ud800b", "a surrogate"),
+        ("loop", "does not exist"),
+    ],
+)
+def test_a_path_that_is_no_file_takes_long_or_is_no_plain_error(repository, path, said):
+    os.mkfifo("pipe.py")
+    os.symlink("loop", "loop")
+    start = time.monotonic()
+    for tool, arguments in (
+        (toolbox.view, ()),
+        (toolbox.str_replace, ("a", "b")),
+        (toolbox.insert, ("0", "b")),
+        (toolbox.search, ("a",)),
+    ):
+        given = ("a", path) if tool is toolbox.search else (path, *arguments)
+        with pytest.raises(toolbox.ToolError, match=said):
+            tool(*given)
+    assert toolbox.search("return").count("return") == 2
+    with pytest.raises(toolbox.ToolError, match="surrogate"):
+        toolbox.create("new.py", "\ud800")
+    assert not os.path.exists("new.py")
+    kept = f".git/undo/{toolbox.key_of('pack/core.py')}.000000"
+    os.mkdir(".git/undo")
+    os.mkfifo(kept)  # where the next change would be kept
+    os.rename(kept, kept[:-1] + "1")
+    with pytest.raises(toolbox.ToolError, match="cannot be written"):
+        toolbox.str_replace("pack/core.py", "return 2", "return 3")
+    assert time.monotonic() - start < 1

@@ -130,8 +130,9 @@ def choose_sandbox(settings: SweSettings, *, has_images: bool = False) -> Sandbo
         return LocalSandbox(allow_unsafe=True)
     reasons = "; ".join(f"{sandbox.name}: {isolation.reason}" for sandbox, isolation in found)
     raise EnvPoolError(
-        f"sandbox={name}: nothing here isolates commands ({reasons}). Where their harm would not "
-        "matter, type datamodule.environment.sandbox=local datamodule.environment.allow_unsafe=true"
+        f"datamodule.environment.sandbox={name}: nothing here isolates commands ({reasons}). Where "
+        "their harm would not matter, type datamodule.environment.sandbox=local "
+        "datamodule.environment.allow_unsafe=true, or for a command --sandbox local --allow-unsafe"
     )
 
 

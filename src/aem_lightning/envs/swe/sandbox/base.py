@@ -28,10 +28,13 @@ class Limits:
     Attributes:
         wall_s: Seconds until it is killed.
         cpu_s: Seconds of processor time a process.
-        memory_bytes: Address space a process, and resident memory of all processes of a session.
+        memory_bytes: Address space a process, and resident memory of all processes of a session
+            together with what lies in their TCP sockets.
         processes: Processes and threads of a session.
         file_bytes: Size of a file.
         disk_bytes: Size of each writable folder, which lie in memory.
+        files: Files, folders and links in each of them.
+        sockets: Of all processes of a session: other kinds keep up to 208 KiB each in the kernel.
         output_bytes: Output that is kept: its beginning and its end, half each.
     """
 
@@ -41,6 +44,8 @@ class Limits:
     processes: Size = 64
     file_bytes: Size = 64 << 20
     disk_bytes: Size = 256 << 20
+    files: Size = 100_000
+    sockets: Size = 256
     output_bytes: Size = 64_000
 
     def ended_by_the_clock(self, wall_s: float) -> Limits:

@@ -29,8 +29,9 @@ class LocalSandbox:
         if not allow_unsafe:
             raise ValueError(
                 "sandbox=local runs what the policy writes as you, without isolation: it can "
-                "delete your files. Install bubblewrap or docker and take sandbox=auto, or type "
-                "allow_unsafe=true"
+                "delete your files. Install bubblewrap and type "
+                "datamodule.environment.sandbox=auto, or type "
+                "datamodule.environment.allow_unsafe=true"
             )
 
     def probe(self) -> Isolation:

@@ -100,6 +100,7 @@ class Session:
             "wall_s": wall_s,
             "output_bytes": output_bytes,
             "memory_bytes": limits.memory_bytes,
+            "sockets": limits.sockets,
             "stdin": base64.b64encode(stdin or b"").decode(),
             "rlimits": {
                 "RLIMIT_CPU": limits.cpu_s,
