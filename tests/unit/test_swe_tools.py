@@ -45,6 +45,17 @@ def test_a_call_keeps_blanks_and_line_breaks_of_its_values():
         (write_call("view", path="a.py"), Call("view", {"path": "a.py"})),
         (write_call("bash", command="ls"), Call("execute_bash", {"cmd": "ls"})),
         (write_call("submit"), Call("finish")),
+        (write_call("str_replace_editor", command="view", path="a"), Call("view", {"path": "a"})),
+        (
+            write_call(
+                "str_replace_based_edit_tool",
+                command="insert",
+                path="a",
+                insert_line="3",
+                insert_text="b",
+            ),
+            Call("insert", {"path": "a", "insert_line": "3", "new_str": "b"}),
+        ),
         (write_call("finish", command="submit", result="done"), Call("finish")),
         (write_call("search", search_term="f"), Call("search", {"search_term": "f"})),
     ],

@@ -15,7 +15,7 @@ from functools import cache
 from aem_lightning.envs.swe.sandbox.base import Isolation, Level, SessionSpec
 from aem_lightning.envs.swe.sandbox.cgroup import make_group
 from aem_lightning.envs.swe.sandbox.seccomp import seccomp_program
-from aem_lightning.envs.swe.sandbox.session import Session, server_command
+from aem_lightning.envs.swe.sandbox.session import ServedSession, server_command
 
 HOME = "/home/agent"
 NOBODY = "65534"  # who runs it for root: the limit on processes does not hold for user 0
@@ -56,7 +56,7 @@ class BubblewrapSandbox:
         """Open a session and see."""
         return _probe()
 
-    def open(self, spec: SessionSpec) -> Session:
+    def open(self, spec: SessionSpec) -> ServedSession:
         """A session in namespaces of its own; ``spec.image`` is not used."""
         arguments = _arguments(spec, shutil.which("bwrap") or "bwrap")
         filters = []
@@ -71,7 +71,7 @@ class BubblewrapSandbox:
         group = make_group(spec.limits, len(_folders(spec)))
         if group is not None:
             arguments = ["sh", "-c", f'{group.join} && exec "$@"', "sh", *arguments]
-        return Session(
+        return ServedSession(
             arguments,
             spec,
             environment={"PATH": os.defpath},
