@@ -101,6 +101,26 @@ def test_a_folder_that_is_not_there_ends_the_session(session: Session) -> None:
     assert session.run("echo next").output == "next\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("echo \0", "can hold no NUL character"), ("echo \ud800", "can hold no surrogate")],
+)
+def test_a_command_that_is_no_text_ends_the_session(
+    session: Session, command: str, said: str
+) -> None:
+    result = session.run(command)
+    assert (result.code, result.infra_error) == (126, None)
+    assert said in result.output
+    assert session.run("echo next").output == "next\n"
+
+
+def test_a_limit_of_processor_time_is_not_told(sandbox: Sandbox) -> None:
+    session = sandbox.open(SessionSpec(limits=Limits(cpu_s=1)))
+    assert "[killed: over 1 seconds of processor time]" in session.run("while :; do :; done").output
+    assert session.run("kill -9 $$").output == ""
+    session.close()
+
+
 def test_a_closed_session_raises(session: Session) -> None:
     assert session.alive()
     session.close()

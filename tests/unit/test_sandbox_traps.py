@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from aem_lightning.envs.swe.sandbox import (
     Session,
     SessionSpec,
     bubblewrap,
+    cgroup,
 )
 from aem_lightning.envs.swe.sandbox.seccomp import seccomp_program
 
@@ -35,6 +38,8 @@ LIMITS = Limits(
     processes=48,
     file_bytes=4 << 20,
     disk_bytes=8 << 20,
+    files=2_000,
+    sockets=40,
     output_bytes=4000,
 )
 
@@ -81,7 +86,9 @@ def test_files_of_the_machine_are_seen(session: Session, tmp_path: Path) -> None
     assert session.run("ls /home").output == "agent\n"
 
 
-@pytest.mark.parametrize("place", ["/", "/usr", "/opt/python", "/opt/site", "/etc", "/proc/sys"])
+@pytest.mark.parametrize(
+    "place", ["/", "/usr", "/opt/python", "/opt/site", "/etc", "/proc/sys", "/dev"]
+)
 def test_a_file_is_written_outside_the_writable_folders(session: Session, place: str) -> None:
     assert session.run(f"touch {place}/x").code != 0
 
@@ -154,6 +161,154 @@ def test_a_folder_grows_without_end(session: Session, place: str) -> None:
     result = session.run(fill)
     assert result.code == 9
     assert "No space left" in result.output
+
+
+@pytest.mark.parametrize("place", ["/testbed", "/tmp", "/home/agent", "/dev/shm"])
+def test_empty_files_have_no_end(session: Session, place: str) -> None:
+    code = f"""
+import os
+os.chdir({place!r})
+open("a", "w")
+for number in range(10_000):
+    name = str(number)
+    try:
+        [lambda: open(name, "w"), lambda: os.mkdir(name), lambda: os.link("a", name)][number % 3]()
+    except OSError as error:
+        print(error.strerror, number)
+        break
+"""
+    said, _, number = python(session, code).strip().rpartition(" ")
+    assert said == "No space left on device"
+    assert 900 < int(number) < LIMITS.files
+
+
+# Each end takes what it can: kinds of sockets whose buffers do not grow, then one whose do.
+SENDERS = """
+import os, socket, time
+def pair():
+    if {kind!r} == "tcp":
+        listener = socket.create_server(("127.0.0.1", 0))
+        return [socket.create_connection(listener.getsockname()), listener.accept()[0]]
+    return socket.socketpair(socket.AF_UNIX, getattr(socket, {kind!r}))
+def fill():
+    kept = []
+    while True:
+        for end in pair():
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 << 20)
+            end.setblocking(False)
+            kept.append(end)
+            try:
+                while True:
+                    end.send(bytes({size}))
+            except OSError:
+                pass
+for _ in range({processes}):
+    if os.fork() == 0:
+        fill()
+time.sleep(10)
+"""
+
+
+@pytest.mark.skipif(seccomp_program() is None, reason="neither pyseccomp nor libseccomp")
+@pytest.mark.parametrize(
+    ("kind", "limits", "size", "processes"),
+    [
+        ("SOCK_STREAM", LIMITS, 65536, 4),
+        ("SOCK_DGRAM", LIMITS, 4096, 1),
+        ("tcp", replace(LIMITS, sockets=2_000, memory_bytes=60 << 20), 1 << 20, 1),
+    ],
+)
+def test_what_is_sent_and_not_read_has_no_end(
+    kind: str, limits: Limits, size: int, processes: int
+) -> None:
+    session = BubblewrapSandbox().open(SessionSpec(limits=limits))
+    before = psutil.virtual_memory().available
+    code = SENDERS.format(kind=kind, size=size, processes=processes)
+    result = session.run("python -", stdin=code.encode(), wall_s=8)
+    lost = before - psutil.virtual_memory().available
+    assert "[killed: together over " in result.output
+    assert ("bytes of memory" if kind == "tcp" else "40 sockets") in result.output
+    assert lost < 200 << 20
+    assert session.run("echo next").output == "next\n"
+    session.close()
+
+
+@pytest.mark.skipif(seccomp_program() is None, reason="neither pyseccomp nor libseccomp")
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("mmap.mmap(-1, 4096)", "Function not implemented"),  # unmapped by halves, it stays
+        ("mmap.mmap(os.open('/dev/zero', os.O_RDWR), 4096)", "No such device"),
+        ("os.setxattr('/tmp', 'user.a', b'1')", "Operation not supported"),
+        ("os.setxattr('/tmp', 'system.posix_acl_access', b'1')", "Operation not supported"),
+    ],
+)
+def test_memory_that_no_limit_counts_can_be_had(session: Session, code: str, said: str) -> None:
+    assert said in python(session, f"import mmap, os; {code}")
+    assert session.run("head -c 2 /dev/zero | wc -c").output == "2\n"
+
+
+ANOTHER = """
+import os, sys
+sys.path[:0] = {path!r}
+from aem_lightning.envs.swe.sandbox import BubblewrapSandbox, Limits, SessionSpec
+print(BubblewrapSandbox().probe().usable)
+session = BubblewrapSandbox().open(SessionSpec(limits=Limits(files=500)))
+print(session.run("for i in $(seq 600); do echo > $i || exit 9; done").code)
+print(session.run("unshare --user true").code)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="the other tests are run by another user than root")
+def test_another_user_than_root_has_other_bounds() -> None:
+    python = f"/srv/bin/{Path(bubblewrap.INTERPRETER).name}"  # which that user can read
+    script = (
+        f"mount --bind {sys.base_prefix} /srv && "
+        'exec setpriv --reuid 65534 --regid 65534 --clear-groups "$@"'
+    )
+    asked = ["unshare", "--mount", "sh", "-c", script, "sh", python, "-c"]
+    code = ANOTHER.format(path=[place for place in sys.path if place])
+    said = subprocess.run([*asked, code], capture_output=True, text=True, check=False, timeout=60)
+    if said.returncode or said.stdout.startswith("False"):
+        pytest.skip(f"that user has no project or no namespaces here: {said.stderr[-200:]}")
+    assert said.stdout.split() == ["True", "9", "1"]
+
+
+@pytest.mark.parametrize("passed_on", ["", "cpu memory pids"])
+def test_a_control_group_is_left_out_or_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed_on: str
+) -> None:
+    slice_, process = tmp_path / "fs" / "user.slice", tmp_path / "self"
+    (slice_ / "run.scope").mkdir(parents=True)
+    process.mkdir()
+    for folder, control in ((slice_, passed_on), (slice_ / "run.scope", "")):
+        (folder / "cgroup.subtree_control").write_text(control)
+        (folder / "cgroup.procs").write_text("")
+    (process / "cgroup").write_text("0::/user.slice/run.scope\n")
+    (process / "mountinfo").write_text(f"30 23 0:26 / {tmp_path}/fs rw - cgroup2 cgroup2 rw\n")
+    place = cgroup.find_place(process)
+    assert place == (slice_ if passed_on else None)
+    monkeypatch.setattr(cgroup, "_place", lambda: place)
+    session = BubblewrapSandbox().open(SessionSpec(limits=LIMITS))
+    assert session.run("echo up").output == "up\n"
+    groups = [*slice_.glob("aem-swe-*")]
+    assert len(groups) == bool(passed_on)
+    for group in groups:  # plain files, as no kernel stands behind them here
+        assert (group / "memory.max").read_text() == str((300 + 4 * 8 + 64) << 20)
+        assert (group / "cgroup.procs").read_text() == "0\n"
+        [place.unlink() for place in group.iterdir()]
+    session.close()
+
+
+def test_a_bwrap_in_a_folder_of_its_own_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # for root, another user starts it
+        own = Path(folder, "bwrap")
+        own.write_text(f"#!/bin/sh\necho from here >&2\nexec {shutil.which('bwrap')} --no\n")
+        own.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        result = BubblewrapSandbox().open(SessionSpec()).run("true")
+    assert "from here" in str(result.infra_error)
 
 
 def test_a_file_grows_without_end(session: Session) -> None:

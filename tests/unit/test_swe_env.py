@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -169,6 +170,28 @@ def test_blocks_of_bash_cannot_play(sandbox, make_env, instances):
         "No more:\n```bash\necho COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT\n```"
     )
     assert (reward, over) == (0.0, True)
+
+
+def test_a_persistent_shell_forgets(sandbox, make_env, instances):
+    env = make_env(sandbox, shell="persistent")
+
+    def said(command):
+        return env.step(bash(command))[0].partition("[execute_bash]:\n")[2]
+
+    env.reset(options={"task_id": instances[0].instance_id})
+    text = "a 'b' \"c\" $d\nlast"
+    said("mkdir -p 'deep er' && cd 'deep er' && export B=2 && f() { echo f$1; }")
+    said(f"A={shlex.quote(text)}")
+    assert said('echo "$A"; sh -c "echo $B"; f 3; basename "$PWD"') == f"{text}\n2\nf3\ndeep er"
+    assert said("A=other; cd ..; echo $OLDPWD; (exit 7)").endswith("deep er")
+    assert env.step(bash("cd /; (exit 7)"))[0].startswith("Exit code: 7")
+    assert said("echo $A; pwd") == "other\n/"
+    assert said("A=lost; cd /tmp; sleep 60 & kill -9 $$") == ""
+    assert said("echo $A; pwd; jobs") == "other\n/", "what is killed leaves all as it was"
+    view = env.step(write_call("view", path="/testbed"))[0]
+    assert "deep er" in view, "tools begin where they always do"
+    assert "aem-shell" not in said("cd $OLDPWD; git status --short --ignored --untracked-files=all")
+    assert env.step(FINISH)[1] == 0.0
 
 
 def test_the_expert_in_words_does_not_mend_what_a_slip_broke(make_env, instances):

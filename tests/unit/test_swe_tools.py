@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 
 import pytest
 
@@ -43,6 +45,17 @@ def test_a_call_keeps_blanks_and_line_breaks_of_its_values():
         (write_call("view", path="a.py"), Call("view", {"path": "a.py"})),
         (write_call("bash", command="ls"), Call("execute_bash", {"cmd": "ls"})),
         (write_call("submit"), Call("finish")),
+        (write_call("str_replace_editor", command="view", path="a"), Call("view", {"path": "a"})),
+        (
+            write_call(
+                "str_replace_based_edit_tool",
+                command="insert",
+                path="a",
+                insert_line="3",
+                insert_text="b",
+            ),
+            Call("insert", {"path": "a", "insert_line": "3", "new_str": "b"}),
+        ),
         (write_call("finish", command="submit", result="done"), Call("finish")),
         (write_call("search", search_term="f"), Call("search", {"search_term": "f"})),
     ],
@@ -207,3 +220,40 @@ def test_a_function_is_not_found_by_its_name(repository):
     assert toolbox.symbol("box . open") == (
         "pack/core.py\n     6\t    def open(self):\n     7\t        return 2"
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("pipe.py", "no regular file"),
+        ("/dev/zero", "no regular file"),
+        ("/proc/self/pagemap", "is over 16 MiB|cannot be read"),
+        ("a\0b", "a NUL character"),
+        ("a\ud800b", "a surrogate"),
+        ("loop", "does not exist"),
+    ],
+)
+def test_a_path_that_is_no_file_takes_long_or_is_no_plain_error(repository, path, said):
+    os.mkfifo("pipe.py")
+    os.symlink("loop", "loop")
+    start = time.monotonic()
+    for tool, arguments in (
+        (toolbox.view, ()),
+        (toolbox.str_replace, ("a", "b")),
+        (toolbox.insert, ("0", "b")),
+        (toolbox.search, ("a",)),
+    ):
+        given = ("a", path) if tool is toolbox.search else (path, *arguments)
+        with pytest.raises(toolbox.ToolError, match=said):
+            tool(*given)
+    assert toolbox.search("return").count("return") == 2
+    with pytest.raises(toolbox.ToolError, match="surrogate"):
+        toolbox.create("new.py", "\ud800")
+    assert not os.path.exists("new.py")
+    kept = f".git/undo/{toolbox.key_of('pack/core.py')}.000000"
+    os.mkdir(".git/undo")
+    os.mkfifo(kept)  # where the next change would be kept
+    os.rename(kept, kept[:-1] + "1")
+    with pytest.raises(toolbox.ToolError, match="cannot be written"):
+        toolbox.str_replace("pack/core.py", "return 2", "return 3")
+    assert time.monotonic() - start < 1

@@ -88,6 +88,7 @@ def _foreign(cfg: DictConfig) -> Iterator[tuple[str, str]]:
         if (
             (name == "_target_" and not _is_ours(key, value))
             or (name == "allow_unsafe" and value not in (None, False))
+            or (".hosts." in f"{key}." and value)  # who are given a token
             or "_args_" in key.split(".")  # past the checks of names
         ):
             yield key, str(value)

@@ -23,7 +23,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from aem_lightning.envs.swe.env import SweSettings, choose_sandbox
 from aem_lightning.envs.swe.grading import grade, run_judged
 from aem_lightning.envs.swe.instances import from_swebench
 from aem_lightning.envs.swe.libraries import TEST_FILE, Library, load_libraries
@@ -32,6 +31,7 @@ from aem_lightning.envs.swe.patches import make_diff
 from aem_lightning.envs.swe.repositories import write_repository
 from aem_lightning.envs.swe.sandbox import Limits, Sandbox, SessionSpec, tar_of
 from aem_lightning.envs.swe.sandbox.base import KILLED
+from aem_lightning.envs.swe.settings import SweSettings, choose_sandbox
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,11 @@ import io
 import json
 import os
 import re
+import stat
 import sys
 
 SHOWN = 10000  # characters of a file
+LONGEST = 16 << 20  # bytes of one
 MATCHES = 100
 DEPTH = 2
 TOKEN = re.compile(r"\w+|[^\w\s]+")
@@ -67,7 +69,7 @@ def create(path: str, file_text: str = "", root: str = ".") -> str:
     place = locate(path, root, must_exist=False)
     if os.path.exists(place):
         raise ToolError(path + " exists already; change it with str_replace")
-    write(place, file_text.encode(), remember=False)
+    write(place, plain(file_text), remember=False)
     return "File created: " + path
 
 
@@ -151,6 +153,12 @@ def search(search_term: str, path: str = ".", root: str = ".") -> str:
 
 def locate(path: str, root: str, must_exist: bool = True) -> str:
     """A path of the request; the working folder may be somewhere else than ``root`` says."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ToolError(f"path={path!r} holds a surrogate, which no file's name can") from None
+    if "\0" in path:
+        raise ToolError(f"path={path!r} holds a NUL character, which no file's name can")
     if path == root or path.startswith(root + "/"):
         path = "." + path[len(root) :]
     if must_exist and not os.path.exists(path):
@@ -161,10 +169,20 @@ def locate(path: str, root: str, must_exist: bool = True) -> str:
 def data_of(place: str, path: str) -> bytes:
     """The bytes of a file."""
     try:
-        with open(place, "rb") as file:
-            return file.read()
+        with open(place, "rb", opener=opened) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ToolError(path + " is no regular file")
+            data = file.read(LONGEST + 1)  # some of /proc have no end
     except OSError as error:
         raise ToolError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > LONGEST:
+        raise ToolError(f"{path} is over {LONGEST >> 20} MiB; look at a part with a command")
+    return data
+
+
+def opened(place: str, flags: int) -> int:
+    """A descriptor; a FIFO is not waited for."""
+    return os.open(place, flags | os.O_NONBLOCK, 0o666)
 
 
 def read(place: str, path: str) -> str:
@@ -181,6 +199,15 @@ def encoded(place: str, text: str) -> bytes:
     except UnicodeEncodeError as error:
         wrong = text[error.start : error.end]
         raise ToolError(f"{place} is written in {coding}, which has no {wrong!r}") from error
+
+
+def plain(text: str) -> bytes:
+    """A text as UTF-8."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        wrong = text[error.start : error.end]
+        raise ToolError(f"file_text holds {wrong!r}, a surrogate, which no text can") from None
 
 
 def coding_of(data: bytes) -> tuple[str, str]:
@@ -221,10 +248,10 @@ def write(place: str, data: bytes, remember: bool = True) -> None:
             folder = os.path.join(".git", "undo")
             os.makedirs(folder, exist_ok=True)
             name = f"{key_of(place)}.{len(history(place)):06}"
-            with open(os.path.join(folder, name), "wb") as file:
+            with open(os.path.join(folder, name), "wb", opener=opened) as file:
                 file.write(data_of(place, place))
         os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-        with open(place, "wb") as file:
+        with open(place, "wb", opener=opened) as file:
             file.write(data)
     except OSError as error:
         raise ToolError(f"{place} cannot be written: {error.strerror}") from error
@@ -304,7 +331,7 @@ def python_files(place: str) -> list[str]:
     for folder, folders, names in os.walk(place):
         folders[:] = sorted(f for f in folders if f[0] != "." and f != "__pycache__")
         found += [os.path.join(folder, name) for name in sorted(names) if name.endswith(".py")]
-    return found
+    return [name for name in found if os.path.isfile(name)]
 
 
 def definitions(source: str) -> list[tuple[str, int, int]]:
@@ -336,6 +363,8 @@ def main() -> int:
         code, text = 0, TOOLS[request.pop("tool")](**request)
     except (ToolError, TypeError) as error:
         code, text = 1, f"ERROR: {error}"
+    except (OSError, MemoryError, RecursionError) as error:
+        code, text = 1, f"ERROR: {type(error).__name__}: {error}"
     sys.stdout.buffer.write(re.sub("[\ud800-\udfff]", "\ufffd", text).encode() + b"\n")
     return code
 

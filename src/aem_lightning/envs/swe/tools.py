@@ -40,8 +40,20 @@ EDITOR_COMMANDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 # Short names, and the editor's command that they stand for.
 SHORT = {"edit": "str_replace"} | {command: command for command in EDITOR_COMMANDS}
-RENAMED = {"bash": "execute_bash", "submit": "finish"}
+# What others call them: SWE-agent, OpenHands and Anthropic.
+RENAMED = {
+    "bash": "execute_bash",
+    "submit": "finish",
+    "str_replace_editor": "file_editor",
+    "str_replace_based_edit_tool": "file_editor",
+}
 TOOLS = ("file_editor", "search", "execute_bash", "finish")
+# The state lies in .git, which no change has a part of. What cannot be set again, such as UID, is
+# said to nobody.
+_RECALL = """_aem_state=$PWD/.git/aem-shell
+[ ! -f "$_aem_state" ] || . "$_aem_state" 2>/dev/null
+trap '{ { printf "cd -- %q\\n" "$PWD"; declare -p; declare -f; } >"$_aem_state.new" && \
+mv "$_aem_state.new" "$_aem_state"; } 2>/dev/null' EXIT"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,8 @@ def parse_call(action: str) -> Call:
     if name in SHORT:
         name, arguments["command"] = "file_editor", SHORT[name]
     if name == "file_editor":
+        if "insert_text" in arguments and "new_str" not in arguments:
+            arguments["new_str"] = arguments.pop("insert_text")
         command = arguments.pop("command", "").strip()
         if command not in EDITOR_COMMANDS:
             raise CallError(f"command={command!r}; allowed: {', '.join(EDITOR_COMMANDS)}.")
@@ -118,10 +132,20 @@ def tool_schemas() -> list[Tool]:
     ]
 
 
-def run_call(session: Session, call: Call) -> CommandResult:
+def keep_state(command: str) -> str:
+    """A command that begins in the folder and with the variables and functions of the last one.
+
+    Each is still a shell of its own, of which no process is left: its state is written down when it
+    ends. One that is killed, or that sets a trap for its own end, leaves the state as it was.
+    """
+    return f"{_RECALL}\neval {shlex.quote(command)}"
+
+
+def run_call(session: Session, call: Call, shell: str = "fresh") -> CommandResult:
     """Do what ``call`` says; ``finish`` is not for here."""
     if call.tool == "execute_bash":
-        return session.run(call.arguments["cmd"])
+        command = call.arguments["cmd"]
+        return session.run(keep_state(command) if shell == "persistent" else command)
     request = {"tool": call.tool, **call.arguments, "root": WORKDIR}
     return session.run(TOOLBOX_COMMAND, wall_s=TOOL_WALL_S, stdin=json.dumps(request).encode())
 
@@ -129,7 +153,8 @@ def run_call(session: Session, call: Call) -> CommandResult:
 def describe(call: Call, result: CommandResult) -> str:
     """A result as the agent reads it."""
     if call.tool != "execute_bash":
-        return f"Execution output of [{call.tool}]:\n{result.output.rstrip()}"
+        name = "file_editor" if call.tool in EDITOR_COMMANDS else call.tool
+        return f"Execution output of [{name}]:\n{result.output.rstrip()}"
     text = shortened(result.output)
     exit_code = f"Exit code: {result.code}{time_note(result)}"
     return f"{exit_code}\nExecution output of [execute_bash]:\n{text}"

@@ -18,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from aem_lightning.envs.swe.env import SweSettings, choose_sandbox, grade_change
+from aem_lightning.envs.swe.env import grade_change
 from aem_lightning.envs.swe.grading import Grade
 from aem_lightning.envs.swe.instances import ADAPTERS, SOURCES, Instance, load_instances
 from aem_lightning.envs.swe.repositories import Repositories
 from aem_lightning.envs.swe.sandbox import Limits, Sandbox
+from aem_lightning.envs.swe.settings import SweSettings, choose_sandbox
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,14 @@ from aem_lightning.envs.swe.sandbox.base import (
     Level,
     Limits,
     Sandbox,
+    Session,
     SessionSpec,
 )
 from aem_lightning.envs.swe.sandbox.bubblewrap import BubblewrapSandbox
 from aem_lightning.envs.swe.sandbox.docker import DockerSandbox
 from aem_lightning.envs.swe.sandbox.local import LocalSandbox
-from aem_lightning.envs.swe.sandbox.session import Session, tar_of
+from aem_lightning.envs.swe.sandbox.remote import RemoteSandbox, remote_sandbox
+from aem_lightning.envs.swe.sandbox.session import tar_of
 
 __all__ = [
     "WORKDIR",
@@ -25,8 +27,10 @@ __all__ = [
     "Level",
     "Limits",
     "LocalSandbox",
+    "RemoteSandbox",
     "Sandbox",
     "Session",
     "SessionSpec",
+    "remote_sandbox",
     "tar_of",
 ]

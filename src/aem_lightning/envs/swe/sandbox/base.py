@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 from annotated_types import Ge
 
 from aem_lightning.types import Positive
-
-if TYPE_CHECKING:
-    from aem_lightning.envs.swe.sandbox.session import Session
 
 WORKDIR = "/testbed"
 KILLED = 137  # the exit code of a process that was killed
@@ -28,10 +25,13 @@ class Limits:
     Attributes:
         wall_s: Seconds until it is killed.
         cpu_s: Seconds of processor time a process.
-        memory_bytes: Address space a process, and resident memory of all processes of a session.
+        memory_bytes: Address space a process, and resident memory of all processes of a session
+            together with what lies in their TCP sockets.
         processes: Processes and threads of a session.
         file_bytes: Size of a file.
         disk_bytes: Size of each writable folder, which lie in memory.
+        files: Files, folders and links in each of them.
+        sockets: Of all processes of a session: other kinds keep up to 208 KiB each in the kernel.
         output_bytes: Output that is kept: its beginning and its end, half each.
     """
 
@@ -41,6 +41,8 @@ class Limits:
     processes: Size = 64
     file_bytes: Size = 64 << 20
     disk_bytes: Size = 256 << 20
+    files: Size = 100_000
+    sockets: Size = 256
     output_bytes: Size = 64_000
 
     def ended_by_the_clock(self, wall_s: float) -> Limits:
@@ -107,6 +109,34 @@ class SessionSpec:
     limits: Limits = field(default_factory=Limits)
     image: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Session(Protocol):
+    """One sandbox at work, whose commands leave files but no process."""
+
+    def run(
+        self,
+        command: str,
+        *,
+        wall_s: float | None = None,
+        cwd: str | None = None,
+        stdin: bytes | None = None,
+        output_bytes: int | None = None,
+    ) -> CommandResult:
+        """Run ``command`` with bash; ``wall_s`` and ``output_bytes`` replace the session's."""
+        ...
+
+    def put_tar(self, data: bytes, path: str | None = None) -> CommandResult:
+        """Unpack an archive below ``path``, by default the working folder."""
+        ...
+
+    def alive(self) -> bool:
+        """Whether another command can be run."""
+        ...
+
+    def close(self) -> None:
+        """End every process of the session; a second call does nothing."""
+        ...
 
 
 @runtime_checkable

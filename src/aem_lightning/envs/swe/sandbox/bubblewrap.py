@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cache
 
 from aem_lightning.envs.swe.sandbox.base import Isolation, Level, SessionSpec
+from aem_lightning.envs.swe.sandbox.cgroup import make_group
 from aem_lightning.envs.swe.sandbox.seccomp import seccomp_program
-from aem_lightning.envs.swe.sandbox.session import Session, server_command
+from aem_lightning.envs.swe.sandbox.session import ServedSession, server_command
 
 HOME = "/home/agent"
 NOBODY = "65534"  # who runs it for root: the limit on processes does not hold for user 0
@@ -41,7 +44,8 @@ class BubblewrapSandbox:
     working folder, ``/tmp``, ``/dev/shm`` and the home. No other file of the machine, no network,
     no variable of the trainer. For root, commands run as user 65534.
 
-    With pyseccomp, system calls that no build or test needs are refused.
+    With pyseccomp, system calls that no build or test needs are refused. Where control groups
+    (version 2) can be made, the kernel bounds the memory of each session, its own part included.
 
     It stops a model's mistakes and its mischief, not somebody who attacks the kernel.
     """
@@ -52,9 +56,9 @@ class BubblewrapSandbox:
         """Open a session and see."""
         return _probe()
 
-    def open(self, spec: SessionSpec) -> Session:
+    def open(self, spec: SessionSpec) -> ServedSession:
         """A session in namespaces of its own; ``spec.image`` is not used."""
-        arguments = _arguments(spec)
+        arguments = _arguments(spec, shutil.which("bwrap") or "bwrap")
         filters = []
         if program := seccomp_program():
             source, sink = os.pipe()  # which holds more than a filter
@@ -62,8 +66,17 @@ class BubblewrapSandbox:
                 pipe.write(program)
             filters.append(source)
             arguments[1:1] = ["--seccomp", str(source)]
-        return Session(
-            _as_nobody(arguments), spec, environment={"PATH": os.defpath}, descriptors=filters
+        if os.getuid() == 0 or _can_mount():
+            arguments = _mounted(arguments, spec)
+        group = make_group(spec.limits, len(_folders(spec)))
+        if group is not None:
+            arguments = ["sh", "-c", f'{group.join} && exec "$@"', "sh", *arguments]
+        return ServedSession(
+            arguments,
+            spec,
+            environment={"PATH": os.defpath},
+            on_close=[group.remove] if group else [],
+            descriptors=filters,
         )
 
 
@@ -83,7 +96,8 @@ def _probe() -> Isolation:
             else "no filter of system calls: memory that is not mapped has no bound. "
             "Install libseccomp and pip install 'aem-lightning[swe]'"
         )
-        works = f"bubblewrap works: own namespaces, a shared kernel, {filtered}"
+        counted = "" if _can_mount() else ", no bound on the number of files"
+        works = f"bubblewrap works: own namespaces, a shared kernel, {filtered}{counted}"
         return Isolation(True, Level.NAMESPACES, works)
     why = result.infra_error or result.output.strip()
     return Isolation(
@@ -94,19 +108,37 @@ def _probe() -> Isolation:
     )
 
 
-def _arguments(spec: SessionSpec) -> list[str]:
-    disk = str(spec.limits.disk_bytes)
+@dataclass(frozen=True)
+class _Folder:
+    """A writable folder, in memory."""
+
+    place: str
+    size: int
+    files: int
+
+    @property
+    def options(self) -> str:
+        return f"size={self.size},nr_inodes={self.files},mode=755,nosuid,nodev"
+
+
+def _folders(spec: SessionSpec) -> list[_Folder]:
+    limits = spec.limits
+    return [
+        _Folder("/tmp", limits.disk_bytes, limits.files),
+        _Folder(spec.workdir, limits.disk_bytes, limits.files),
+        _Folder(HOME, 1 << 20, min(1000, limits.files)),
+        _Folder("/dev/shm", 16 << 20, min(1000, limits.files)),
+    ]
+
+
+def _arguments(spec: SessionSpec, program: str) -> list[str]:
     mounts = ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "lib", "lib64", "sbin"):
         mounts += ["--symlink", f"usr/{name}", f"/{name}"]
-    mounts += ["--proc", "/proc", "--dev", "/dev"]
-    for size, folder in (
-        (disk, "/tmp"),
-        (disk, spec.workdir),
-        (str(1 << 20), HOME),
-        (str(16 << 20), "/dev/shm"),
-    ):
-        mounts += ["--size", size, "--tmpfs", folder]
+    # /dev/full gives the zeros of /dev/zero, but not the memory that one gets by mapping that.
+    mounts += ["--proc", "/proc", "--dev", "/dev", "--dev-bind", "/dev/full", "/dev/zero"]
+    for folder in _folders(spec):
+        mounts += ["--size", str(folder.size), "--tmpfs", folder.place]
     mounts += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     shared: dict[str, str] = {}
     for place, inside in _sources().items():
@@ -120,13 +152,13 @@ def _arguments(spec: SessionSpec) -> list[str]:
         shared = {"LD_LIBRARY_PATH": "/opt/lib"}
     variables = {**ENVIRONMENT, **shared, **spec.environment}
     return [
-        "bwrap",
+        program,
         *("--unshare-all", "--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"),
         *("--cap-drop", "ALL", "--hostname", "sandbox", "--new-session", "--die-with-parent"),
         # The server is process 1 itself: bwrap's own would keep the environment that it was given.
         *("--as-pid-1", "--clearenv"),
         *mounts,
-        *("--remount-ro", "/"),
+        *("--remount-ro", "/dev", "--remount-ro", "/"),
         *(part for pair in variables.items() for part in ("--setenv", *pair)),
         *("--chdir", spec.workdir),
         *server_command(INTERPRETER),
@@ -138,19 +170,41 @@ def _sources() -> dict[str, str]:
     return {sys.base_prefix: "/opt/python", sysconfig.get_paths()["purelib"]: "/opt/site"}
 
 
-def _as_nobody(arguments: list[str]) -> list[str]:
-    """The same command for root, run by an unprivileged user.
+@cache
+def _can_mount() -> bool:
+    """Whether a mount namespace can be made in which file systems are mounted."""
+    command = [*_namespace(), "mount", "-t", "tmpfs", "none", "/mnt"]
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
-    That user may not reach the interpreter, say below ``/root``: so what is bound is bound twice,
-    first to a place that anybody can read, in a mount namespace that ends with the session.
+
+def _namespace() -> list[str]:
+    own = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+    return ["unshare", *own, "--mount", "--propagation", "private"]
+
+
+def _mounted(arguments: list[str], spec: SessionSpec) -> list[str]:
+    """The same command in a mount namespace that ends with it, where folders have bounds of ours.
+
+    ``bwrap`` bounds the bytes of what it mounts, not the number of files. For root, an unprivileged
+    user runs it. That user may not reach the interpreter, say below ``/root``: so what is bound is
+    bound twice, first to a place that anybody can read.
     """
-    if os.getuid() != 0:
-        return arguments
     lines = ["mount -t tmpfs -o mode=755 none /mnt"]
     for number, place in enumerate(_sources()):
         own = f"/mnt/{number}"
         lines += [f"mkdir {own}", f"mount --bind {shlex.quote(place)} {own}"]
         arguments = [own if argument == place else argument for argument in arguments]
-    lines.append(f'exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups "$@"')
-    script = " && ".join(lines)
-    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *arguments]
+    owner, become = "", ""
+    if os.getuid() == 0:
+        owner = f",uid={NOBODY},gid={NOBODY}"
+        become = f"setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups "
+    for number, folder in enumerate(_folders(spec)):
+        own = f"/mnt/folder{number}"
+        lines += [f"mkdir {own}", f"mount -t tmpfs -o {folder.options}{owner} none {own}"]
+        at = arguments.index(folder.place) - 3  # --size BYTES --tmpfs PLACE
+        arguments[at : at + 3] = ["--bind", own]
+    script = " && ".join([*lines, f'exec {become}"$@"'])
+    return [*_namespace(), "sh", "-c", script, "sh", *arguments]

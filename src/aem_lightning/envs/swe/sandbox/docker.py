@@ -10,7 +10,7 @@ from functools import cache
 
 from aem_lightning.envs.swe.sandbox.base import Isolation, Level, SessionSpec
 from aem_lightning.envs.swe.sandbox.bubblewrap import ENVIRONMENT
-from aem_lightning.envs.swe.sandbox.session import Session, server_command
+from aem_lightning.envs.swe.sandbox.session import ServedSession, server_command
 
 IMAGE = "python:3.11-slim"
 # What the host's docker command may read: where its daemon and its credentials are.
@@ -38,11 +38,11 @@ class DockerSandbox:
         """Ask the daemon."""
         return _probe()
 
-    def open(self, spec: SessionSpec) -> Session:
+    def open(self, spec: SessionSpec) -> ServedSession:
         """A session in a new container, which is removed when it closes."""
         name = f"aem-swe-{uuid.uuid4().hex[:12]}"
         environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
-        return Session(
+        return ServedSession(
             self.arguments(spec, name),
             spec,
             environment=environment,

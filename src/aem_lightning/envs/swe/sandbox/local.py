@@ -11,7 +11,7 @@ from typing import Any
 
 from aem_lightning.envs.swe.sandbox.base import CommandResult, Isolation, Level, SessionSpec
 from aem_lightning.envs.swe.sandbox.bubblewrap import ENVIRONMENT
-from aem_lightning.envs.swe.sandbox.session import Session, server_command
+from aem_lightning.envs.swe.sandbox.session import ServedSession, server_command
 
 
 class LocalSandbox:
@@ -29,20 +29,21 @@ class LocalSandbox:
         if not allow_unsafe:
             raise ValueError(
                 "sandbox=local runs what the policy writes as you, without isolation: it can "
-                "delete your files. Install bubblewrap or docker and take sandbox=auto, or type "
-                "allow_unsafe=true"
+                "delete your files. Install bubblewrap and type "
+                "datamodule.environment.sandbox=auto, or type "
+                "datamodule.environment.allow_unsafe=true"
             )
 
     def probe(self) -> Isolation:
         """Always usable, never isolated."""
         return Isolation(True, Level.NONE, "no isolation: commands run as the trainer's own user")
 
-    def open(self, spec: SessionSpec) -> Session:
+    def open(self, spec: SessionSpec) -> ServedSession:
         """A session in a temporary folder, which takes the place of ``spec.workdir``."""
         return _LocalSession(spec)
 
 
-class _LocalSession(Session):
+class _LocalSession(ServedSession):
     """A served session, and the folder that goes with it."""
 
     def __init__(self, spec: SessionSpec) -> None:

@@ -57,11 +57,14 @@ class Job:
         self.request = request
         self.output = Output(request["output_bytes"])
         self.ended: dict[int, int] = {}  # exit status by process id, of all that were reaped
+        self.used: dict[int, float] = {}  # and their seconds of processor time
         self.killed_for: str | None = None
 
     def run(self) -> dict[str, Any]:
         """The reply to the request."""
         start = time.monotonic()
+        if "\0" in self.request["command"]:
+            raise ValueError("a command can hold no NUL character")
         data = base64.b64decode(self.request["stdin"])
         source, sink = os.pipe()
         process = subprocess.Popen(
@@ -82,6 +85,10 @@ class Job:
         process.stdout.close()
         status = self.ended.get(process.pid, signal.SIGKILL)
         code = process.returncode = os.waitstatus_to_exitcode(status)  # reaped here, not by Popen
+        limit = self.request["rlimits"]["RLIMIT_CPU"]
+        used = self.used.get(process.pid, 0.0)
+        if code == -signal.SIGXCPU or (code == -signal.SIGKILL and used > limit):
+            self.killed_for = f"over {limit} seconds of processor time"
         if self.killed_for:
             self.output.add(f"\n[killed: {self.killed_for}]\n".encode())
         return {
@@ -95,7 +102,12 @@ class Job:
 
     def _limit(self) -> None:
         for name, value in self.request["rlimits"].items():
-            resource.setrlimit(getattr(resource, name), (value, value))
+            # At the first limit of processor time comes a signal that has a name, then SIGKILL.
+            last = value + 1 if name == "RLIMIT_CPU" else value
+            resource.setrlimit(getattr(resource, name), (value, last))
+        # Where memory ends, it ends for these first.
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+            score.write("1000")
 
     def _watch(self, pid: int, output: int, sink: int, data: bytes, start: float) -> bool:
         """Feed and read the command until it ends; whether time ran out first."""
@@ -121,13 +133,23 @@ class Job:
                     return False
                 if time.monotonic() > end:
                     return True
-                if resident_bytes() > self.request["memory_bytes"]:
-                    limit = self.request["memory_bytes"]
-                    self.killed_for = f"together over {limit} bytes of memory"
+                self.killed_for = self._too_much()
+                if self.killed_for:
                     return False
         finally:
             if open_sink is not None:
                 os.close(open_sink)
+
+    def _too_much(self) -> str | None:
+        """What the processes have too much of, together."""
+        memory, sockets = self.request["memory_bytes"], self.request["sockets"]
+        # Elsewhere the namespace is the machine's own: sockets are not ours alone.
+        alone = os.getpid() == 1
+        if resident_bytes() + (sent_and_unread_bytes() if alone else 0) > memory:
+            return f"together over {memory} bytes of memory"
+        if alone and open_sockets() > sockets:
+            return f"together over {sockets} sockets"
+        return None
 
     def _drain(self, output: int) -> None:
         """Take what is still in the pipe; all who could write to it are gone."""
@@ -140,12 +162,13 @@ class Job:
     def _reap(self) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, used = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
             self.ended[pid] = status
+            self.used[pid] = used.ru_utime + used.ru_stime
 
     def _sweep(self) -> None:
         """Kill whatever the command left running, daemons too."""
@@ -197,6 +220,27 @@ def resident_bytes() -> int:
     return total
 
 
+def open_sockets() -> int:
+    """Sockets of our network namespace."""
+    lines = _lines("/proc/net/sockstat")
+    return int(lines[0].split()[2]) if lines else 0  # sockets: used N
+
+
+def sent_and_unread_bytes() -> int:
+    """What lies in TCP sockets of our network namespace, whose buffers grow by themselves."""
+    tables = _lines("/proc/net/tcp")[1:] + _lines("/proc/net/tcp6")[1:]
+    queues = [line.split()[4].split(":") for line in tables]
+    return sum(int(sent, 16) + int(unread, 16) for sent, unread in queues)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path) as file:
+            return file.readlines()
+    except OSError:  # as for tcp6 where there is no IPv6
+        return []
+
+
 def feed(sink: int, data: bytes) -> bytes:
     """What is left of ``data`` after a write; nothing when nobody reads."""
     try:
@@ -222,6 +266,8 @@ def serve() -> None:
         request = json.loads(line)
         try:
             reply = Job(request).run()
+        except UnicodeEncodeError:
+            reply = {"code": 126, "output": "a command is text: it can hold no surrogate\n"}
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             reply = {"code": 126, "output": f"{type(error).__name__}: {error}\n"}
         replies.write(json.dumps(reply).encode() + b"\n")

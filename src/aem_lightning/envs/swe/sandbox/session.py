@@ -19,6 +19,7 @@ from aem_lightning.envs.swe.sandbox.base import KILLED, CommandResult, SessionSp
 
 GRACE_S = 10.0  # after a command's own limit, for the server to end it and to answer
 CLOSE_S = 60.0
+UNPACK = "tar -xf - --no-same-owner"
 SERVER = files("aem_lightning.envs.swe.sandbox").joinpath("server.py").read_text(encoding="utf-8")
 
 
@@ -38,8 +39,8 @@ def tar_of(contents: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-class Session:
-    """One sandbox at work: a server inside runs its commands, which leave files but no process.
+class ServedSession:
+    """A session on this machine: a command server inside the sandbox, and two pipes to it.
 
     Args:
         argv: What starts the server; requests go to its standard input.
@@ -100,6 +101,7 @@ class Session:
             "wall_s": wall_s,
             "output_bytes": output_bytes,
             "memory_bytes": limits.memory_bytes,
+            "sockets": limits.sockets,
             "stdin": base64.b64encode(stdin or b"").decode(),
             "rlimits": {
                 "RLIMIT_CPU": limits.cpu_s,
@@ -131,7 +133,7 @@ class Session:
 
     def put_tar(self, data: bytes, path: str | None = None) -> CommandResult:
         """Unpack an archive below ``path``, by default the working folder."""
-        return self.run("tar -xf - --no-same-owner", cwd=path, stdin=data)
+        return self.run(UNPACK, cwd=path, stdin=data)
 
     def alive(self) -> bool:
         """Whether another command can be run."""
@@ -173,8 +175,13 @@ class Session:
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
-                if not selector.select(max(0.0, end - time.monotonic())):
+                left = end - time.monotonic()
+                if left <= 0:
                     return "the sandbox did not answer in time"
+                if self._process is not process:  # another thread has closed it
+                    return "the sandbox is closed"
+                if not selector.select(min(left, 0.5)):
+                    continue
                 data = os.read(process.stdout.fileno(), 1 << 20)
                 if not data:
                     return f"the sandbox ended: {_last_words(process)}"
