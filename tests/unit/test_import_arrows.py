@@ -20,6 +20,7 @@ ARROWS = {
     "beats": set(),
     "files": set(),
     "lazy": set(),
+    "new": set(),
     "collectives": set(),
     "functional": {"types"},
     "envs": {"types"},
