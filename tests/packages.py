@@ -1,4 +1,4 @@
-"""The packages of ``examples/`` as an editable install leaves them, without installing any."""
+"""Packages, of ``examples/`` or others, as an editable install leaves them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ EXAMPLES = ROOT / "examples"
 
 
 @contextlib.contextmanager
-def installed(name: str, site: Path) -> Iterator[Path]:
-    """The folder of the example ``name``, on the path, its entry points in the folder ``site``."""
-    source = EXAMPLES / name
+def installed(name: str, site: Path, where: Path = EXAMPLES) -> Iterator[Path]:
+    """The folder of the package ``name``, on the path, its entry points in the folder ``site``."""
+    source = where / name
     project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     info = site / f"{name}-{project['version']}.dist-info"
     info.mkdir(parents=True)

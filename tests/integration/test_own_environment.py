@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from hydra import compose, initialize_config_dir
 from packages import EXAMPLES, installed
 from runs import CONFIGS, SMALL, composed, curves
 
+from aem_lightning.new.__main__ import main
 from aem_lightning.runner.build import build_datamodule
 from aem_lightning.runner.checks import ConfigError, check_config
+from aem_lightning.runner.training import check_only
 
 EXAMPLE = EXAMPLES / "key_and_door"
 
@@ -102,3 +105,53 @@ def test_the_example_trains_with_free_and_with_constrained_actions(example, tmp_
     assert ended.status == 0, ended.said
     (summary,) = tmp_path.glob("logs/bound/*/summary.json")
     assert invalid_rate(summary.parent) == 0
+
+
+# -------------------------------------------------------------------------------------- aem new env
+
+
+def test_what_aem_new_env_writes_is_an_option_that_keeps_the_contract(tmp_path, caplog, capsys):
+    main(["new", "env", "Deep_sea9", "--into", str(tmp_path / "mine")])
+    assert (
+        "python train.py datamodule=Deep_sea9 prompt=plain stage=check" in capsys.readouterr().out
+    )
+    with installed("Deep_sea9", tmp_path / "site", tmp_path / "mine") as folder:
+        cfg = composed(["datamodule=Deep_sea9", "prompt=plain"])
+        assert check_only(cfg, build_datamodule(cfg))["checked"] == "DeepSea9DataModule"
+        for name, test in runpy.run_path(str(folder / "tests" / "test_Deep_sea9.py")).items():
+            if name.startswith("test"):
+                test()
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("my-game", "cannot be the name of a Python package.* e.g. my_game"),
+        ("9lives", "cannot be the name .* e.g. lives"),
+        ("_hidden", "cannot be the name"),
+        ("../escape", "cannot be the name"),
+        ("", "cannot be the name .* e.g. my_game"),
+        ("straße", "cannot be the name"),
+        ("x" * 300, "at most 60 characters"),
+        ("class", "a word of Python's"),
+        ("match", "a word of Python's"),
+        ("json", "import json brings another module already"),
+        ("torch", "import torch brings another module already, .*torch"),
+        ("webshop", "datamodule=webshop is an option of this project already"),
+    ],
+)
+def test_a_name_that_cannot_be_is_refused_in_words_and_nothing_is_written(name, told, tmp_path):
+    with pytest.raises(SystemExit, match=f"aem new env: .*{told}"):
+        main(["new", "env", name, "--into", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_left_as_it_is(tmp_path):
+    (tmp_path / "game_a").mkdir()
+    with pytest.raises(SystemExit, match="is there already, and nothing is overwritten"):
+        main(["new", "env", "game_a", "--into", str(tmp_path)])
+    assert [*tmp_path.rglob("*")] == [tmp_path / "game_a"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="aem new env: "):
+        main(["new", "env", "game_b", "--into", str(tmp_path / "file")])

@@ -199,3 +199,16 @@ class Remembering(Hoarder):
 class Untold(Alike):
     def _info(self, *, valid):
         return {}
+
+
+class Paying(Plain):
+    """Sound, with a reward for each step and a win that it names, or does not."""
+
+    def __init__(self, reward, wins=False):
+        super().__init__()
+        self.pay = reward, wins
+
+    def step(self, action):
+        observation, *_, ended, truncated, info = super().step(action)
+        reward, wins = self.pay
+        return observation, reward, ended, truncated, {**info, "won": wins and ended}

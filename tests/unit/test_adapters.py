@@ -22,9 +22,9 @@ from aem_lightning.envs.adapters import (
     OpenEnvEnv,
     ReasoningGymEnv,
     TextArenaEnv,
-    task_number,
 )
 from aem_lightning.envs.answers import RESET, STEP, BadAnswerError, checked_answer
+from aem_lightning.envs.questions import task_number
 from aem_lightning.runner.build import build_datamodule, instantiate
 
 SMALL = ("datamodule.sizes={train: 4, valid: 3}", "datamodule.workers=1")

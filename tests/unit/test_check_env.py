@@ -23,6 +23,7 @@ from broken_envs import (
     Mute,
     NoDoor,
     Opener,
+    Paying,
     Plain,
     Remembering,
     Spawner,
@@ -39,7 +40,7 @@ from toy_text_env import fail_to_make
 from aem_lightning.envs import EnvContractError, check_env
 from aem_lightning.envs.leaks import find_leaks
 from aem_lightning.envs.trial import excerpts
-from aem_lightning.rollout import Prompt
+from aem_lightning.rollout import Prompt, RewardShaping
 from aem_lightning.types import Task
 
 TASKS = [Task("one"), Task("two")]
@@ -271,3 +272,27 @@ def test_the_line_that_loads_torch_into_every_worker_is_named_and_no_other(
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == (line is not None)  # and not that the worker was killed
     assert line is None or re.search(line, warnings[-1])
+
+
+PASSTHROUGH = {"success": 0.0, "environment": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("reward", "wins", "shaping", "told"),
+    [
+        (0.25, False, {}, r"rewards, e\.g\. 0\.25, and nothing of them is used: type rewards=pass"),
+        (0.25, False, PASSTHROUGH, None),
+        (0.25, True, {}, r"rewards, e\.g\. 0\.25, and nothing of them is used"),
+        (0.25, True, PASSTHROUGH, None),
+        (0.0, True, {}, None),
+        (0.0, True, PASSTHROUGH, r"a win earns nothing: type rewards=success_only"),
+        (0.0, False, {}, None),
+    ],
+)
+def test_rewards_and_wins_of_which_nothing_is_used_are_warned_of(
+    reward, wins, shaping, told, caplog
+):
+    check_env(partial(Paying, reward, wins), TASKS, rewards=RewardShaping(**shaping), resets=0)
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == (told is not None)
+    assert told is None or re.search(told, said[0])

@@ -274,6 +274,27 @@ def test_every_preset_of_rewards_gives_what_its_comment_says(name, won, malforme
     assert rewards(EnvStep(""), malformed=False) == pytest.approx(idle)
 
 
+@pytest.mark.parametrize(
+    ("words", "earns"),
+    [
+        ("datamodule=alfworld", "paper"),
+        ("datamodule=webshop_generated", "paper"),
+        ("datamodule=swe_json", "success_only"),
+        ("datamodule=custom", "passthrough"),
+        ("experiment=quickstart datamodule=textarena", "passthrough"),
+        ("experiment=swe rewards=paper", "paper"),
+        ("experiment=corridor", "success_only"),
+    ],
+)
+def test_what_is_earned_follows_the_datamodule_and_what_is_typed(words, earns):
+    from runs import composed
+
+    given = composed(words.split()).rewards
+    preset = composed([f"rewards={earns}"]).rewards
+    assert given.environment == preset.environment
+    assert given.success == preset.success
+
+
 def test_a_format_whose_actions_cannot_be_found_says_what_to_type(policy):
     react = dataclasses.replace(TAGGED, action="react", require_thinking=True)
     with pytest.raises(ValueError, match=r"prompt\.action=react is given\. Type action=free"):

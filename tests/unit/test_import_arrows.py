@@ -21,6 +21,7 @@ ARROWS = {
     "files": set(),
     "card": set(),
     "lazy": set(),
+    "new": set(),
     "collectives": set(),
     "functional": {"types"},
     "envs": {"types"},

@@ -8,6 +8,7 @@ from aem_lightning.lazy import lazily
 
 if TYPE_CHECKING:
     from aem_lightning.datamodules.alfworld import AlfworldDataModule
+    from aem_lightning.datamodules.dataset import DatasetDataModule, ToolsDataModule
     from aem_lightning.datamodules.swe import SweDataModule
     from aem_lightning.datamodules.testbeds import BaitDataModule, CorridorDataModule
     from aem_lightning.datamodules.webshop import WebShopDataModule
@@ -17,9 +18,11 @@ __all__ = [
     "AlfworldDataModule",
     "BaitDataModule",
     "CorridorDataModule",
+    "DatasetDataModule",
     "GymnasiumDataModule",
     "SeededDataModule",
     "SweDataModule",
+    "ToolsDataModule",
     "WebShopDataModule",
 ]
 # Imported when asked for: a worker of someone's own environment needs none of their engines.
@@ -27,6 +30,7 @@ __getattr__ = lazily(
     __name__,
     {
         "alfworld": ["AlfworldDataModule"],
+        "dataset": ["DatasetDataModule", "ToolsDataModule"],
         "testbeds": ["BaitDataModule", "CorridorDataModule"],
         "swe": ["SweDataModule"],
         "webshop": ["WebShopDataModule"],

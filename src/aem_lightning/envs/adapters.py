@@ -13,21 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from aem_lightning.envs.answers import BadAnswerError
 from aem_lightning.envs.base import RESERVED_INFO_KEYS, Reset, Step, import_extra
-
-
-def task_number(options: Mapping[str, Any] | None) -> int:
-    """The number of the task that ``reset`` is asked for.
-
-    Raises:
-        ValueError: The task id does not end in a number.
-    """
-    task_id = str((options or {}).get("task_id"))
-    number = task_id.rpartition("/")[2]
-    if not number.isdecimal():
-        raise ValueError(f"task_id={task_id!r}: a number behind a split, e.g. 'train/7'")
-    return int(number)
+from aem_lightning.envs.questions import QuestionEnv, outcome, task_number
 
 
 class GymnasiumEnv:
@@ -164,7 +151,7 @@ class TextArenaEnv:
                 return text, 0.0, False, False, self._known | {"is_action_valid": not errors}
             rewards, game = self._env.close()
         valid = not game.get(0, {}).get("invalid_move", False)
-        reward, ended = _outcome((rewards or {}).get(0, 0.0), self._win_at)
+        reward, ended = outcome((rewards or {}).get(0, 0.0), self._win_at)
         ended = {"is_action_valid": valid, **ended, "won": valid and ended["won"]}
         return text, reward, True, False, self._known | ended
 
@@ -207,40 +194,19 @@ class ReasoningGymEnv:
         **arguments: Any,
     ) -> None:
         library = import_extra("reasoning_gym", "adapters")
-        self._questions = library.create_dataset(name, seed=seed, size=size, **arguments)
-        self._name, self._win_at = name, win_at
+        questions = library.create_dataset(name, seed=seed, size=size, **arguments)
+        self._env = QuestionEnv(questions, name, win_at)
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """The question of the task's number."""
-        self._entry = self._questions[task_number(options)]
-        self._known = {"task_id": str((options or {})["task_id"])}
-        return self._entry["question"], dict(self._known)
+        return self._env.reset(seed=seed, options=options)
 
     def step(self, action: str, /) -> Step:
-        """The score of an answer; the episode ends.
-
-        Raises:
-            BadAnswerError: The data set's checker raised.
-        """
-        try:
-            score = self._questions.score_answer(answer=action, entry=self._entry)
-        except Exception as error:  # some read no answers but those of their own form
-            raise BadAnswerError(
-                f"no score: the checker of {self._name} raised {type(error).__name__}: {error} on "
-                f"the answer {action[:100]!r}; expected a number"
-            ) from error
-        reward, ended = _outcome(score, self._win_at)
-        return "", reward, True, False, self._known | ended
+        """The score of an answer; the episode ends."""
+        return self._env.step(action)
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def _outcome(value: Any, win_at: float) -> tuple[Any, dict[str, Any]]:
-    """A reward and what ``info`` says of it; what is no number stays, to be refused as it is."""
-    if not hasattr(value, "__float__"):
-        return value, {"won": False}
-    return float(value), {"won": float(value) >= win_at, "score": float(value)}
 
 
 class OpenEnvEnv:

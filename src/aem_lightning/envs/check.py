@@ -8,7 +8,7 @@ import pickle
 import random
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from typing import Any, Protocol, cast
@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 from aem_lightning.envs.base import EnvContractError, EnvPoolError, Reset, TextEnv
 from aem_lightning.envs.examined import EnvBreach, EnvLost, ExaminedEnv, RemoteEnv
 from aem_lightning.envs.leaks import find_leaks
+from aem_lightning.envs.payment import Shaping, lost_rewards
 from aem_lightning.envs.pool import EnvPool
 from aem_lightning.envs.trial import ActionWords, Trial, pick
 from aem_lightning.types import Task
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0  # where no DataModule says another
 WALKS = 4
+HOW = "defaults: [custom, override /rewards@_global_.rewards: ...]"
+LONG_WALK = 50  # turns, to see what an environment pays
 
 
 class TaskSource(Protocol):
@@ -44,6 +47,7 @@ def check_env(
     tasks: Sequence[Task] | None = None,
     *,
     prompt: ActionWords | None = None,
+    rewards: Shaping | None = None,
     seed: int = 0,
     turns: int = 8,
     resets: int = 200,
@@ -63,13 +67,15 @@ def check_env(
     is killed is replaced and the episode goes on. ``close`` may be called twice.
 
     The last two, over processes and many resets, follow where all before them is well. A line that
-    loads torch, Lightning or transformers into the worker is no breach: a warning names it.
+    loads torch, Lightning or transformers into the worker is no breach: a warning names it. So does
+    one where ``rewards`` make nothing of the rewards or wins that are seen.
 
     Args:
         environment: A DataModule, or a function that makes one environment, together with
             ``tasks``.
         tasks: Tasks to try; ``None`` takes some of every split of the DataModule.
         prompt: How actions are written as responses.
+        rewards: What the run makes of an answer.
         seed: Seed given to ``reset``, and of the actions tried.
         turns: Actions tried in each task.
         resets: Episodes that must leave nothing behind; 0 tries none.
@@ -89,7 +95,7 @@ def check_env(
         breaches += _check_ids(tasks)
     if not tasks and not breaches:
         raise ValueError("check_env got no tasks; give at least one")
-    effort = _Effort(seed, turns, resets)
+    effort = _Effort(seed, turns, resets, rewards)
     settings = {
         "timeout_s": getattr(environment, "timeout_s", TIMEOUT_S),
         **getattr(environment, "pool_settings", {}),
@@ -106,6 +112,7 @@ class _Effort:
     seed: int
     turns: int
     resets: int
+    rewards: Shaping | None = None
 
 
 def _check_in_worker(
@@ -168,6 +175,11 @@ def _check_episodes(
     try:
         if not breaches:
             breaches += _check_differences(env, starts, effort)
+        if not breaches and effort.rewards:
+            for task in tasks[:WALKS]:
+                _walk(env, task.id, replace(effort, turns=LONG_WALK), 0)
+            if lost := lost_rewards([*env.paid.values()], effort.rewards):
+                logger.warning("%s. An environment decides for itself in its YAML: %s", lost, HOW)
         if not breaches and effort.resets:
             logger.info("check: what %d episodes leave behind", effort.resets)
             sizes = {"seed": effort.seed, "resets": effort.resets}

@@ -118,11 +118,13 @@ class RemoteEnv:
 
     Attributes:
         imports: Heavy packages by the line that loads them.
+        paid: Answers with a reward or a win, one of each kind.
     """
 
     def __init__(self, pool: EnvPool, key: str) -> None:
         self._pool, self._key = pool, key
         self.imports: dict[str, list[str]] = {}
+        self.paid: dict[tuple[float, bool], EnvStep] = {}
 
     def make(self) -> None:
         """Let it be made, where it is not yet.
@@ -161,4 +163,6 @@ class RemoteEnv:
         self.imports = told["imports"]
         if told["breach"] is not None:
             raise EnvBreach(told["breach"])
+        if step.reward or step.won:
+            self.paid.setdefault((step.reward, step.won), step)
         return step.observation, step.reward, step.terminated, step.truncated, info

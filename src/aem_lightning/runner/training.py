@@ -192,7 +192,8 @@ def check_only(cfg: DictConfig, datamodule: AgentDataModule) -> dict[str, Any]:
     Raises:
         EnvContractError: Every breach found.
     """
-    check_env(datamodule, prompt=instantiate(cfg.prompt), seed=cfg.seed)
+    parts = {name: instantiate(cfg[name]) for name in ("prompt", "rewards")}
+    check_env(datamodule, **parts, seed=cfg.seed)
     name = type(datamodule).__name__
     log.info("%s keeps the contract of aem_lightning.envs.TextEnv", name)
     return {"name": cfg.name, "checked": name}
