@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 PACKAGE = ROOT / "src" / "aem_lightning"
 ROOMS = ("functional", "algorithms", "envs", "datamodules", "rollout", "callbacks")
-OPTION = re.compile(r"^(?P<indent> *)(?P<key>[\w.]+):(?: +(?P<value>[^#].*?))?(?: +# (?P<says>.*))?$")
+OPTION = re.compile(
+    r"^(?P<indent> *)(?P<key>[\w.]+):(?: +(?P<value>[^#].*?))?(?: +# (?P<says>.*))?$"
+)
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
