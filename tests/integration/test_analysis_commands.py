@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def test_compare_pairs_other_runs_than_it_should(compared: Path) -> None:
 
 def test_compare_leaves_a_figure_a_table_and_curves_out(compared: Path) -> None:
     assert (compared / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert (compared / "compare.pdf").read_bytes().startswith(b"%PDF")
+    content = read(compared / "compare.json")
+    words = shlex.split(content["command"])
+    assert words[:4] == ["python", "-m", "aem_lightning.analysis", "compare"]
+    assert words[5:] == ["seeds=[0,1]", "iterations=2"], "no folder of this machine"
+    assert all(0 <= run["before"] <= 1 for run in content["runs"])
     table = (compared / "compare.md").read_text()
     assert "| arm | seeds | blue | green | red | white | all |" in table
     assert "exact McNemar" in table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -9,18 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from matplotlib.text import Text
 from omegaconf import OmegaConf
+from PIL import Image
 from runs import ROOT, composed
 from torch import Tensor
 
 from aem_lightning.algorithms import AEM, GRPO
 from aem_lightning.analysis.__main__ import ANALYSES
-from aem_lightning.analysis.compare import Run, base_of, effects, pair_statistics
+from aem_lightning.analysis.compare import Run, base_of, comparison, effects, pair_statistics
 from aem_lightning.analysis.curves import mean_curve
 from aem_lightning.analysis.keep import Keep
 from aem_lightning.analysis.masks import divergence
+from aem_lightning.analysis.picture import caption_of, draw_comparison, title_of
 from aem_lightning.analysis.proxy import columns, played_statistics, sampled_statistics
-from aem_lightning.analysis.report import need_matplotlib
+from aem_lightning.analysis.report import Picture, need_matplotlib
 from aem_lightning.analysis.sampling import PlayedState, ProxySettings
 from aem_lightning.analysis.tables import comparison_markdown
 from aem_lightning.analysis.training import arm_overrides, quoted
@@ -162,6 +166,50 @@ def test_games_are_paired_with_another_seeds() -> None:
 def test_an_arm_is_paired_with_another_estimators_base() -> None:
     arms = ["grpo", "gigpo", "gigpo_aem", "reversed"]
     assert [base_of(arm, arms) for arm in arms] == ["grpo", "grpo", "gigpo", "grpo"]
+
+
+def test_the_picture_leaves_out_what_a_reader_has_to_know(tmp_path: Path) -> None:
+    runs = []
+    for arm, rates in (("grpo", (0.5, 0.6)), ("grpo_aem", (0.55, 0.75))):
+        for seed, rate in enumerate(rates):
+            values = [rate - 0.2, rate]
+            curves = {tag: ([0, 1], values) for tag in ("train/success_rate", "aem/entropy")}
+            curves["val/success_rate"] = ([1], [rate])
+            runs.append(Run(arm, seed, Path("x"), {"all": rate}, curves, {}, before=0.3))
+    command = 'python -m aem_lightning.analysis compare \'overrides=["a=${b}","c=${d"]\''
+    content = json.loads(json.dumps(comparison(runs, 100, experiment="toy", command=command)))
+    figure = draw_comparison(content)
+    said = [text.get_text() for text in figure.findobj(Text)]
+    for legend, panels in (
+        ("grpo (2 seeds, 95 % interval)", 3),
+        ("grpo_aem (2 seeds, 95 % interval)", 3),
+        ("all evaluation games, before (at 0) and after training", 1),
+        ("grpo_aem against grpo on toy", 1),
+    ):
+        assert said.count(legend) == panels, legend
+    (difference,) = (
+        text for text in said if text.startswith("after training: +10.0 [−53.5, +73.5]")
+    )
+    assert difference.endswith("p = 0.5, 2 seeds")
+    assert "2 pairs can give no less than 0.5" in " ".join(said[-1].split())
+    for axes in figure.axes:
+        assert axes.get_title()
+        assert axes.get_xlabel()
+    written = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        Picture(figure, title_of(content), caption_of(content)).save(folder, "compare")
+        written.append([(folder / f"compare.{kind}").read_bytes() for kind in ("png", "pdf")])
+    assert written[0] == written[1]
+    assert written[0][1].startswith(b"%PDF")
+    assert Image.open(tmp_path / "a" / "compare.png").text["Description"].endswith(command)
+
+
+def test_a_picture_of_a_single_run_is_none() -> None:
+    alone = comparison([run("grpo", 0, 0.5, {})], 100)
+    said = [text.get_text() for text in draw_comparison(alone).findobj(Text)]
+    assert "no seed that two arms have" in said
+    assert "grpo (1 seed)" in said
 
 
 def test_the_table_is_not_in_the_papers_order() -> None:

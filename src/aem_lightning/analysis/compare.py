@@ -14,13 +14,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from aem_lightning.analysis.curves import Curve, read_curves
 from aem_lightning.analysis.inputs import checkpoint_wishes, given_runs, overrides_by_arm
-from aem_lightning.analysis.report import need_matplotlib, relative, write_report
+from aem_lightning.analysis.picture import caption_of, draw_comparison, title_of
+from aem_lightning.analysis.report import (
+    Picture,
+    need_matplotlib,
+    relative,
+    typed_command,
+    write_report,
+)
 from aem_lightning.analysis.statistics import mcnemar, sign_flip_test, t_interval
 from aem_lightning.analysis.tables import (
     ALL,
     MEASURES,
     comparison_markdown,
-    draw_comparison,
     ordered,
 )
 from aem_lightning.analysis.training import finished_run
@@ -48,6 +54,7 @@ class Run:
             not played the evaluation games.
         curves: Of ``CURVES``, ``EFFECTS`` and ``MASSES``, by tag.
         games: Whether each evaluation game was won, by its task id; empty where not played.
+        before: Success rate of all evaluation games before training; ``None`` where not played.
     """
 
     arm: str
@@ -56,6 +63,7 @@ class Run:
     success: Mapping[str, float]
     curves: Mapping[str, Curve]
     games: Mapping[str, bool]
+    before: float | None = None
 
 
 def compare(cfg: DictConfig) -> dict[str, Any]:
@@ -66,25 +74,38 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         for arm, seeds in _folders(cfg).items()
         for seed, folder in seeds.items()
     ]
-    arms = list(dict.fromkeys(run.arm for run in runs))
-    content = {
-        "experiment": None if cfg.runs else cfg.experiment,
-        "runs": [_described(run) for run in runs],
-        "arms": {arm: arm_statistics([run for run in runs if run.arm == arm]) for arm in arms},
-        "pairs": [
-            pair_statistics(runs, base_of(arm, arms), arm, draws=cfg.draws)
-            for arm in arms
-            if base_of(arm, arms) != arm
-        ],
-    }
+    experiment = None if cfg.runs else cfg.experiment
+    content = comparison(runs, cfg.draws, experiment=experiment, command=typed_command())
     return write_report(
         Path(cfg.folder),
         cfg.name,
         content,
-        draw_comparison(runs, arms),
+        Picture(draw_comparison(content), title_of(content), caption_of(content)),
         scalars=_scalars(content),
         table=comparison_markdown(content),
     )
+
+
+def comparison(
+    runs: Sequence[Run],
+    draws: int,
+    *,
+    experiment: str | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """What ``compare.json`` holds of ``runs``; the first arm is the base of those without one."""
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    return {
+        "experiment": experiment,
+        "command": command,
+        "runs": [_described(run) for run in runs],
+        "arms": {arm: arm_statistics([run for run in runs if run.arm == arm]) for arm in arms},
+        "pairs": [
+            pair_statistics(runs, base_of(arm, arms), arm, draws=draws)
+            for arm in arms
+            if base_of(arm, arms) != arm
+        ],
+    }
 
 
 def base_of(arm: str, arms: Sequence[str]) -> str:
@@ -199,7 +220,9 @@ def _read(cfg: DictConfig, arm: str, seed: int, folder: Path) -> Run:
     if (after := played["success"]) is not None:
         success = {ALL: after["rate"]} | {k: v["rate"] for k, v in after["by_type"].items()}
     won = {episode["task"]: episode["won"] for episode in played["episodes"]}
-    return Run(arm, seed, folder, success, read_curves(folder, (*CURVES, *EFFECTS, *MASSES)), won)
+    curves = read_curves(folder, (*CURVES, *EFFECTS, *MASSES))
+    before = summary["success_before"] and summary["success_before"]["rate"]
+    return Run(arm, seed, folder, success, curves, won, before)
 
 
 def _games(cfg: DictConfig, arm: str, seed: int, run: Path) -> dict[str, Any]:
@@ -226,6 +249,7 @@ def _described(run: Run) -> dict[str, Any]:
         "arm": run.arm,
         "seed": run.seed,
         "folder": relative(run.folder),
+        "before": run.before,
         "success": dict(run.success),
         **{name: _measure(run, name) for name in MEASURES},
         "curves": {tag: {"iteration": x, "value": y} for tag, (x, y) in run.curves.items()},

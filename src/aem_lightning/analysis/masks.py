@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from aem_lightning.analysis.curves import Curve, read_curves, smooth
-from aem_lightning.analysis.report import need_matplotlib, new_figure, write_report
+from aem_lightning.analysis.report import Picture, need_matplotlib, new_figure, write_report
 from aem_lightning.analysis.training import finished_run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ENTROPY = "aem/entropy"
 # AEM, trained on the responses with one sign of A(alpha - 1) only.
@@ -21,7 +18,10 @@ KEEP = (
     "modulation._target_=aem_lightning.analysis.keep.Keep",
     "+modulation.modulation={_target_: aem_lightning.algorithms.AEM}",
 )
-LABELS = {"positive": "A(α−1) > 0: entropy should fall", "negative": "A(α−1) < 0: it should rise"}
+LABELS = {
+    "positive": "trained on A(α−1) > 0 alone: entropy should fall",
+    "negative": "trained on A(α−1) < 0 alone: entropy should rise",
+}
 
 
 def masks(cfg: DictConfig) -> dict[str, Any]:
@@ -42,7 +42,11 @@ def masks(cfg: DictConfig) -> dict[str, Any]:
     }
     names = ("change_positive", "change_negative", "gap_end")
     return write_report(
-        folder, "masks", content, _draw(curves), scalars={key: content[key] for key in names}
+        folder,
+        "masks",
+        content,
+        _draw(curves, f"Each side of AEM's effect alone: {cfg.experiment}, seed {cfg.seed}"),
+        scalars={key: content[key] for key in names},
     )
 
 
@@ -65,12 +69,14 @@ def divergence(positive: Curve, negative: Curve, last: int = 5) -> dict[str, flo
     return found | ({"gap_end": ends[1] - ends[0]} if len(ends) == 2 else {})
 
 
-def _draw(curves: dict[str, Curve]) -> Figure:
+def _draw(curves: dict[str, Curve], title: str) -> Picture:
     figure = new_figure(7, 4)
     axes = figure.subplots()
     for number, (sign, (xs, ys)) in enumerate(curves.items()):
         axes.plot(xs, ys, color=f"C{number}", alpha=0.3)
         axes.plot(xs, smooth(ys), color=f"C{number}", label=LABELS[sign])
-    axes.set(xlabel="iteration", ylabel="token entropy (nats)", title="mean of 5, and raw")
-    axes.legend()
-    return figure
+    axes.plot([], [], color="0.4", label="mean of the last 5 iterations")
+    axes.plot([], [], color="0.4", alpha=0.3, label="each iteration")
+    axes.set(xlabel="iterations done", ylabel="entropy of a token in training (nats)", title=title)
+    axes.legend(fontsize=8)
+    return Picture(figure, title)

@@ -17,7 +17,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from aem_lightning.analysis.inputs import ProxySettings, checkpoint_wishes, proxy_settings
-from aem_lightning.analysis.report import need_matplotlib, new_figure, relative, write_report
+from aem_lightning.analysis.report import (
+    Picture,
+    need_matplotlib,
+    new_figure,
+    relative,
+    write_report,
+)
 from aem_lightning.analysis.sampling import PlayedState, draw_responses, met_states
 from aem_lightning.analysis.statistics import (
     bootstrap,
@@ -29,7 +35,7 @@ from aem_lightning.functional import aem_coefficients
 from aem_lightning.runner.evaluation import restored
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 # arXiv 2605.00425, the analysis of the proxy.
 PAPER = {"pearson": 0.63, "states_agreeing": 55, "states": 64, "samples": 64}
@@ -231,24 +237,34 @@ def _table(content: dict[str, Any]) -> str:
 
 def _draw(
     met: Sequence[PlayedState], sampled: Sampled, content: dict[str, Any], settings: ProxySettings
-) -> Figure:
-    figure = new_figure(13, 4)
+) -> Picture:
+    figure = new_figure(13, 4.6)
     drawn, played, lengths = figure.subplots(1, 3)
     alpha = state_alpha(sampled, settings)
     drawn.plot(-sampled.within_state(sampled.surprisal), alpha - 1, ".", markersize=2, alpha=0.4)
-    drawn.set(title=f"drawn responses: r = {_said(content['sampled'])}", ylabel="α − 1")
+    drawn.set_title(f"Drawn responses: {_said(content['sampled'])}", fontsize=10)
     alpha, target = played_points(met, sampled)
     played.plot(target, alpha - 1, "o", markersize=4)
-    played.set(title=f"played responses: r = {_said(content['played'])}", ylabel="α − 1")
+    played.set_title(f"Played responses: {_said(content['played'])}", fontsize=10)
     for axes in (drawn, played):
         axes.axhline(0, color="0.8", linewidth=1)
         axes.axvline(0, color="0.8", linewidth=1)
-        axes.set_xlabel("−(S − H_MC)  (nats)")
+        axes.set_xlabel("−(S − H_MC) (nats): what the theorem asks for")
+        axes.set_ylabel("α − 1: what AEM does")
     lengths.plot(sampled.length, sampled.surprisal, ".", markersize=2, alpha=0.4)
-    lengths.set(title="the limit of a mean", xlabel="tokens", ylabel="S (nats)")
-    return figure
+    lengths.set_title("What a mean over tokens cannot see: length", fontsize=10)
+    lengths.set(xlabel="length of a drawn response (tokens)", ylabel="surprisal S (nats)")
+    title = (
+        f"AEM's proxy beside the theorem's target, iteration {content['iteration']}: a dot a "
+        f"response, of {content['states']} states with {content['samples']} drawn in each"
+    )
+    figure.suptitle(title)
+    return Picture(figure, title)
 
 
 def _said(view: dict[str, Any]) -> str:
-    value = view["pearson"]["value"]
-    return "–" if value is None else f"{value:.2f}"
+    found = view["pearson"]
+    if found["value"] is None:
+        return "r = –"
+    ends = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"r = {found['value']:.2f}{ends}, {found['count']} states"

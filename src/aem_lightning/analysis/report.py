@@ -4,16 +4,56 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from torch.utils.tensorboard import SummaryWriter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
+
+# Where a report lies, which is nobody else's.
+_PLACES = re.compile(r"\+*(folder|paths\.\w+|name)=")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with what its files say of it, for those who meet it elsewhere."""
+
+    figure: Figure
+    title: str
+    caption: str = ""
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write it as PNG and, for print, as PDF; the same picture gives the same bytes."""
+        words = {"Title": self.title, "Author": "aem_lightning"}
+        self.figure.savefig(
+            folder / f"{name}.png", dpi=120, metadata={**words, "Description": self.caption}
+        )
+        words |= {"Subject": self.caption}
+        # None: else the time of day is in it.
+        self.figure.savefig(folder / f"{name}.pdf", metadata={**words, "CreationDate": None})
+
+
+def typed_command() -> str | None:
+    """What to type for an analysis again, its folders left out; ``None`` for one from Python."""
+    if not HydraConfig.initialized():
+        return None
+    kind, _, config = (HydraConfig.get().job.config_name or "").partition("/")
+    if kind != "analysis":
+        return None
+    typed = HydraConfig.get().overrides.task
+    name = next((word[5:] for word in typed if word.startswith("name=")), config)
+    words = [word.replace("+typed_experiment=", "experiment=") for word in typed]
+    kept = [word for word in words if not _PLACES.match(word)]
+    return shlex.join(["python", "-m", "aem_lightning.analysis", name, *kept])
 
 
 def need_matplotlib() -> None:
@@ -48,12 +88,12 @@ def write_report(
     folder: Path,
     name: str,
     content: Mapping[str, Any],
-    figure: Figure,
+    picture: Picture,
     *,
     scalars: Mapping[str, float | None],
     table: str | None = None,
 ) -> dict[str, Any]:
-    """Write ``<name>.json``, ``<name>.png``, with a table ``<name>.md``, and TensorBoard entries.
+    """Write ``<name>.json``, its picture, with a table ``<name>.md``, and TensorBoard entries.
 
     Of the ``scalars``, which become ``analysis/<name>/<key>``, ``None`` is left out. Returns
     ``content``, which is plain data.
@@ -61,16 +101,16 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, allow_nan=False)
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    figure.savefig(folder / f"{name}.png", dpi=120)
+    picture.save(folder, name)
     with SummaryWriter(str(folder / "tensorboard")) as writer:
         for key, value in scalars.items():
             if value is not None:
                 writer.add_scalar(f"analysis/{name}/{key}", value, 0)
-        writer.add_figure(f"analysis/{name}", figure, 0)
+        writer.add_figure(f"analysis/{name}", picture.figure, 0)
         if table is not None:
             writer.add_text(f"analysis/{name}/table", table, 0)
     if table is not None:
         (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
         log.info("%s:\n%s", name, table)
-    log.info("written: %s/%s.{json,png}", folder, name)
+    log.info("written: %s/%s.{json,png,pdf}", folder, name)
     return dict(content)

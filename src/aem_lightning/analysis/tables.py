@@ -1,16 +1,9 @@
-"""The comparison for people: the paper's Table 1 in markdown, and the curves of the arms."""
+"""The comparison for people: the paper's Table 1 in markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-from aem_lightning.analysis.curves import mean_curve, smooth
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from aem_lightning.analysis.compare import Run
+from typing import Any
 
 # The order and the names of the paper's columns.
 COLUMNS = {
@@ -115,32 +108,3 @@ def _cell(found: Mapping[str, Any] | None, scale: float, sign: bool = False) -> 
     if found["low"] is None:
         return text
     return f"{text} [{scale * found['low']:{shape}}, {scale * found['high']:{shape}}]"
-
-
-def draw_comparison(runs: Sequence[Run], arms: Sequence[str]) -> Figure:
-    """Success in training, in validation, and entropy; bands are 95 % intervals over seeds."""
-    # Not at import: the tables above need no matplotlib.
-    from aem_lightning.analysis.report import new_figure
-
-    panels = {
-        "train/success_rate": "success in training (mean of 5)",
-        "val/success_rate": "success in validation",
-        "aem/entropy": "token entropy (nats)",
-    }
-    figure = new_figure(8, 9)
-    for axes, (tag, label) in zip(figure.subplots(3, 1, sharex=True), panels.items(), strict=True):
-        for number, arm in enumerate(arms):
-            curves = [run.curves.get(tag, ([], [])) for run in runs if run.arm == arm]
-            if tag.startswith("train/"):  # of few episodes: noisier than its trend
-                curves = [(xs, smooth(ys)) for xs, ys in curves]
-            xs, found = mean_curve(curves)
-            color = f"C{number}"
-            axes.plot(xs, [point.value for point in found], color=color, label=arm)
-            if found and found[0].low is not None:
-                lows, highs = [p.low for p in found], [p.high for p in found]
-                axes.fill_between(xs, lows, highs, color=color, alpha=0.15)
-        axes.set_ylabel(label)
-        axes.set_ylim(0, 1 if "success" in tag else None)
-    axes.set_xlabel("iteration")
-    axes.legend()
-    return figure

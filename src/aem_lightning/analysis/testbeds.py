@@ -10,18 +10,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
-from aem_lightning.analysis.report import need_matplotlib, new_figure, write_report
+from aem_lightning.analysis.report import Picture, need_matplotlib, new_figure, write_report
 from aem_lightning.analysis.statistics import sign_flip_test, t_interval
 from aem_lightning.analysis.training import quoted
 from aem_lightning.runner.summary import SUMMARY
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -169,18 +166,31 @@ def _table(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _draw(content: Mapping[str, Any]) -> Figure:
+def _draw(content: Mapping[str, Any]) -> Picture:
     settings = content["settings"]
-    figure = new_figure(4 * len(settings), 4)
+    figure = new_figure(4.4 * len(settings), 4.8)
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
     for axes, (name, setting) in zip(panels, settings.items(), strict=True):
-        for place, (arm, pair) in enumerate(setting["pairs"].items()):
+        for place, pair in enumerate(setting["pairs"].values()):
             values = [100 * value for value in pair["by_seed"]]
-            axes.plot([place] * len(values), values, "o", alpha=0.5, label=arm)
+            axes.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.4)
+            if pair["low"] is not None:
+                ends = [100 * pair["low"], 100 * pair["high"]]
+                axes.plot([place, place], ends, color="black", linewidth=1.5)
             if pair["value"] is not None:
-                axes.plot(place, 100 * pair["value"], "_", color="black", markersize=20)
-        axes.axhline(0, color="0.8", linewidth=1)
-        axes.set_xticks(range(len(setting["pairs"])), setting["pairs"], rotation=30)
-        axes.set_title(f"{name}, against {setting['base']}")
-    panels[0].set_ylabel("points of success, all iterations")
-    return figure
+                axes.plot(place, 100 * pair["value"], "_", color="black", markersize=18)
+        axes.axhline(0, color="0.7", linewidth=1)
+        axes.set_xticks(range(len(setting["pairs"])), setting["pairs"], rotation=30, ha="right")
+        axes.margins(x=0.15)
+        axes.set_ylabel(f"success minus that of {setting['base']} (points)")
+        forecast = setting["forecast"]
+        said = (
+            "" if forecast is None else f"\nforecast by {setting['base']}'s runs: {forecast:+.2f}"
+        )
+        axes.set_title(f"{name}{said}", fontsize=10)
+    panels[0].plot([], [], "o", color="0.5", alpha=0.6, label="a seed")
+    panels[0].plot([], [], color="black", marker="_", label="mean, 95 % interval over seeds")
+    panels[0].legend(fontsize=8)
+    title = "Success in training over all iterations, each arm against its base, paired by seed"
+    figure.suptitle(title)
+    return Picture(figure, title)
