@@ -8,7 +8,11 @@ from aem_lightning.lazy import lazily
 
 if TYPE_CHECKING:
     from aem_lightning.datamodules.alfworld import AlfworldDataModule
-    from aem_lightning.datamodules.dataset import DatasetDataModule, ToolsDataModule
+    from aem_lightning.datamodules.dataset import (
+        DatasetDataModule,
+        OwnAgentDataModule,
+        ToolsDataModule,
+    )
     from aem_lightning.datamodules.swe import SweDataModule
     from aem_lightning.datamodules.testbeds import BaitDataModule, CorridorDataModule
     from aem_lightning.datamodules.webshop import WebShopDataModule
@@ -20,6 +24,7 @@ __all__ = [
     "CorridorDataModule",
     "DatasetDataModule",
     "GymnasiumDataModule",
+    "OwnAgentDataModule",
     "SeededDataModule",
     "SweDataModule",
     "ToolsDataModule",
@@ -30,7 +35,7 @@ __getattr__ = lazily(
     __name__,
     {
         "alfworld": ["AlfworldDataModule"],
-        "dataset": ["DatasetDataModule", "ToolsDataModule"],
+        "dataset": ["DatasetDataModule", "OwnAgentDataModule", "ToolsDataModule"],
         "testbeds": ["BaitDataModule", "CorridorDataModule"],
         "swe": ["SweDataModule"],
         "webshop": ["WebShopDataModule"],

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 from annotated_types import Gt, Lt
 
 from aem_lightning.datamodules.function_tools import tool_of
-from aem_lightning.datamodules.rows import RowFile, asker, named_function, read_splits
+from aem_lightning.datamodules.rows import asker, named_function, read_splits, row_file
 from aem_lightning.datamodules.seeded import SeededDataModule
-from aem_lightning.envs.questions import ANSWER, QuestionEnv, Rows, ToolsEnv, task_number
+from aem_lightning.envs.own_agent import AgentEnv
+from aem_lightning.envs.questions import ANSWER, QuestionEnv, ToolsEnv, task_number
 from aem_lightning.types import Task, Tool, function_tool
 
 Function = str | Callable[..., Any]
@@ -58,8 +59,7 @@ class DatasetDataModule(SeededDataModule):
         splits = read_splits(dataset, subset, validation)
         ask = asker(prompt, next(iter(splits["train"])))
         score = named_function("reward", reward)
-        self._file = RowFile(chain.from_iterable(splits.values()), ask)
-        self.rows = Rows(self._file.path, self._file.offsets, score)
+        self.rows = row_file(chain.from_iterable(splits.values()), ask, score)
         self.checker, self.win_at = getattr(score, "__name__", "reward"), win_at
         self.expert = None if expert is None else named_function("expert", expert)
         if evaluation_splits is not None:
@@ -134,6 +134,38 @@ class ToolsDataModule(DatasetDataModule):
         """The functions, and the call that answers."""
         says = {"answer": "the answer, and nothing else"}
         return [*self._tools, function_tool(ANSWER, "Answer the question and end.", says)]
+
+
+class OwnAgentDataModule(DatasetDataModule):
+    """An agent written against an OpenAI client, trained as it is, for ``prompt=chat``.
+
+    Every ``client.chat.completions.create`` of the function is a turn: the policy reads the
+    messages and tools as they were sent, and what it says is the reply. Functions run in threads of
+    worker processes. What the run decides, such as the temperature, is ignored where a call gives
+    it, and named under ``ignored`` in the reply.
+
+    Args:
+        dataset: As for `DatasetDataModule`; a row is a task.
+        agent: From a client (or, where its first argument is called ``base_url``, the address of
+            the endpoint) and a row to the episode's reward; a coroutine gets an `AsyncOpenAI`.
+        settings: Arguments of `DatasetDataModule`.
+
+    Raises:
+        ValueError: Data that cannot be read, or a function that a worker cannot import.
+    """
+
+    def __init__(self, dataset: Any, agent: Function, **settings: Any) -> None:
+        agent = named_function("agent", agent)
+        super().__init__(dataset, **{"prompt": _unasked, "reward": agent, **settings})
+
+    def make_factory(self) -> Callable[[], Any]:
+        """The environment of this agent."""
+        return partial(AgentEnv, self.rows, self.win_at)
+
+
+def _unasked(row: Any) -> str:
+    """No question: the agent asks."""
+    return ""
 
 
 class _Answering:

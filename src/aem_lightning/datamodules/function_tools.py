@@ -22,7 +22,7 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     )
 
     name = getattr(function, "__name__", repr(function))
-    if not isinstance(function, FunctionType):
+    if not isinstance(function, FunctionType) or inspect.iscoroutinefunction(function):
         raise ValueError(f"datamodule.tools: {name} is no plain function; write one that calls it")
     about, arguments, _ = parse_google_format_docstring(inspect.getdoc(function) or "")
     if not about:

@@ -14,6 +14,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from aem_lightning.envs.questions import Rows
+
 Row = Mapping[str, Any]
 FILES = {"jsonl": "json", "json": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}
 
@@ -157,22 +159,20 @@ def asker(prompt: Any, columns: Iterable[str]) -> Callable[[Row], Any]:
         raise ValueError(f"{error}; or one of the columns {', '.join(names)}") from None
 
 
-class RowFile:
-    """A temporary file of pickled entries, gone with this object.
+def row_file(rows: Iterable[Row], ask: Callable[[Row], Any], score: Callable[..., Any]) -> Rows:
+    """The rows and their questions in a temporary file, which is gone with what is returned.
 
-    Attributes:
-        path: Where it is.
-        offsets: Where each entry begins.
+    Raises:
+        ValueError: ``ask`` raised, or made no text of a row.
     """
-
-    def __init__(self, rows: Iterable[Row], ask: Callable[[Row], Any]) -> None:
-        handle, self.path = tempfile.mkstemp(prefix="aem-rows-")
-        weakref.finalize(self, _remove, self.path, os.getpid())
-        self.offsets: array[int] = array("Q")
-        with open(handle, "wb") as file:
-            for number, row in enumerate(rows):
-                self.offsets.append(file.tell())
-                pickle.dump({"question": _question(number, row, ask), "row": dict(row)}, file)
+    handle, path = tempfile.mkstemp(prefix="aem-rows-")
+    found = Rows(path, array("Q"), score)
+    weakref.finalize(found, _remove, path, os.getpid())
+    with open(handle, "wb") as file:
+        for number, row in enumerate(rows):
+            found.offsets.append(file.tell())
+            pickle.dump({"question": _question(number, row, ask), "row": dict(row)}, file)
+    return found
 
 
 def _question(number: int, row: Row, ask: Callable[[Row], Any]) -> str:

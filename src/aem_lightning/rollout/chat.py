@@ -5,6 +5,7 @@ That what a message says stays content, and never becomes control, is then the s
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,7 +107,7 @@ class ChatResponder:
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             handled=self.handled,
-            tools=self._tools,
+            tools=self.live[key].step.info.get("tools") or self._tools,
         )
         self._replies[key] = reply
         self.prompt_tokens += reply.prompt_tokens
@@ -118,7 +119,7 @@ class ChatResponder:
     def _read(self, reply: Reply) -> str:
         """The reply as the prompt's format expects it, reasoning in think tags included."""
         prompt, text = self.encoder.prompt, reply.text
-        if self._tools and (called := written_calls(reply.calls)) not in text:
+        if reply.calls and (called := written_calls(reply.calls)) not in text:
             text = f"{text}\n{called}"
         expects = prompt.require_thinking and prompt.action not in ("plain", "react")
         if not (expects and reply.reasoning) or "</think>" in text:
@@ -141,6 +142,8 @@ class ChatResponder:
         """The conversation that the next reply answers."""
         prompt, item = self.encoder.prompt, self.live[key]
         step, turns = item.step, item.trajectory.turns
+        if "messages" in step.info:  # of an agent of someone's own
+            return [_as_sent(message) for message in step.info["messages"]]
         opening = [_message("system", prompt.system)] if prompt.system else []
         if not turns:
             self._chats[key] = [*opening, _message("user", prompt.first_message(step))]
@@ -167,3 +170,18 @@ class ChatResponder:
 
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
+
+
+def _as_sent(message: Mapping[str, Any]) -> Message:
+    """A message whose calls have their arguments as endpoints want them: a text."""
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"]),
+            },
+        }
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, **({"tool_calls": calls} if calls else {})}

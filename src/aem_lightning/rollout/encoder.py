@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 
 from aem_lightning.rollout import tool_call
 from aem_lightning.rollout.constraint import BLANK, Constraint, PlainActions, TaggedActions
+from aem_lightning.rollout.messages import conversation_pieces
 from aem_lightning.rollout.prompt import THOUGHT, Message, Piece, Prompt, outside_thoughts
 from aem_lightning.rollout.tokens import TextTokens
 from aem_lightning.rollout.tool_template import ToolTemplate, tool_template
@@ -153,12 +154,16 @@ class PromptEncoder:
         return tuple(dict.fromkeys(int(number) for number in found if number is not None))
 
     def first(self, step: EnvStep) -> list[int]:
-        """The prompt of the first turn."""
+        """The prompt of the first turn; what an agent of someone's own sent is one as it is."""
+        if "messages" in step.info:
+            return self._sent(step)
         return self._tokens.encode(self._framed(self.prompt.first_message(step)))
 
     def next(self, step: EnvStep, trajectory: Trajectory) -> list[int]:
         """The prompt of the next turn; the last row of ``trajectory`` ends with a response."""
         turns = trajectory.turns
+        if "messages" in step.info:
+            return self._sent(step)
         if self.memory == "window":
             message = self.prompt.window_message(step, turns, self.history_length)
             return self._tokens.encode(self._framed(message))
@@ -169,6 +174,10 @@ class PromptEncoder:
         # What ended the reply; nothing where a limit cut it.
         after = str(self.tokenizer.convert_ids_to_tokens(row[-1])) if ended else ""
         return row + self._follow_up(self._answer(step, turns).pieces, after)
+
+    def _sent(self, step: EnvStep) -> list[int]:
+        messages, tools = step.info["messages"], step.info.get("tools")
+        return self._tokens.encode(conversation_pieces(partial(self._apply, True), messages, tools))
 
     def _answer(self, step: EnvStep, turns: Sequence[Turn]) -> Message:
         """The message behind the last response, spelt as the template spells it."""

@@ -51,7 +51,7 @@ _FIELDS = (
     "history",
 )
 _ITEM_FIELDS = ("step", "observation", "action", "response")
-FORMATS = ("tagged", "plain", "react", "function", "tool_call")
+FORMATS = ("tagged", "plain", "react", "function", "tool_call", "chat")
 _OURS = frozenset({"role", "steps_taken", "history_length", "step"})  # fields that a config fills
 
 
@@ -168,7 +168,8 @@ class Prompt:
             is not read), ``plain`` takes the whole reply, ``function`` the first
             ``<function=...>...</function>`` behind the reasoning, blanks and line breaks as they
             are, ``tool_call`` one native call of a tool: the environment's words for it, or the
-            call as JSON (`tool_call.read`).
+            call as JSON (`tool_call.read`), ``chat`` all that is said, for an agent that reads
+            replies itself (`tool_call.message`).
         tools: With ``tool_call``: the tools as JSON schemas, as chat templates take them; the
             default is the environment's own (`AgentDataModule.tools`), else ``act(action)``.
         require_thinking: With ``tagged``, a reply without think tags is malformed too; with
@@ -187,7 +188,7 @@ class Prompt:
     history_item: str = "[Observation {step}: '{observation}', Action {step}: '{action}']"
     demonstration: str = "{action}"
     system: str | None = None
-    action: Literal["tagged", "react", "plain", "function", "tool_call"] = "tagged"
+    action: Literal["tagged", "react", "plain", "function", "tool_call", "chat"] = "tagged"
     require_thinking: bool = False
     role: str = ""
     tools: Sequence[Mapping[str, Any]] = (tool_call.ACT,)
@@ -260,6 +261,8 @@ class Prompt:
         if self.action == "plain":
             action = " ".join(said.split())
             return (action, "") if action else (None, "no action")
+        if self.action == "chat":
+            return (tool_call.message(said), "") if said.strip() else (None, "no action")
         if self.action == "react":
             said = _OBSERVATION_LINE.split(said, maxsplit=1)[0]
             thought = _THOUGHT_LINE.search(said) is not None

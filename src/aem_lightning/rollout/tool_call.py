@@ -144,6 +144,30 @@ def read(said: str, tools: Sequence[Tool]) -> str:
     return template.format(**texts)
 
 
+def message(said: str) -> str:
+    """A reply as an agent of someone's own is to read it: as it is, or, with calls in it, as JSON.
+
+    Example:
+        >>> message("Four.")
+        'Four.'
+        >>> message('<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>')[:66]
+        '{"content": "", "tool_calls": [{"name": "add", "arguments": {"a": '
+    """
+    try:
+        calls = [
+            {"name": str(call["name"]), "arguments": dict(_given(call))} for call in _calls(said)
+        ]
+    except (MalformedCallError, LookupError, TypeError, ValueError):
+        calls = []
+    content = _CALL.sub("", said).strip() if "<tool_call>" in said else ""
+    told = {"content": content, "tool_calls": calls, "text": said}
+    return json.dumps(told, ensure_ascii=False) if calls else said
+
+
+def _given(call: Mapping[str, Any]) -> Any:
+    return call.get("texts", call.get("arguments", call.get("parameters", {})))
+
+
 def _calls(said: str) -> list[Any]:
     """The calls in a reply; texts of arguments whose types are open stand under ``texts``."""
     if bodies := _CALL.findall(said):
