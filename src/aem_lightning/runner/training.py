@@ -188,10 +188,11 @@ def check_only(cfg: DictConfig, datamodule: AgentDataModule) -> dict[str, Any]:
     Raises:
         EnvContractError: Every breach found.
     """
-    check_env(datamodule, prompt=instantiate(cfg.prompt), seed=cfg.seed)
+    proved = check_env(datamodule, prompt=instantiate(cfg.prompt), seed=cfg.seed)
     name = type(datamodule).__name__
-    log.info("%s keeps the contract of aem_lightning.envs.TextEnv", name)
-    return {"name": cfg.name, "checked": name}
+    told = "\n- ".join(["", *proved])
+    log.info("%s keeps the contract of aem_lightning.envs.TextEnv:%s", name, told)
+    return {"name": cfg.name, "checked": name, "proved": proved}
 
 
 def _is_of(checkpoint: Path, iteration: int) -> bool:
