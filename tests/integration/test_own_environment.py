@@ -73,6 +73,10 @@ def test_the_stage_check_proves_the_contract_and_trains_nothing(example, tmp_pat
     ended = command("train.py", *words)
     assert ended.status == 0, ended.said
     assert "KeyDataModule keeps the contract" in ended.said
+    assert "- tasks: train 202, valid_seen 67, valid_unseen 67; none" in ended.said
+    assert "- 12 tasks tried, up to 8 turns each: under seed 0" in ended.said
+    assert "malformed from inadmissible" in ended.said
+    assert "- 200 episodes leave nothing behind" in ended.said
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

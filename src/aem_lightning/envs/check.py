@@ -52,8 +52,8 @@ def check_env(
     turns: int = 8,
     resets: int = 200,
     tasks_per_split: int = 4,
-) -> None:
-    """Prove that an environment keeps the contract of `TextEnv`.
+) -> list[str]:
+    """Prove that an environment keeps the contract of `TextEnv`; what was proved, a line each.
 
     The splits: the training and the evaluation tasks are disjoint, and asked for again they are the
     same. The factory can be pickled and makes an object with ``reset``, ``step`` and ``close``. All
@@ -86,10 +86,11 @@ def check_env(
         ValueError: There are no tasks to try.
     """
     breaches: list[str] = []
+    told: list[str] = []
     if tasks is None:
         source = cast(TaskSource, environment)
         tasks = _check_splits(source, tasks_per_split, breaches)
-        make_env = source.env_factory()
+        make_env, told = source.env_factory(), _told_splits(source)
     else:
         make_env = cast(Callable[[], TextEnv], environment)
         breaches += _check_ids(tasks)
@@ -105,6 +106,7 @@ def check_env(
         raise EnvContractError(
             f"{len(breaches)} breaches of the TextEnv contract:\n- " + "\n- ".join(breaches)
         )
+    return [*told, *effort.told(len(tasks), prompt)]
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,27 @@ class _Effort:
     turns: int
     resets: int
     rewards: Shaping | None = None
+
+    def told(self, tasks: int, prompt: ActionWords | None) -> list[str]:
+        """What has been proved of that many tasks."""
+        words = "nonsense and an empty action are marked invalid"
+        if prompt is not None:
+            words += ", and the prompt's words tell malformed from inadmissible"
+        return [
+            f"{tasks} tasks tried, up to {self.turns} turns each: under seed {self.seed} two "
+            "copies start alike and answer alike",
+            f"every admissible action tried is accepted; {words}",
+            "a reset in the middle of an episode, or after an exception, leads back to the start",
+            "tasks that list their actions start differently, or answer differently",
+            *([f"{self.resets} episodes leave nothing behind"] if self.resets else []),
+            "a killed worker is replaced, and its episode goes on; closing twice does no harm",
+        ]
+
+
+def _told_splits(source: TaskSource) -> list[str]:
+    splits = (source.train_split, *source.evaluation_splits)
+    sizes = ", ".join(f"{split} {len(source.tasks(split))}" for split in splits)
+    return [f"tasks: {sizes}; none of the evaluation's is trained on, and the lists stay the same"]
 
 
 def _check_in_worker(

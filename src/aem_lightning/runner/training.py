@@ -193,10 +193,11 @@ def check_only(cfg: DictConfig, datamodule: AgentDataModule) -> dict[str, Any]:
         EnvContractError: Every breach found.
     """
     parts = {name: instantiate(cfg[name]) for name in ("prompt", "rewards")}
-    check_env(datamodule, **parts, seed=cfg.seed)
+    proved = check_env(datamodule, **parts, seed=cfg.seed)
     name = type(datamodule).__name__
-    log.info("%s keeps the contract of aem_lightning.envs.TextEnv", name)
-    return {"name": cfg.name, "checked": name}
+    told = "\n- ".join(["", *proved])
+    log.info("%s keeps the contract of aem_lightning.envs.TextEnv:%s", name, told)
+    return {"name": cfg.name, "checked": name, "proved": proved}
 
 
 def _is_of(checkpoint: Path, iteration: int) -> bool:
