@@ -73,6 +73,7 @@ OPTIONAL = {
     "gymnasium",
     "ijson",
     "matplotlib",
+    "mlflow",
     "openai",
     "openenv",
     "rapidfuzz",
@@ -81,6 +82,7 @@ OPTIONAL = {
     "swebench",
     "textarena",
     "textworld",
+    "wandb",
 }
 HYDRA = {"hydra", "omegaconf"}
 HEAVY = {"lightning", "peft", "pytorch_lightning", "torch", "torchmetrics", "transformers"}
