@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from aem_lightning.callbacks.outputs import iteration_of
 from aem_lightning.callbacks.step_time import total_seconds
 
+GROUP = "0_overview"
+
 # TensorBoard's CUSTOM SCALARS: a question, its charts, and the curves of each, as expressions.
 CHARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Is it learning?": {
@@ -49,9 +51,10 @@ CHARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 class Overview(Callback):
     """The same four questions on the first page of whoever shows curves.
 
-    Pages sort curves by name, so the few that answer are written once more under names that come
-    first: ``1_learning/``, ``2_exploring/``, ``3_stable/``, ``4_time/``. A table (csv) is no page
-    and is left alone. TensorBoard gets `CHARTS` too, where validation lies over training.
+    Pages sort curves by name and open the first group, so the few curves that answer are written
+    once more under names that come first, ``0_overview/1_learning_success_training`` and so on. A
+    table (csv) is no page and is left alone. TensorBoard gets `CHARTS` too, where validation lies
+    over training.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,15 +73,15 @@ class Overview(Callback):
         shown, metrics, seconds = trainer.callback_metrics, iteration.metrics, iteration.seconds
         total = total_seconds(seconds)
         found = {
-            "1_learning/success_training": shown.get("success"),
-            "2_exploring/entropy": shown.get("entropy"),
-            "2_exploring/mixed_groups": shown.get("mixed_groups"),
-            "3_stable/approx_kl": metrics.get("policy/approx_kl"),
-            "3_stable/clip_fraction": metrics.get("policy/clip_fraction"),
-            "3_stable/grad_norm": metrics.get("policy/grad_norm"),
-            "4_time/seconds": total,
-            "4_time/share_rollout": seconds.get("rollout", 0.0) / total if total else None,
-            "4_time/share_update": seconds.get("update", 0.0) / total if total else None,
+            "1_learning_success_training": shown.get("success"),
+            "2_exploring_entropy": shown.get("entropy"),
+            "2_exploring_mixed_groups": shown.get("mixed_groups"),
+            "3_stable_approx_kl": metrics.get("policy/approx_kl"),
+            "3_stable_clip_fraction": metrics.get("policy/clip_fraction"),
+            "3_stable_grad_norm": metrics.get("policy/grad_norm"),
+            "4_time_seconds": total,
+            "4_time_share_rollout": seconds.get("rollout", 0.0) / total if total else None,
+            "4_time_share_update": seconds.get("update", 0.0) / total if total else None,
         }
         self._write(trainer, found, iteration.index)
 
@@ -87,11 +90,11 @@ class Overview(Callback):
         agent: Any = pl_module
         found = trainer.callback_metrics.get("val/success_rate")
         if not trainer.sanity_checking:
-            self._write(trainer, {"1_learning/success_validation": found}, agent.iteration)
+            self._write(trainer, {"1_learning_success_validation": found}, agent.iteration)
 
     def _write(self, trainer: Trainer, found: Mapping[str, Any], step: int) -> None:
         known = {name: float(value) for name, value in found.items() if value is not None}
-        known = {name: value for name, value in known.items() if math.isfinite(value)}
+        known = {f"{GROUP}/{name}": of for name, of in known.items() if math.isfinite(of)}
         for logger in trainer.loggers if trainer.is_global_zero and known else ():
             if not isinstance(logger, CSVLogger):
                 logger.log_metrics(dict(known), step=step)

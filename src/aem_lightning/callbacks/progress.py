@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import statistics
 import sys
 import time
@@ -67,8 +68,8 @@ class Meter:
                 unit=unit,
                 leave=False,
                 file=sys.stdout,
-                dynamic_ncols=True,
                 bar_format=BAR,
+                **_size(),
             )
             self._bar = self._open.enter_context(bar)
 
@@ -249,6 +250,7 @@ class Progress(Callback):
         """A stage of rows begins, rows of it are done, or a response was sampled."""
         meter = self._meter
         if name in OF_ROWS and count and self._what:
+            self._show(None)  # before there is another bar
             self._show(Meter(f"{self._what}, {OF_ROWS[name]}", count, "rows", self._ending))
         elif meter is not None and name == "rows" and meter.unit == "rows":
             meter.add(count)
@@ -267,6 +269,15 @@ class Progress(Callback):
         validations = (trainer.max_epochs or 0) - trainer.current_epoch - validated
         each = statistics.fmean(self._validations) if self._validations else 0.0
         return iterations * statistics.fmean(self._iterations) + validations * each
+
+
+def _size() -> dict[str, Any]:
+    """How large a bar may be; a terminal that does not know its size would show none."""
+    try:
+        is_known = all(os.get_terminal_size(sys.stdout.fileno()))
+    except (OSError, ValueError):
+        is_known = True  # to tqdm, from the environment
+    return {"dynamic_ncols": True} if is_known else {"ncols": 80, "nrows": 24}
 
 
 def duration(seconds: float) -> str:
