@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from runs import curves, fit, toy_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
+from aem_lightning.callbacks.overview import CHARTS
+from aem_lightning.runner import parts
+from aem_lightning.runner.checks import ConfigError
+
 SIGNS = ("positive", "negative")
+# The names that come first, in the order of a page.
+FIRST = [
+    *(f"0_overview/1_learning_success_{of}" for of in ("training", "validation")),
+    *(f"0_overview/2_exploring_{name}" for name in ("entropy", "mixed_groups")),
+    *(f"0_overview/3_stable_{name}" for name in ("approx_kl", "clip_fraction", "grad_norm")),
+    *(f"0_overview/4_time_{name}" for name in ("seconds", "share_rollout", "share_update")),
+]
 # The paper's cost table, in its order.
 STAGES = (
     "rollout",
@@ -64,22 +77,47 @@ def test_a_panel_is_missing(run_folder: Path) -> None:
         ),
         *(f"time/{what}{stage}" for what in ("", "share_") for stage in STAGES),
         "time/total",
+        "time/tokens_per_second",
     } <= found
 
 
-def test_the_histogram_of_alpha_is_missing(run_folder: Path) -> None:
+def test_a_histogram_is_missing(run_folder: Path) -> None:
     found = EventAccumulator(str(run_folder / "tensorboard"), {"histograms": 0})  # 0: all
     found.Reload()
-    histograms = found.Histograms("aem/alpha")
-    assert [entry.step for entry in histograms] == [0, 1, 2, 3]
-    assert all(entry.histogram_value.num > 0 for entry in histograms)
+    counts = {}
+    for name in ("alpha", *(f"{what}/{sign}" for what in ("alpha", "entropy") for sign in SIGNS)):
+        histograms = found.Histograms(f"aem/{name}")
+        assert {entry.step for entry in histograms} <= {0, 1, 2, 3}
+        counts[name] = {entry.step: entry.histogram_value.num for entry in histograms}
+        assert counts[name]
+        assert all(num > 0 for num in counts[name].values())
+    assert counts["alpha/positive"] == counts["entropy/positive"]
+    assert sorted(counts["alpha"]) == [0, 1, 2, 3]
+    shares = curves(run_folder)["aem/share_negative"]
+    for step, num in counts["entropy/negative"].items():
+        assert num == pytest.approx(shares[step] * counts["alpha"][step])
+
+
+def test_learning_comes_second_on_a_page(run_folder: Path) -> None:
+    first = sorted(curves(run_folder))[: len(FIRST)]
+    assert first == FIRST
+    found = EventAccumulator(str(run_folder / "tensorboard"), {"tensors": 0}).Reload()
+    (event,) = found.Tensors("custom_scalars__config__")
+    chart = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in chart.category] == list(CHARTS)
+    assert chart.category[0].chart[0].multiline.tag == ["train/success_rate$", "val/success_rate$"]
+    written = curves(run_folder)
+    for category in chart.category:
+        for drawn in category.chart:
+            for tag in drawn.multiline.tag:
+                assert any(re.match(tag, name) for name in written), (drawn.title, tag)
 
 
 def test_the_x_axis_counts_something_else_than_iterations(run_folder: Path) -> None:
     # Four iterations of two update epochs with four optimizer steps each, in two epochs.
     for name, points in curves(run_folder).items():
         steps = sorted(points)
-        if name.startswith("val/"):
+        if name.startswith("val/") or name == "0_overview/1_learning_success_validation":
             assert len(steps) == 2
             assert steps[-1] <= 4, name
         elif name == "aem/entropy_zero":
@@ -101,10 +139,77 @@ def test_the_table_of_a_second_logger_lacks_points(run_folder: Path) -> None:
             for name, value in row.items():
                 if value and name != "step":
                     written.setdefault(name, {})[int(row["step"])] = float(value)
-    expected = curves(run_folder)
-    assert written.keys() == expected.keys()
-    for name, points in written.items():
-        assert points == pytest.approx(expected[name], rel=1e-6), name
+    spread = {name for name in written if re.search(r"/p\d\d$", name)}  # of histograms
+    assert {f"aem/alpha/p{q:02d}" for q in (5, 25, 50, 75, 95)} <= spread
+    expected = {name: of for name, of in curves(run_folder).items() if name not in FIRST}
+    assert written.keys() - spread == expected.keys()
+    for name in written.keys() - spread:
+        assert written[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_the_table_has_no_texts(run_folder: Path) -> None:
+    with (run_folder / "csv" / "texts.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"transcripts/train_0", "transcripts/validate_0", "time/table"} <= {
+        row["name"] for row in rows
+    }
+    assert all("**Turn 0**" in row["text"] for row in rows if "transcripts" in row["name"])
+
+
+def given_back(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Undo at the end what a package does to the environment variables ``names``."""
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_mlflow_lacks_something(
+    toy_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="needs pip install 'aem-lightning[mlflow]'")
+    from mlflow.tracking import MlflowClient
+
+    given_back(monkeypatch, "MLFLOW_TRACKING_URI")
+
+    fit(toy_config(tmp_path, toy_model, "logger=mlflow", "iterations=2"))
+    client = MlflowClient(f"sqlite:///{tmp_path}/logs/mlflow.db")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.data.params["optimizer/lr"] == "0.001"
+    assert {*FIRST, "val/success_rate", "aem/alpha/p50", "aem/entropy/negative/p05"} <= set(
+        run.data.metrics
+    )
+    success = client.get_metric_history(run.info.run_id, "train/success_rate")
+    assert [point.step for point in success] == [0, 1]
+    (text,) = client.list_artifacts(run.info.run_id, "transcripts/train_0")
+    saved = tmp_path / "logs" / "mlflow" / run.info.run_id / "artifacts" / text.path
+    assert "**Turn 0**" in saved.read_text()
+
+
+def test_wandb_lacks_something(
+    toy_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="needs pip install 'aem-lightning[wandb]'")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    given_back(monkeypatch, "WANDB_MODE", "WANDB_SERVICE")
+    offline = "logger.wandb.offline=true"
+    fit(toy_config(tmp_path, toy_model, "logger=wandb", offline, "iterations=2"))
+    wandb.teardown()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (file,) = folder.glob("*.wandb")
+    written = file.read_bytes()
+    for name in (*FIRST, "val/success_rate", "aem/alpha/positive", "micro_batch_tokens"):
+        assert name.encode() in written, name
+    assert b"histogram" in written
+    (table,) = folder.glob("files/media/table/transcripts/train_0_*.json")
+    assert "**Turn 0**" in json.loads(table.read_text())["data"][0][1]
+
+
+def test_a_missing_package_is_told_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(parts, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        parts.check_classes(toy_config(tmp_path, None, "logger=many"), ["logger"])
+    assert "type pip install 'aem-lightning[wandb]', or logger.wandb=null" in str(caught.value)
+    assert "type pip install 'aem-lightning[mlflow]', or logger.mlflow=null" in str(caught.value)
 
 
 def test_hyperparameters_are_missing(run_folder: Path) -> None:

@@ -78,6 +78,7 @@ OPTIONAL = {
     "gymnasium",
     "ijson",
     "matplotlib",
+    "mlflow",
     "openai",
     "openenv",
     "rapidfuzz",
@@ -86,6 +87,7 @@ OPTIONAL = {
     "swebench",
     "textarena",
     "textworld",
+    "wandb",
 }
 HYDRA = {"hydra", "omegaconf"}
 HEAVY = {"lightning", "peft", "pytorch_lightning", "torch", "torchmetrics", "transformers"}

@@ -12,8 +12,16 @@ import pytest
 import yaml
 from runs import built, fit, toy_config
 
+from aem_lightning.beats import LISTENERS
 from aem_lightning.callbacks import Meter, progress
 from aem_lightning.callbacks.progress import duration
+from aem_lightning.types import Task, Trajectory
+
+
+def episode(*, won: bool = False, broke: bool = False) -> Trajectory:
+    made = Trajectory(Task("a", "b", "train"), 0, 0, won=won)
+    made.infra_error = "broke" if broke else None
+    return made
 
 
 class Terminal(io.StringIO):
@@ -32,11 +40,14 @@ def test_a_line_of_the_log_tears_the_bar(monkeypatch: pytest.MonkeyPatch) -> Non
         meter.add(36)
         root.warning("a word between")
         meter.add(1, note="loss 0.5")
+        monkeypatch.setattr(progress, "SECONDS_BETWEEN_LOOKS", 0.0)
+        meter.sampled(1)
     assert root.handlers == [handler]
     lines = re.split(r"[\r\n]+", terminal.getvalue())
     assert "a word between" in lines  # alone on its line
     assert lines.count("a word between") == 1
     assert any(line.startswith("evaluation: 36 of 240 episodes |") for line in lines)
+    assert any(line.strip().endswith("tokens/s, loss 0.5") for line in lines)
     assert not lines[-1].strip(), "the bar is left behind"
 
 
@@ -52,7 +63,14 @@ def test_a_pipe_gets_control_characters_or_nothing(
     with Meter("imitation", 2, "batches") as meter:
         meter.add(note="loss 0.5")
         meter.add(2)  # more than was foreseen
-    assert caplog.messages == ["imitation: 1 of 2 batches, loss 0.5", "imitation: 3 of 3 batches"]
+        meter.played([episode(won=True), episode(won=False), episode(broke=True)])
+        meter.sampled(10**9)
+    assert [re.sub(r"\d+ tokens", "N tokens", message) for message in caplog.messages] == [
+        "imitation: 1 of 2 batches, 0 s left, loss 0.5",
+        "imitation: 3 of 3 batches, 0 s left",
+        "imitation: 6 of 6 batches, 0 s left, success 50.0 %",
+        "imitation: 6 of 6 batches, 0 s left, success 50.0 %, N tokens/s",
+    ]
     assert capsys.readouterr() == ("", "")
 
 
@@ -65,12 +83,15 @@ def test_a_run_says_nothing_for_half_an_hour(
     counted: dict[str, list[int]] = {}
 
     class Counting(Meter):
-        def __init__(self, what: str, total: int) -> None:
-            super().__init__(what, total)
-            self.seen = counted.setdefault(what, [0, total])
+        def __init__(self, what: str, total: int, *more: str, **others: str) -> None:
+            super().__init__(what, total, *more, **others)
+            self.seen = counted.setdefault(what, [0, total, 0])
 
         def add(self, count: int = 1, note: str = "") -> None:
             self.seen[0] += count
+
+        def sampled(self, tokens: int) -> None:
+            self.seen[2] += tokens
 
     monkeypatch.setattr(progress, "Meter", Counting)
     caplog.set_level(logging.INFO, logger=progress.__name__)
@@ -82,21 +103,29 @@ def test_a_run_says_nothing_for_half_an_hour(
     with built(toy_config(tmp_path, toy_model, *small, "iterations=2")) as (trainer, module, data):
         trainer.test(module, datamodule=data, verbose=False)
         trainer.fit(module, datamodule=data)
-    assert counted == {
+    assert not LISTENERS
+    tokens = {what: seen[2] for what, seen in counted.items()}
+    played = {"evaluation", "validation", *(f"iteration {n}/2, rollout" for n in (1, 2))}
+    assert {what for what, count in tokens.items() if count} == played
+    parts = {what: seen[:2] for what, seen in counted.items()}
+    assert {what: seen for what, seen in parts.items() if ", " not in what} == {
         "evaluation": [8, 8],
-        "iteration 1/2": [16, 16],
-        "iteration 2/2": [16, 16],
         "validation": [6, 3],  # twice
     }
+    for number in (1, 2):
+        assert parts[f"iteration {number}/2, rollout"] == [16, 16]
+        for stage in ("scoring", "scoring by the reference", "update"):
+            done, total = parts[f"iteration {number}/2, {stage}"]
+            assert done == total > 0
     seconds = r"\d+ s"
     outcome = (
         rf"success \d+\.\d %, entropy \d\.\d{{3}}, KL -?\d\.\d{{4}}, {seconds}, {seconds} left"
     )
     expected = [
         f"iteration 1/2: {outcome}",
-        rf"validation after iteration 1: success \d+\.\d % of 3, {seconds}",
+        rf"validation after iteration 1: success \d+\.\d % of 3, {seconds}, {seconds} left",
         f"iteration 2/2: {outcome}",
-        rf"validation after iteration 2: success \d+\.\d % of 3, {seconds}",
+        rf"validation after iteration 2: success \d+\.\d % of 3, {seconds}, 0 s left",
     ]
     assert len(lines_of(caplog)) == len(expected)
     for message, pattern in zip(lines_of(caplog), expected, strict=True):
@@ -106,6 +135,7 @@ def test_a_run_says_nothing_for_half_an_hour(
     last = tmp_path / "checkpoints" / "last.ckpt"
     hparams = tmp_path / "tensorboard" / "hparams.yaml"
     before = yaml.safe_load(hparams.read_text())
+    assert before["optimizer"]["lr"] == 1e-3, "an evaluation came first, and left it empty"
     fit(toy_config(tmp_path, toy_model, *small, "iterations=3"), ckpt_path=last)
     assert [message.partition(":")[0] for message in lines_of(caplog)] == [
         "iteration 3/3",

@@ -12,6 +12,7 @@ from aem_lightning.callbacks.collapse import TemplateCollapse
 from aem_lightning.callbacks.curriculum import HorizonGrowth, TaskWeights
 from aem_lightning.callbacks.hyperparameters import Hyperparameters
 from aem_lightning.callbacks.learning import LearningWatch
+from aem_lightning.callbacks.overview import Overview
 from aem_lightning.callbacks.profile import Profile
 from aem_lightning.callbacks.progress import Meter, Progress
 from aem_lightning.callbacks.step_time import StepTime
@@ -25,6 +26,7 @@ __all__ = [
     "Hyperparameters",
     "LearningWatch",
     "Meter",
+    "Overview",
     "Profile",
     "Progress",
     "StepTime",

@@ -23,13 +23,15 @@ class AEMMonitor(Callback):
     r"""Curves of the entropies, of :math:`\alpha`, and of the predicted and measured drift.
 
     Besides the names of :func:`aem_statistics` it logs ``aem/entropy_drift``, the difference of
-    ``aem/entropy`` to the iteration before, and the histogram ``aem/alpha``. Entropies are measured
-    before the update, so ``aem/predicted_drift`` at iteration ``i`` speaks of ``aem/entropy_drift``
-    at ``i + 1``, in sign and trend only: the prediction (arXiv 2605.00425) is of response entropy
-    under a natural-gradient step.
+    ``aem/entropy`` to the iteration before, and histograms: ``aem/alpha`` of all responses, then
+    ``aem/alpha/{sign}`` and ``aem/entropy/{sign}``, the mean token entropy of a response, of those
+    with a positive and a negative advantage. Entropies are measured before the update, so
+    ``aem/predicted_drift`` at iteration ``i`` speaks of ``aem/entropy_drift`` at ``i + 1``, in sign
+    and trend only: the prediction (arXiv 2605.00425) is of response entropy under a
+    natural-gradient step.
 
     With several ranks the scalars count the responses of all of them (one ``all_gather`` an
-    iteration, which every rank joins); the histogram shows those of rank zero, which alone writes.
+    iteration, which every rank joins); histograms show those of rank zero, which alone writes.
     """
 
     def __init__(self) -> None:
@@ -58,8 +60,8 @@ class AEMMonitor(Callback):
         if hasattr(modulation, "of_tokens"):  # REPO-R, whose zeta moves
             metrics["aem/zeta"] = modulation.zeta
         log_scalars(trainer, metrics, step=iteration.index)
-        alpha = iteration.alpha.detach()[_counted(iteration)]
-        log_histogram(trainer, "aem/alpha", alpha, step=iteration.index)
+        for name, values in _histograms(iteration).items():
+            log_histogram(trainer, f"aem/{name}", values, step=iteration.index)
 
     def _drift(self, index: int, entropy: float | None) -> dict[str, float]:
         previous, self._previous = self._previous, None if entropy is None else (index, entropy)
@@ -109,6 +111,16 @@ def aem_statistics(iteration: Iteration) -> dict[str, float]:
 def _counted(iteration: Iteration) -> Tensor:
     batch = iteration.batch
     return (batch.response_mask & (batch.length > 0)).to(iteration.alpha.device)
+
+
+def _histograms(iteration: Iteration) -> dict[str, Tensor]:
+    counted = _counted(iteration).cpu()
+    columns = (iteration.advantages, iteration.alpha, iteration.batch.entropy)
+    advantage, alpha, entropy = (column.detach().cpu()[counted] for column in columns)
+    found = {"alpha": alpha}
+    for sign, chosen in (("positive", advantage > 0), ("negative", advantage < 0)):
+        found |= {f"alpha/{sign}": alpha[chosen], f"entropy/{sign}": entropy[chosen]}
+    return found
 
 
 def _sums(iteration: Iteration) -> dict[str, float]:

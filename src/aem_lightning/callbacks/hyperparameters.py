@@ -20,8 +20,14 @@ class Hyperparameters(Callback):
     The table of TensorBoard's tab shows each run beside its last ``val/success_rate``.
     """
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before Lightning writes ``hparams.yaml``, which it does once."""
+    def __init__(self) -> None:
+        self._is_told = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before Lightning writes ``hparams.yaml``, which it does once: at the first evaluation."""
+        if self._is_told:
+            return
+        self._is_told = True
         agent: Any = pl_module
         chosen = {name: value for name, value in agent.config.items() if name not in LEFT_OUT}
         for logger in trainer.loggers:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.profiler import ProfilerActivity, profile
 
-from aem_lightning.beats import LISTENERS
+from aem_lightning.beats import DONE, LISTENERS
 from aem_lightning.callbacks.outputs import iteration_of
 from aem_lightning.callbacks.step_time import INSIDE_ROLLOUT, total_seconds
 
@@ -109,13 +109,13 @@ class Profile(Callback):
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
         self.on_train_end(trainer)
 
-    def _hear(self, name: str) -> None:
+    def _hear(self, name: str, count: int = 0) -> None:
         """Pause at a piece of work too many, go on where a stage begins."""
         if name in self.most:
             self._begun[name] += 1
             if self._begun[name] > self.most[name]:
                 self._record(False)
-        elif self._profiler is not None:
+        elif self._profiler is not None and name not in DONE:
             self._begun.clear()
             self._record(True)
 

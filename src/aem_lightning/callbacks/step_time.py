@@ -55,7 +55,8 @@ class CostRow:
 class StepTime(Callback):
     """The paper's cost table: a curve an iteration, a text and ``step_time.json`` at the end.
 
-    Curves: ``time/{stage}`` in seconds, ``time/total`` and ``time/share_{stage}``. Seconds are
+    Curves: ``time/{stage}`` in seconds, ``time/total`` and ``time/share_{stage}``; and
+    ``time/tokens_per_second``, response tokens over the seconds of the whole iteration. Both are
     those of rank zero. The running totals are part of the checkpoint, so a resumed run's table
     covers the whole run.
 
@@ -83,7 +84,10 @@ class StepTime(Callback):
         rows = cost_table(iteration.seconds)
         metrics = {f"time/{row.stage}": row.seconds for row in rows}
         metrics |= {f"time/share_{row.stage}": row.share for row in rows}
-        metrics["time/total"] = total_seconds(iteration.seconds)
+        metrics["time/total"] = total = total_seconds(iteration.seconds)
+        if total > 0:
+            tokens = sum(turn.length for episode in iteration.played for turn in episode.turns)
+            metrics["time/tokens_per_second"] = tokens / total
         log_scalars(trainer, metrics, step=iteration.index)
 
     def state_dict(self) -> dict[str, Any]:

@@ -50,6 +50,7 @@ from aem_lightning.rollout import (
     Collector,
     EngineResponder,
     EnvironmentPool,
+    EpisodesOver,
     PromptEncoder,
     RewardShaping,
     RolloutEngine,
@@ -126,7 +127,7 @@ class AgentModule(EvaluatedModule):
         self.iteration = self.tasks_played = 0
         self.config: dict[str, Any] = {}
         self.finite: FiniteCheck  # of the iteration under way
-        self.episodes_over: Callable[[int], object] | None = None  # whoever shows progress
+        self.episodes_over: EpisodesOver | None = None  # whoever shows progress
         self.committing: Callable[[], object] = bool  # called before the first change of a step
         self.recorded: Callable[..., Any] | None = None  # whoever keeps rollouts
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -140,7 +141,7 @@ class AgentModule(EvaluatedModule):
             rollouts = make_batch(trajectories, self.rollout, self.modulation, self.encoder)
             rollouts = rollouts.to(self.device)
         self.finite = FiniteCheck(self.iteration, trajectories, rollouts)
-        with watch("advantage"):
+        with watch("advantage", 0 if self.critic is None else len(rollouts.row_length)):
             advantages = self.estimate(rollouts)  # [R]; PPO: [S, L]
         plan = self.plan_update(rollouts, advantages)
         rollouts, entropy_source = self.score(rollouts, plan, watch)
@@ -148,7 +149,7 @@ class AgentModule(EvaluatedModule):
             modulated = self.modulation(rollouts)  # alpha [R]
             scaled = modulated.apply(advantages, rollouts)  # as advantages
         self.finite.look(advantages, modulated.alpha, scaled)
-        with watch("update"):
+        with watch("update", plan.passes):
             self.committing()
             self.adapt_entropy(rollouts)
             metrics = self.update(rollouts, scaled, plan) if plan.skipped is None else {}
@@ -246,16 +247,16 @@ class AgentModule(EvaluatedModule):
         parts = plan.first_epoch
         from_engine = bool(self.global_sum(batch.entropies.count_nonzero()))  # on any rank
         if not (from_engine and plan.is_on_policy):
-            with watch("old_logprobs"):
-                idle = [] if from_engine else [plan.idle]
-                batch.old_logprobs, entropies = self.scores(batch, [*parts, *idle])
+            needed = parts if from_engine else [*parts, plan.idle]
+            with watch("old_logprobs", sum(map(len, needed))):
+                batch.old_logprobs, entropies = self.scores(batch, needed)
             if not from_engine:
                 batch.entropies = entropies
                 batch.entropy = response_entropy(
                     entropies, batch.response_index, batch.num_responses
                 )
         if self.loss.needs_reference:
-            with watch("ref_logprobs"), self.policy.reference():
+            with watch("ref_logprobs", sum(map(len, parts))), self.policy.reference():
                 batch.ref_logprobs, _ = self.scores(batch, parts)
         return batch, "engine" if from_engine else "trainer"
 

@@ -124,3 +124,4 @@ def _remembering(batches: list[list[int]], tried: list[list[int]]) -> Iterator[l
         tried.append(rows)
         beat("micro_batch")
         yield rows
+        beat("rows", len(rows))

@@ -101,5 +101,9 @@ def over_ranks(shares: Mapping[str, Share], added: Mapping[str, float]) -> dict[
 
 def shown(metrics: Mapping[str, float]) -> dict[str, float]:
     """What a person sees of an iteration while it runs; NaN where there was nothing to judge."""
-    names = {"success": "train/success_rate", "entropy": "rollout/entropy"}
+    names = {
+        "success": "train/success_rate",
+        "entropy": "rollout/entropy",
+        "mixed_groups": "rollout/mixed_groups",
+    }
     return {short: metrics.get(name, math.nan) for short, name in names.items()}

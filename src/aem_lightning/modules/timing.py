@@ -37,9 +37,9 @@ class Stopwatch:
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside this context to ``stage``."""
-        beat(stage)
+    def __call__(self, stage: str, rows: int = 0) -> Iterator[None]:
+        """Add the time spent inside this context to ``stage``, which passes through ``rows``."""
+        beat(stage, rows)
         start = self._now()
         with record_function(stage), in_stage(stage, **self._limits):
             yield

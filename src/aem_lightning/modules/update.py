@@ -80,6 +80,11 @@ class UpdatePlan:
         return len(self.steps) == 1
 
     @property
+    def passes(self) -> int:
+        """Rows that all steps together compute."""
+        return 0 if self.skipped else sum(len(step.active) for step in self.steps)
+
+    @property
     def first_epoch(self) -> list[list[int]]:
         """The active rows of each step of the first update epoch."""
         return [step.active for step in self.steps[: self.epoch_steps]]

@@ -20,6 +20,7 @@ from functools import partial
 from operator import attrgetter
 from typing import Protocol, TypeVar
 
+from aem_lightning.beats import beat
 from aem_lightning.rollout.constraint import Constraint
 from aem_lightning.rollout.encoder import Encoder
 from aem_lightning.rollout.engine import Request, Result, RolloutEngine, Sampling
@@ -30,6 +31,8 @@ from aem_lightning.types import EnvStep, ResetRequest, Task, Trajectory, Turn
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+EpisodesOver = Callable[[Sequence[Trajectory]], object]
+"""Is told of the episodes that have just ended."""
 
 
 def stable_seed(*parts: object) -> int:
@@ -175,7 +178,7 @@ class Collector:
         max_context: Tokens of prompt and response together after which an episode is cut.
         max_new_tokens: Room that a response needs.
         concurrency: Episodes in play at once.
-        episodes_over: Is told how many episodes have just ended.
+        episodes_over: Is told of the episodes that have just ended.
         before_pass: Is called before every turn of the loop; what it raises ends the rollout.
         must_fit: Raise where no opening prompt of a `collect` fits; else its episodes only break.
         environment_seconds: Wall time spent waiting for environments so far.
@@ -189,7 +192,7 @@ class Collector:
     max_context: int
     max_new_tokens: int
     concurrency: int = 64
-    episodes_over: Callable[[int], object] | None = None
+    episodes_over: EpisodesOver | None = None
     before_pass: Callable[[], object] = bool
     must_fit: bool = True
     environment_seconds: float = 0.0
@@ -230,9 +233,10 @@ class Collector:
             over = [key for key in steps if self._is_over(live[key])]
             self.responder.forget(over)
             self.pool.release(over)
-            played |= {key: live.pop(key).trajectory for key in over}
-            if over and self.episodes_over is not None:
-                self.episodes_over(len(over))
+            ended = {key: live.pop(key).trajectory for key in over}
+            played |= ended
+            if ended and self.episodes_over is not None:
+                self.episodes_over([*ended.values()])
             due = {key: live[key] for key in steps if key in live}
             self.responder.ask(due)
             asked = (asked | due.keys()) - {result.key for result in results}
@@ -288,6 +292,7 @@ class Collector:
 
     def _record(self, item: Live, result: Result) -> None:
         """Append a response: to the last row where the prompt extends it, else to a new one."""
+        beat("tokens", len(result.tokens))
         rows, prompt = item.trajectory.rows, item.prompt
         if rows and len(prompt) >= len(rows[-1]) and prompt[: len(rows[-1])] == rows[-1]:
             rows[-1] = prompt + list(result.tokens)

@@ -157,8 +157,9 @@ def play(
         played = []
         try:
             for future in as_completed(futures):
-                meter.add()
-                played.append(future.result())
+                done = future.result()
+                played.append(done)
+                meter.played([done.trajectory] if done else [])
         except EndpointError as error:
             raise EndpointError(
                 f"{error}\n{len(store.episodes)} finished episodes are kept in {store.path}: the "

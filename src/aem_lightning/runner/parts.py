@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any, get_args, get_type_hints
 
 import hydra
@@ -39,6 +40,8 @@ SINGLE = {
     **dict.fromkeys(PROTOCOLS, object),
 }
 SEVERAL = {"callbacks": Callback, "logger": Logger}
+# Loggers of Lightning's whose packages are optional, as the extras are.
+EXTRAS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 # The module calls these with what it alone has.
 PARTIAL = ("optimizer", "scheduler")
 
@@ -131,6 +134,12 @@ def _problems(key: str, node: Any, base: type = object) -> Iterator[str]:
     if isinstance(called, type) and not issubclass(called, base):
         yield f"{key}._target_={target}: not a {base.__module__}.{base.__name__}, as it has to be"
         return
+    package = EXTRAS.get(getattr(called, "__name__", ""))
+    if package is not None and find_spec(package) is None:
+        yield (
+            f"{key} needs the package {package}, which is missing: type "
+            f"pip install 'aem-lightning[{package}]', or {key}=null to go without"
+        )
     yield from _wrong_arguments(key, node, called)
 
 

@@ -136,7 +136,7 @@ def play_demonstrations(
     )
     with Meter("warm start, expert play", len(episodes)) as meter:
         collector = Collector(
-            datamodule.pool, encoder, responder, rewards, **limits, episodes_over=meter.add
+            datamodule.pool, encoder, responder, rewards, **limits, episodes_over=meter.played
         )
         played = collector.collect(episodes, seed=settings.seed)
     won = [trajectory for trajectory in played if trajectory.won or settings.imitate_losses]
