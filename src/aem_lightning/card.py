@@ -85,7 +85,7 @@ class RunCard:
         dirty = ", with changes that are not committed" if self.dirty else ""
         hours = None if self.hours is None else f"{self.hours:.2g}"
         if hours is not None and not self.finished:
-            hours += " until its last sign of life; it wrote no results"
+            hours += " so far, without results"
         found = {
             "command": self.command,
             "started": self.started,
@@ -118,29 +118,40 @@ class RunCard:
 def run_card(folder: Path) -> RunCard:
     """The card of the run in ``folder``, finished or not.
 
-    A file that is missing, or is no JSON object, tells nothing.
+    A file that is missing, or is another program's, tells nothing.
     """
     origin, summary, evaluation, times = (
         _read(folder / name)
         for name in (ORIGIN, "summary.json", "evaluation.json", "step_time.json")
     )
+    try:
+        return _card(folder, origin, summary, evaluation, times)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return RunCard(folder.absolute().name)
+
+
+def _card(
+    folder: Path,
+    origin: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    times: Mapping[str, Any],
+) -> RunCard:
     results = {
         "before": summary.get("success_before") or _read(folder / "success_before.json"),
         "after": summary.get("success_after"),
         "evaluation": evaluation.get("success"),
     }
-    finished = bool(summary or evaluation)
-    seconds = summary.get("seconds")
-    started = origin.get("started")
+    seconds, started = summary.get("seconds"), origin.get("started")
     return RunCard(
         name=summary.get("name") or origin.get("name") or folder.absolute().name,
-        finished=finished,
+        finished=bool(summary or evaluation),
         command=origin.get("command") or _of_an_analysis(folder),
         started=started,
         commit=origin.get("commit"),
         dirty=bool(origin.get("dirty")),
-        versions=origin.get("versions") or {},
-        games=origin.get("games") or evaluation.get("games") or {},
+        versions={**origin.get("versions", {})},
+        games={**(origin.get("games") or evaluation.get("games") or {})},
         device=origin.get("device"),
         seed=summary.get("seed", evaluation.get("seed", origin.get("seed"))),
         iterations=summary.get("iterations", evaluation.get("iteration")),

@@ -89,7 +89,9 @@ def test_a_card_tells_what_a_run_was_while_it_goes_and_when_it_is_done(root, fir
     assert (live.finished, live.costs, dict(live.success)) == (False, (), {})
     assert (live.name, live.started, live.versions) == ("toy", done.started, done.versions)
     assert 0 <= live.hours < 1
-    assert "wrote no results" in live.markdown()
+    assert "so far, without results" in live.markdown()
+    (tmp_path / "summary.json").write_text('{"seconds": 3}')
+    assert run_card(tmp_path).lines() == {}, "another program's"
 
 
 def test_the_commit_is_of_a_checkout_alone(tmp_path):
@@ -137,6 +139,10 @@ def test_an_evaluation_plays_every_task_once_and_leaves_every_episode(root, firs
     assert {record["iteration"] for record in shown} == {report["iteration"]}
     tasks = sorted((record["task"], record["won"]) for record in shown)
     assert tasks == sorted((episode["task"], episode["won"]) for episode in report["episodes"])
+    card = run_card(tmp_path)
+    assert (card.finished, card.iterations) == (True, 2)
+    assert card.success["evaluation"].rate == report["success"]["rate"]
+    assert 0 < card.hours < 1
 
 
 def test_an_evaluation_of_some_splits_at_another_temperature(root, first):

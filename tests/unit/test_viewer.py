@@ -288,7 +288,7 @@ def test_ten_thousand_turns_open_in_two_seconds_copies_side_by_side(
     assert "8 copies part at turn 3, their words at turn 1" in dom
     before, _, after = dom.partition('<div class="part">part at turn 3</div>')
     assert before.count("<article") == 8 * 3, "columns: turns 0 to 2 of each copy"
-    assert after.startswith('<article id="turn3" class="differs">')
+    assert after.startswith('<article data-turn="3" class="differs">')
     assert after.count("<article") == 8 * 27, "then what is near the screen"
     assert "<dd>python &lt;b&gt;</dd>" in dom
 
@@ -335,6 +335,7 @@ def test_the_command_lists_shows_and_writes(
         (["{other}"], "other.jsonl:2: no episode: each line is a JSON object with task, "),
         (["{file}", "--html", "{file}/x"], "Not a directory"),
         (["{file}", "--group"], "no two episodes are copies of one group"),
+        (["{file}", "--serve", "--group"], "are chosen in the page"),
         (["nowhere", "--serve"], "nowhere: there is no such folder"),
         (["{file}", "--serve", "--port", "70000"], "--port 70000 cannot be had"),
     ],

@@ -25,6 +25,7 @@ _DIFFERENCES = {
     "train_success": "in training, all iterations",
     "val_success": "in all validations",
 }
+_LONGEST = 900  # characters of a caption that leave room for the curves
 
 
 def draw_comparison(content: Content) -> Figure:
@@ -48,10 +49,14 @@ def draw_comparison(content: Content) -> Figure:
         panels[name].set(ylabel=label, xlabel="iterations done")
         panels[name].set_ylim(0, None if name == "entropy" else 1)
         panels[name].set_xlim(-0.05 * end, 1.06 * end)
+        panels[name].locator_params(axis="x", integer=True)
         if panels[name].get_legend_handles_labels()[0]:
             panels[name].legend(fontsize=8, loc="best")
     figure.suptitle(title_of(content), fontsize=13)
-    caption = "\n".join(textwrap.wrap(caption_of(content), 190))
+    caption = caption_of(content)
+    if len(caption) > _LONGEST:
+        caption = f"{caption[:_LONGEST]} … (whole in compare.json and in this file's metadata)"
+    caption = "\n".join(textwrap.wrap(caption, 190))
     # A command may hold dollars, which are no formula.
     figure.supxlabel(caption, fontsize=8, x=0.01, ha="left", parse_math=False)
     return figure

@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wish = Wish(given.outcome, given.type, given.stage, given.iteration)
     try:
         if given.serve:
+            if given.episode is not None or given.group or given.prompts:
+                raise ValueError("--serve: --episode, --group and --prompts are chosen in the page")
             _serve(given.path, given.port, wish)
         else:
             _show(given, wish)

@@ -57,8 +57,8 @@ class _Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         with contextlib.suppress(ConnectionError):
             # A page of another site may have pointed its own name at this machine.
-            if self.headers.get("Host", HOST).rpartition(":")[0] not in (HOST, "localhost"):
-                self.send_error(403)
+            if self.headers.get("Host", HOST).rsplit(":", 1)[0] not in (HOST, "localhost"):
+                self.send_error(403, f"Ask for localhost or {HOST}")
             elif address.path == "/":
                 text = page({}, str(self._file.parent), run_card(self._file.parent), live=True)
                 self._send(text, "text/html")
