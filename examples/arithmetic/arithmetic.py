@@ -19,3 +19,15 @@ def reward(row, answer):
 def careless(row, random):
     """An answer that is wrong two times in five."""
     return str(row["a"] + row["b"] + random.choice((0, 0, 0, 1, -1)))
+
+
+def agent(client, row):
+    """The same as an agent of an OpenAI client, which asks twice where the first reply is none."""
+    text = f"{row['who']} has {row['a']} {row['what']} and gets {row['b']} more . how many ?"
+    messages = [{"role": "user", "content": text}]
+    for _ in range(2):
+        reply = client.chat.completions.create(model="policy", messages=messages)
+        said = reply.choices[0].message.content
+        if said.isdecimal():
+            break
+    return reward(row, said)

@@ -148,7 +148,8 @@ class OwnAgentDataModule(DatasetDataModule):
         dataset: As for `DatasetDataModule`; a row is a task.
         agent: From a client (or, where its first argument is called ``base_url``, the address of
             the endpoint) and a row to the episode's reward; a coroutine gets an `AsyncOpenAI`.
-        settings: Arguments of `DatasetDataModule`.
+        settings: Arguments of `DatasetDataModule` but ``reward``; ``expert``, which answers every
+            call, and ``prompt``, whose words it knows, are for ``policy=tiny`` alone.
 
     Raises:
         ValueError: Data that cannot be read, or a function that a worker cannot import.
@@ -156,7 +157,7 @@ class OwnAgentDataModule(DatasetDataModule):
 
     def __init__(self, dataset: Any, agent: Function, **settings: Any) -> None:
         agent = named_function("agent", agent)
-        super().__init__(dataset, **{"prompt": _unasked, "reward": agent, **settings})
+        super().__init__(dataset, reward=agent, **{"prompt": _unasked, **settings})
 
     def make_factory(self) -> Callable[[], Any]:
         """The environment of this agent."""

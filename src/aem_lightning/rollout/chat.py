@@ -119,7 +119,8 @@ class ChatResponder:
     def _read(self, reply: Reply) -> str:
         """The reply as the prompt's format expects it, reasoning in think tags included."""
         prompt, text = self.encoder.prompt, reply.text
-        if reply.calls and (called := written_calls(reply.calls)) not in text:
+        expects_calls = self._tools or prompt.action == "chat"
+        if expects_calls and (called := written_calls(reply.calls)) not in text:
             text = f"{text}\n{called}"
         expects = prompt.require_thinking and prompt.action not in ("plain", "react")
         if not (expects and reply.reasoning) or "</think>" in text:
