@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import fit, process, toy_config, toy_overrides
+from faults.forks import command as in_fork
+from runs import fit, toy_config, toy_overrides
 from safetensors.torch import load_file, save_file
 
 from aem_lightning.runner import train
@@ -93,12 +94,12 @@ def test_a_killed_and_resumed_run_differs_from_an_uninterrupted_one(
         "+callbacks.kill.epoch=1",
         "+callbacks.kill.batch=1",
     )
-    ended = process("train.py", *run, *kill)
-    assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
+    ended = in_fork("train.py", *run, *kill)
+    assert ended.status == -signal.SIGKILL, ended.said
     (killed,) = tmp_path.glob("logs/*/*/checkpoints/last.ckpt")
     assert loaded(killed)["aem_lightning"]["iteration"] == 2
-    ended = process("train.py", *run, "ckpt_path=last")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    ended = in_fork("train.py", *run, "ckpt_path=last")
+    assert ended.status == 0, ended.said
     resumed = max(tmp_path.glob("logs/*/*/checkpoints/last.ckpt"), key=os.path.getmtime)
     assert resumed != killed
 

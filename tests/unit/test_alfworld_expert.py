@@ -1,5 +1,6 @@
 import random
 import re
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -24,49 +25,61 @@ MUG_ON_SHELF = {
 }
 
 
-def _play(root, games, *, seed=0, noise=0.0):
+@pytest.fixture(scope="module")
+def pools():
+    """A pool a difficulty, which knows what earlier tests have played."""
+    found = {}
+    with ExitStack() as stack:
+        for each in ("easy", "medium"):
+            root = games_root(each)
+            pool = stack.enter_context(EnvPool(partial(AlfworldEnv, root), workers=2))
+            pool.reset({"a": ResetRequest(list_games(root, "train")[0].id)})
+            pool.release("a")  # its workers have started outside any test, which would leave them
+            found[each] = pool
+        yield found
+
+
+def _play(pool, games, *, seed=0, noise=0.0):
     """The actions of the expert in each game, and which games it won."""
     rng = random.Random(seed)
     experts = {game.id: SearchingExpert(game.params, seed) for game in games}
     actions = {game.id: [] for game in games}
     won = set()
-    with EnvPool(partial(AlfworldEnv, root), workers=2) as pool:
-        steps = pool.reset({g.id: ResetRequest(g.id, 0, i) for i, g in enumerate(games)})
-        for _ in range(MAX_TURNS):
-            sent = {}
-            for key, step in steps.items():
-                action = experts[key].act(step.observation, step.admissible_actions)
-                assert action in step.admissible_actions
-                is_noise = rng.random() < noise
-                sent[key] = rng.choice(step.admissible_actions) if is_noise else action
-                actions[key].append(sent[key])
-            steps = pool.step(sent)
-            won |= {key for key, step in steps.items() if step.won}
-            steps = {key: step for key, step in steps.items() if not step.terminated}
-            if not steps:
-                break
+    steps = pool.reset({g.id: ResetRequest(g.id, 0, i) for i, g in enumerate(games)})
+    for _ in range(MAX_TURNS):
+        sent = {}
+        for key, step in steps.items():
+            action = experts[key].act(step.observation, step.admissible_actions)
+            assert action in step.admissible_actions
+            is_noise = rng.random() < noise
+            sent[key] = rng.choice(step.admissible_actions) if is_noise else action
+            actions[key].append(sent[key])
+        steps = pool.step(sent)
+        won |= {key for key, step in steps.items() if step.won}
+        steps = {key: step for key, step in steps.items() if not step.terminated}
+        if not steps:
+            break
+    pool.release(actions)
     return actions, won
 
 
 @pytest.mark.parametrize("difficulty", ["easy", "medium"])
-def test_expert_wins_every_game_within_the_turn_limit(difficulty):
+def test_expert_wins_every_game_within_the_turn_limit(difficulty, pools):
     root = games_root(difficulty)
     games = list_games(root, "train") + list_games(root, "valid_unseen")
-    _, won = _play(root, games)
+    _, won = _play(pools[difficulty], games)
     assert won == {game.id for game in games}
 
 
-def test_expert_still_wins_when_a_third_of_its_actions_is_replaced_by_noise():
-    root = games_root("easy")
-    games = list_games(root, "train")
-    _, won = _play(root, games, noise=0.33)
+def test_expert_still_wins_when_a_third_of_its_actions_is_replaced_by_noise(pools):
+    games = list_games(games_root("easy"), "train")
+    _, won = _play(pools["easy"], games, noise=0.33)
     assert len(won) >= len(games) - 1
 
 
-def test_expert_searches_in_the_order_of_its_seed():
-    root = games_root("medium")
-    games = list_games(root, "valid_seen")[:3]
-    first, again, other = (_play(root, games, seed=seed)[0] for seed in (1, 1, 2))
+def test_expert_searches_in_the_order_of_its_seed(pools):
+    games = list_games(games_root("medium"), "train")[:3]
+    first, again, other = (_play(pools["medium"], games, seed=seed)[0] for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
@@ -165,21 +178,22 @@ def test_expert_does_not_say_what_it_believes(params, seen, allowed, thought):
     assert expert.thought == thought.format(next=action.removeprefix("go to "))
 
 
-def test_expert_says_nothing_or_much_before_it_acts():
+def test_expert_says_nothing_or_much_before_it_acts(pools):
     root = games_root("easy")
     experts = {game.id: SearchingExpert(game.params, 0) for game in list_games(root, "train")}
     known = build_tokenizer([*vocabulary_texts(), *THOUGHTS])  # as of a tiny policy that thinks
-    with EnvPool(partial(AlfworldEnv, root), workers=1) as pool:
-        steps = pool.reset({key: ResetRequest(key, 0, i) for i, key in enumerate(experts)})
-        while steps:
-            sent = {
-                key: experts[key].act(step.observation, step.admissible_actions)
-                for key, step in steps.items()
-            }
-            for key in sent:
-                thought = experts[key].thought
-                assert 6 <= len(thought.split()) <= 14
-                tokens = known.tokenize(thought)
-                assert len(tokens) == len(re.findall(r"\w+|[^\w\s]", thought)), tokens
-                assert 8 <= len(tokens) <= 26
-            steps = {key: step for key, step in pool.step(sent).items() if not step.terminated}
+    pool = pools["easy"]
+    steps = pool.reset({key: ResetRequest(key, 0, i) for i, key in enumerate(experts)})
+    while steps:
+        sent = {
+            key: experts[key].act(step.observation, step.admissible_actions)
+            for key, step in steps.items()
+        }
+        for key in sent:
+            thought = experts[key].thought
+            assert 6 <= len(thought.split()) <= 14
+            tokens = known.tokenize(thought)
+            assert len(tokens) == len(re.findall(r"\w+|[^\w\s]", thought)), tokens
+            assert 8 <= len(tokens) <= 26
+        steps = {key: step for key, step in pool.step(sent).items() if not step.terminated}
+    pool.release(experts)
