@@ -17,16 +17,18 @@ COMMAND = Command(CONFIGS, "train", "python train.py", __doc__, check_training)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
-def main(cfg: DictConfig) -> None:
-    """Run one training run."""
+def main(cfg: DictConfig) -> float | None:
+    """Run one training run; what it comes to, where a search asks (``optimized_metric``)."""
     with clear_errors():
         COMMAND.check_job(cfg)
         from aem_lightning.runner import train  # imports torch: after the checks
-        from aem_lightning.runner.summary import exit_status
+        from aem_lightning.runner.summary import exit_status, optimized
 
         quiet_libraries()
-        if status := exit_status(cfg, train(cfg)):
+        summary = train(cfg)
+        if status := exit_status(cfg, summary):
             sys.exit(status)
+        return optimized(cfg, summary)
 
 
 if __name__ == "__main__":
