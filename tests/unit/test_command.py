@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
+import train
 from omegaconf import OmegaConf
 from runs import COMMAND_ENVIRONMENT, CONFIGS, ROOT, composed
 
+from aem_lightning import runner
 from aem_lightning.runner.command import Command
 from aem_lightning.runner.early import check_training
 from aem_lightning.runner.help_page import read_comments
 from aem_lightning.runner.overrides import given_twice
+from aem_lightning.runner.summary import optimized
 
 TRAIN = Command(CONFIGS, "train", "python train.py", "", check_training)
 
@@ -103,6 +108,45 @@ def test_an_unknown_option_is_answered_with_those_that_there_are():
 )
 def test_a_broken_override_is_told_without_what_to_type(given, told):
     assert told in complaint(*given)
+
+
+SEARCH = ["experiment=quickstart", "hparams_search=quickstart_optuna"]
+
+
+def test_a_search_without_optuna_says_what_to_install():
+    if find_spec("optuna"):
+        pytest.skip("optuna is installed")
+    assert "pip install 'aem-lightning[sweep]'" in complaint(*SEARCH)
+
+
+def test_a_search_hands_each_run_other_settings_and_keeps_the_best(tmp_path, monkeypatch):
+    """With Optuna and Hydra's plugin as they are; a training is a function of its learning rate."""
+    pytest.importorskip("optuna")
+    played = []
+
+    def trained(cfg):
+        played.append(cfg.optimizer.lr)
+        return {"success_after": {"rate": cfg.optimizer.lr}}
+
+    monkeypatch.setattr(runner, "train", trained)
+    sizes = ["hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.n_startup_trials=3"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *SEARCH, *sizes, f"paths.root_dir={tmp_path}"])
+    train.train()
+    (found,) = tmp_path.rglob("optimization_results.yaml")
+    results = OmegaConf.load(found)
+    assert len(set(played)) == 3
+    assert results.best_value == results.best_params["optimizer.lr"] == max(played)
+    assert all(3e-4 <= rate <= 3e-3 for rate in played)
+
+
+def test_what_a_search_compares_is_of_the_success_after_training():
+    summary = {"success_after": {"rate": 0.5, "low": 0.4}, "success_before": None}
+    assert optimized({"optimized_metric": "low"}, summary) == 0.4
+    assert optimized({}, summary) is None
+    assert math.isnan(optimized({"optimized_metric": "rate"}, {"success_after": None}))
+    cfg = composed(["experiment=quickstart", "optimized_metric=rate", "evaluate=false"])
+    with pytest.raises(ValueError, match="type evaluate=true"):
+        check_training(cfg)
 
 
 def test_a_value_that_is_given_twice_is_not_told():

@@ -234,3 +234,22 @@ def test_a_warm_start_from_a_model_starts_from_other_weights(root, toy_model):
     assert made.keys() == base.keys()
     changed = {name for name in base if not torch.equal(base[name], made[name])}
     assert changed == {name for name in base if "q_proj.weight" in name}
+
+
+def test_a_run_ends_where_validation_says_so_also_after_it_was_resumed(root, first, tmp_path):
+    each = ("iterations_per_epoch=1", "evaluate=false", f"paths.log_dir={tmp_path}")
+    model = f"policy.model={next((root / 'data' / 'warm_start').iterdir())}"
+    early = ("callbacks=early_stop", model, *each)
+    enough = "callbacks.early_stop.stopping_threshold=-0.1"
+    done = train(config(root, "enough", *early, enough, "iterations=3"))
+    assert done["iterations"] == 1
+    assert done["stopped"].startswith("Stopping threshold reached: val/success_rate = ")
+    assert "ckpt_path" in done["next"][0]
+    assert "train.py" not in done["next"][0]  # it would stop again
+    stalled = ("callbacks.early_stop.patience=2", "callbacks.early_stop.min_delta=1")
+    part = train(config(root, "stalled", *early, *stalled, "iterations=2"))
+    assert (part["iterations"], part["stopped"]) == (2, None)
+    goes_on = f"ckpt_path={part['paths']['checkpoint']}"
+    rest = train(config(root, "stalled", *early, *stalled, "iterations=9", goes_on))
+    assert rest["iterations"] == 3
+    assert "did not improve in the last 2 records" in rest["stopped"]

@@ -80,6 +80,7 @@ class TrainOptions(RolloutSettings, UpdateSettings, PlayOptions):
     rank_timeout_s: Positive = 1800.0
     rollout: Asynchrony = field(default_factory=Asynchrony)
     evaluate: bool
+    optimized_metric: Literal["rate", "low", "score"] | None = None
     iterations: Count
     algorithm: str | None
     fast: Group | None = None

@@ -55,10 +55,10 @@ class Command:
         meet()
         sys.argv[1:] = arguments
 
-        def checked(cfg: DictConfig) -> None:
+        def checked(cfg: DictConfig) -> object:  # Hydra's sweepers compare what jobs return
             with clear_errors():
                 self.check_job(cfg)
-                job(cfg)
+                return job(cfg)
 
         start = hydra.main(str(self.configs), self.name, version_base="1.3")
         start(checked)()

@@ -48,13 +48,15 @@ def evaluate() -> None:
         command.run(given, _evaluate)
 
 
-def _train(cfg: DictConfig) -> None:
+def _train(cfg: DictConfig) -> float | None:
     from aem_lightning.runner import train  # imports torch: after the checks
-    from aem_lightning.runner.summary import exit_status
+    from aem_lightning.runner.summary import exit_status, optimized
 
     quiet_libraries()
-    if status := exit_status(cfg, train(cfg)):
+    summary = train(cfg)
+    if status := exit_status(cfg, summary):
         sys.exit(status)
+    return optimized(cfg, summary)
 
 
 def _evaluate(cfg: DictConfig) -> None:

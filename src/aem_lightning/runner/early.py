@@ -50,6 +50,8 @@ def check_training(cfg: DictConfig) -> None:
                 "checkpoint. Type one of them alone"
             ]
         )
+    if cfg.get("optimized_metric") and not cfg.evaluate:
+        refuse([f"optimized_metric={cfg.optimized_metric} evaluate=false: type evaluate=true"])
     find_checkpoint(cfg, cfg.name)
     if "hydra" in cfg:  # composed before the run: Hydra has not written into its folder yet
         check_free(Path(cfg.hydra.run.dir))

@@ -119,6 +119,8 @@ def _wrong_option(file: str, options: Sequence[str], given: Sequence[str]) -> st
     if (now := _renamed(argument)) is not None:
         return f"{argument} has another name now: type {now}"
     hint = _did_you_mean(f"{group}={o}" for o in difflib.get_close_matches(option, options))
+    if file == "hydra/sweeper/optuna":  # hparams_search=, which a plugin of Hydra's carries out
+        hint = "To install Optuna, type: pip install 'aem-lightning[sweep]'. "
     return f"{argument}: there is no such option. {hint}Allowed: {', '.join(options)}."
 
 

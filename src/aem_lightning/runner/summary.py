@@ -42,6 +42,13 @@ def learning_verdict(callbacks: Iterable[Any]) -> dict[str, Any] | None:
     return next((asdict(verdict) for verdict in verdicts if verdict is not None), None)
 
 
+def early_stop(callbacks: Iterable[Any]) -> str | None:
+    """Why a callback ended the run before its time, in its words; ``None`` where none did."""
+    told = (getattr(callback, "stopping_reason_message", None) for callback in callbacks)
+    reason = next(filter(None, told), None)
+    return reason and str(reason).removesuffix(" Signaling Trainer to stop.")
+
+
 def forecast_of(callbacks: Iterable[Any]) -> float | None:
     """The run's `aem/forecast`, where a monitor of AEM has seen enough."""
     found = (getattr(callback, "forecast", None) for callback in callbacks)
@@ -54,6 +61,16 @@ def exit_status(cfg: Mapping[str, Any], summary: Mapping[str, Any]) -> int:
     if cfg.get("preflight") == "only" and checked is not None and checked["verdict"]["bad"]:
         return BAD_PREFLIGHT
     return LEARNT_NOTHING if cfg.get("strict") and summary.get("verdict") else 0
+
+
+def optimized(cfg: Mapping[str, Any], summary: Mapping[str, Any]) -> float | None:
+    """What a search for settings compares runs by, where ``optimized_metric`` names it.
+
+    It is NaN, a failed trial, where the run was not evaluated.
+    """
+    if cfg.get("optimized_metric") is None:
+        return None
+    return float((summary.get("success_after") or {}).get(cfg["optimized_metric"], "nan"))
 
 
 def percent(result: Mapping[str, Any]) -> str:

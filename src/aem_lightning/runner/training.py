@@ -42,7 +42,13 @@ from aem_lightning.runner.resuming import BEFORE, Earlier, earlier_run
 from aem_lightning.runner.several import is_sharded
 from aem_lightning.runner.starting import Start
 from aem_lightning.runner.stopping import requeued_checkpoint
-from aem_lightning.runner.summary import StageClock, forecast_of, learning_verdict, write_summary
+from aem_lightning.runner.summary import (
+    StageClock,
+    early_stop,
+    forecast_of,
+    learning_verdict,
+    write_summary,
+)
 from aem_lightning.runner.trust import remember
 
 log = logging.getLogger(__name__)
@@ -127,9 +133,13 @@ def reinforce(
         # Lightning's callback saves nothing where there was no update since the one before.
         trainer.save_checkpoint(last, weights_only=False)
     next_steps = after_training(cfg, last)
+    stopped = None
     if module.iteration < cfg.iterations:
-        next_steps.insert(0, to_continue(cfg, last))
-        log.warning("Stopped after iteration %d of %d", module.iteration, cfg.iterations)
+        stopped = early_stop(trainer.callbacks)  # type: ignore[attr-defined]
+        if stopped is None:  # it would stop again
+            next_steps.insert(0, to_continue(cfg, last))
+        told = "Stopped after iteration %d of %d%s"
+        log.warning(told, module.iteration, cfg.iterations, f": {stopped}" if stopped else "")
     verdict = learning_verdict(trainer.callbacks)  # type: ignore[attr-defined]
     if cfg.evaluate and not (cfg.strict and verdict):
         with clock("evaluation_after"):
@@ -141,6 +151,7 @@ def reinforce(
         "success_before": before,
         "success_after": after,
         "verdict": verdict,
+        "stopped": stopped,
         "forecast": forecast_of(trainer.callbacks),  # type: ignore[attr-defined]
         "preflight": checked and checked["verdict"],
         "quarantine": dict(from_all_ranks([*getattr(datamodule.pool, "quarantine", {}).items()])),
