@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults models fuzz test-adapters test-matrix test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type docs notebooks wheel-test lock licences tensorboard clean
+.PHONY: help install train test coverage faults models fuzz test-adapters test-matrix test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type docs notebooks wheel-test lock licences tensorboard screenshots clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -134,6 +134,9 @@ licences: install ## Renew docs/licences.md: the licences of what this project d
 
 tensorboard: install ## Show the curves of every run below LOGDIR
 	@"$(BIN)/python" -m tensorboard.main --logdir "$(LOGDIR)" $(ARGS)
+
+screenshots: install ## Play the quickstart and picture its terminal, TensorBoard and episodes for the README; needs Chromium
+	@"$(BIN)/python" scripts/screenshots.py $(ARGS)
 
 clean: ## Remove caches and build leftovers; runs, data and the virtual environment stay
 	@rm -rf build dist site .coverage .coverage.* coverage.xml htmlcov .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

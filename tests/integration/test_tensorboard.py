@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.loggers import Logger, WandbLogger
 from runs import curves, fit, toy_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
 from aem_lightning.callbacks.overview import CHARTS
-from aem_lightning.runner import parts
+from aem_lightning.runner import parts, trainers
 from aem_lightning.runner.checks import ConfigError
 
 SIGNS = ("positive", "negative")
@@ -202,6 +203,23 @@ def test_wandb_lacks_something(
     assert b"histogram" in written
     (table,) = folder.glob("files/media/table/transcripts/train_0_*.json")
     assert "**Turn 0**" in json.loads(table.read_text())["data"][0][1]
+
+
+def test_a_service_that_cannot_be_reached_is_told_after_the_warm_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Away(WandbLogger):
+        def __init__(self) -> None:
+            Logger.__init__(self)
+
+        @property
+        def experiment(self) -> None:
+            raise OSError("No API key\nconfigured.")
+
+    monkeypatch.setattr(trainers, "_named", lambda group, _: [Away()] if group == "logger" else [])
+    said = "No API key configured. To write to this machine alone type logger.wandb.offline=true"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        trainers.build_trainer(toy_config(tmp_path, None))
 
 
 def test_a_missing_package_is_told_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

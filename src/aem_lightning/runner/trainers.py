@@ -12,7 +12,12 @@ import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import (
+    CSVLogger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -22,7 +27,7 @@ from aem_lightning.modules import RolloutJournal
 from aem_lightning.runner import ranks
 from aem_lightning.runner.broken_batch import BrokenBatch
 from aem_lightning.runner.checkpoint_io import SealedCheckpointIO
-from aem_lightning.runner.checks import TrainOptions, refuse
+from aem_lightning.runner.checks import ConfigError, TrainOptions, refuse
 from aem_lightning.runner.fsdp import FullySharded
 from aem_lightning.runner.parts import made
 from aem_lightning.runner.signals import stop_signals
@@ -38,8 +43,10 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
     wrote for later ones into the same folder, and a table of that run is kept.
     """
     trainer = make_trainer(cfg)
-    for logger in trainer.loggers if start else ():
-        _go_on(logger, start)
+    for logger in trainer.loggers:
+        if start:
+            _go_on(logger, start)
+        _reach(logger)
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and no choice of the user's
         trainer.strategy.checkpoint_io = SealedCheckpointIO()
     # Lightning's own watch ends this process too, without a word.
@@ -94,6 +101,21 @@ def make_trainer(cfg: DictConfig) -> L.Trainer:
 def _flush(loggers: list[Any]) -> None:
     for logger in loggers:
         logger.save()
+
+
+def _reach(logger: Any) -> None:
+    """Open what is far away now: after a warm start would be late to hear of a missing password."""
+    if not isinstance(logger, WandbLogger | MLFlowLogger):
+        return
+    is_wandb = isinstance(logger, WandbLogger)
+    try:
+        _ = logger.experiment
+    except Exception as error:  # whatever a service says
+        instead = "wandb.offline=true" if is_wandb else "mlflow.tracking_uri=sqlite:///mlflow.db"
+        raise ConfigError(
+            f"{type(logger).__name__} cannot be opened: {' '.join(str(error).split())} "
+            f"To write to this machine alone type logger.{instead}"
+        ) from error
 
 
 def _go_on(logger: Any, start: int) -> None:
