@@ -97,6 +97,8 @@ def trained(tmp_path_factory):
     (run / "adapter").mkdir()
     policy.save_adapter(run / "adapter")
     (run / "summary.json").write_text(json.dumps(SUMMARY))
+    origin = {"command": f"cd {run}; train", "commit": "1234567", "dirty": True}
+    (run / "run.json").write_text(json.dumps({**origin, "versions": {"torch": "2.0"}}))
     (run / ".hydra").mkdir()
     game = {"_target_": "coin.CoinDataModule", "evaluation_splits": ["valid_seen"]}
     config = {"algorithm": "grpo", "datamodule": game, "logger": {"wandb": {"api_key": KEY}}}
@@ -126,14 +128,15 @@ def test_what_is_pushed_plays_as_what_was_trained(hub, trained, tmp_path):
 
 
 def test_the_card_has_the_results_where_the_hub_reads_them(trained):
-    card = huggingface_hub.ModelCard(model_card(trained[0], "me/coin", "owner/base", facts="By X."))
+    card = huggingface_hub.ModelCard(model_card(trained[0], "me/coin", "owner/base"))
     assert (card.data.base_model, card.data.library_name) == ("owner/base", "peft")
     before, after = card.data.eval_results
     assert (before.metric_value, after.metric_value) == (0.25, 0.5)
     assert after.metric_name == "success rate after training, 95 % interval [0.400, 0.600]"
     assert (after.dataset_name, after.dataset_split) == ("Coin", "valid_seen")
     assert "| blue | – | 50.0 % [40.0, 60.0] of 100 |" in card.text
-    assert card.text.endswith("By X.\n")
+    assert "| versions | torch 2.0 |" in card.text
+    assert "| commit | 1234567, with changes that are not committed |" in card.text
     assert "eval.py experiment=corridor adapter=adapter" in card.text
 
 

@@ -6,19 +6,19 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from aem_lightning.card import run_card
 from aem_lightning.runner.secrets import typed_secrets
 
 SETTINGS = (
     *("iterations", "tasks_per_iteration", "group_size", "memory", "max_turns", "max_new_tokens"),
     *("temperature", "update_epochs", "num_minibatches", "seed"),
 )
-PACKAGES = ("aem-lightning", "torch", "transformers", "peft", "lightning")
 # Of the machine that trained, and no one else's business.
 _OF_A_MACHINE = ("paths.", "hydra.", "ckpt_path", "logger", "trainer.")
 _PLACE = re.compile(r"://|(^|[\s'\"\[{,:=])(/|~|\.{1,2}/|[A-Za-z]:\\)")
@@ -26,16 +26,13 @@ _PLACE = re.compile(r"://|(^|[\s'\"\[{,:=])(/|~|\.{1,2}/|[A-Za-z]:\\)")
 _OF_THE_GAME = ("experiment", "datamodule", "prompt", "memory", "history", "max_", "action")
 
 
-def model_card(
-    run: Path, repo: str, base: str, *, facts: str | None = None, license_: str | None = None
-) -> str:
+def model_card(run: Path, repo: str, base: str, *, license_: str | None = None) -> str:
     """The text of ``README.md``, metadata first.
 
     Args:
         run: A run's folder.
         repo: Where the adapter goes, ``owner/name``.
         base: The model that it belongs to, on the hub.
-        facts: What to say of how it was made, as markdown; `card_facts` by default.
         license_: Of the adapter, by the hub's names.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -60,7 +57,7 @@ def model_card(
             "multi-turn reinforcement learning with aem_lightning.",
             f"## Results\n\n{results}",
             f"## How to play it\n\n{_usage(repo, base, _overrides(run))}",
-            f"## How it was made\n\n{facts if facts is not None else card_facts(run)}",
+            f"## How it was made\n\n{card_facts(run)}",
         ]
     )
     return str(ModelCard(f"{text}\n"))
@@ -82,20 +79,21 @@ def read_run(run: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def card_facts(run: Path) -> str:
-    """How a run was made, as markdown: command, settings, hours and versions."""
-    summary, config = read_run(run)
+    """How a run was made, as markdown: command and settings, then the rest of its card."""
+    _, config = read_run(run)
     parts = {name: _class(config.get(name)) for name in ("advantage", "modulation", "loss")}
     rows = {
         "algorithm": f"{config.get('algorithm')}: {', '.join(filter(None, parts.values()))}",
         **{name: config[name] for name in SETTINGS if name in config},
         "learning rate": (config.get("optimizer") or {}).get("lr"),
         "LoRA": _lora(run),
-        "hours": f"{sum(summary['seconds'].values()) / 3600:.2f}",
-        "pushed with": ", ".join(filter(None, map(_version, PACKAGES))),
     }
     words = shlex.join(["python", "train.py", *_overrides(run)])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"```bash\n{words}\n```\n\n| setting | value |\n|---|---|\n{table}"
+    told = f"```bash\n{words}\n```\n\n| setting | value |\n|---|---|\n{table}"
+    # Its own command may name folders; results stand above, and settings in the table.
+    card = replace(run_card(run), command=None, success={}, seed=None, iterations=None)
+    return f"{told}\n\n{card.markdown()}"
 
 
 def public_overrides(words: Sequence[str]) -> list[str]:
@@ -180,13 +178,6 @@ def _class(node: Any) -> str:
 def _lora(run: Path) -> str:
     adapter = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     return f"rank {adapter['r']}, alpha {adapter['lora_alpha']}"
-
-
-def _version(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return ""
 
 
 def _overrides(run: Path) -> list[str]:

@@ -38,7 +38,6 @@ def stage(
     with_base: bool = False,
     base: str | None = None,
     license_: str | None = None,
-    facts: str | None = None,
 ) -> Staged:
     """Lay out the adapter of ``run`` in its folder ``hub``, with a card; nothing is sent.
 
@@ -49,7 +48,6 @@ def stage(
             folder of this machine, as after a warm start.
         base: The name that this model has on the hub already.
         license_: Of the adapter, by the hub's names.
-        facts: As for `model_card`.
 
     Raises:
         FileNotFoundError: There is no whole run, no adapter, or no model any more.
@@ -71,7 +69,7 @@ def stage(
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(adapter.folder, target / "adapter", ignore=shutil.ignore_patterns("README.md"))
     _rename_base(target / "adapter", known, name)
-    card = model_card(run, repo, name, facts=facts, license_=license_)
+    card = model_card(run, repo, name, license_=license_)
     (target / "adapter" / "README.md").write_text(_scrubbed(card, run), encoding="utf-8")
     folders = {repo: target / "adapter"}
     if with_base and local and base is None:
