@@ -279,10 +279,13 @@ def test_ten_thousand_turns_open_in_two_seconds_copies_side_by_side(
     target = tmp_path / "page.html"
     target.write_text(page(dict(enumerate(records, 1)), "t", RunCard("a", command="python <b>")))
     took = []
-    while len(took) < 3 and min(took, default=9e9) >= 2000:
+    for _ in range(5):  # a busy machine
         dom = dumped(f"{target.as_uri()}#19", tmp_path, "--force-device-scale-factor=1")
         took += [int(found) for found in re.findall('data-ready="([0-9]+)"', dom)]
-    assert min(took) < 2000, took
+        if took and took[-1] < 2000:
+            break
+    assert took, "the page never got ready"
+    assert took[-1] < 2000, took
     assert "200 episodes, 0 of 200 won" in dom
     assert dom.count("<button") < 70, "those of the list that can be seen, and some more"
     assert "8 copies part at turn 3, their words at turn 1" in dom
