@@ -18,6 +18,7 @@ from tensorboard.plugins.hparams import metadata
 from aem_lightning.callbacks.overview import CHARTS
 from aem_lightning.runner import parts, trainers
 from aem_lightning.runner.checks import ConfigError
+from aem_lightning.runner.training import train
 
 SIGNS = ("positive", "negative")
 # The names that come first, in the order of a page.
@@ -193,7 +194,9 @@ def test_wandb_lacks_something(
     monkeypatch.setenv("WANDB_SILENT", "true")
     given_back(monkeypatch, "WANDB_MODE", "WANDB_SERVICE")
     offline = "logger.wandb.offline=true"
-    fit(toy_config(tmp_path, toy_model, "logger=wandb", offline, "iterations=2"))
+    cfg = toy_config(tmp_path, toy_model, "logger=wandb", offline, "iterations=2", "evaluate=false")
+    train(cfg)
+    assert wandb.run is None, "the next run of this process would go on in it"
     wandb.teardown()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (file,) = folder.glob("*.wandb")
