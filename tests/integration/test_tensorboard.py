@@ -23,10 +23,10 @@ from aem_lightning.runner.training import train
 SIGNS = ("positive", "negative")
 # The names that come first, in the order of a page.
 FIRST = [
-    *(f"0_overview/1_learning_success_{of}" for of in ("training", "validation")),
-    *(f"0_overview/2_exploring_{name}" for name in ("entropy", "mixed_groups")),
-    *(f"0_overview/3_stable_{name}" for name in ("approx_kl", "clip_fraction", "grad_norm")),
-    *(f"0_overview/4_time_{name}" for name in ("seconds", "share_rollout", "share_update")),
+    *(f"0_overview/1_success_{of}" for of in ("train", "val")),
+    *(f"0_overview/2_{name}" for name in ("entropy", "mixed_groups")),
+    *(f"0_overview/3_{name}" for name in ("approx_kl", "clip_fraction", "grad_norm")),
+    *(f"0_overview/4_{name}" for name in ("seconds", "share_rollout", "share_update")),
 ]
 # The paper's cost table, in its order.
 STAGES = (
@@ -119,7 +119,7 @@ def test_the_x_axis_counts_something_else_than_iterations(run_folder: Path) -> N
     # Four iterations of two update epochs with four optimizer steps each, in two epochs.
     for name, points in curves(run_folder).items():
         steps = sorted(points)
-        if name.startswith("val/") or name == "0_overview/1_learning_success_validation":
+        if name.startswith("val/") or name == "0_overview/1_success_val":
             assert len(steps) == 2
             assert steps[-1] <= 4, name
         elif name == "aem/entropy_zero":
