@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS, LINES = 132, 18
+COLUMNS, LINES = 146, 14
 RECORDING = "terminal.txt"  # in a run's folder: what its terminal was sent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 COLOURS = 96  # of a picture's palette
@@ -99,7 +99,8 @@ def terminal_page(run: Path, target: Path) -> int:
     sent = (run / RECORDING).read_bytes()
     bars = re.finditer(rb", rollout: (\d+) of (\d+) episodes[^\r\n]*tokens/s[^\r\n]*", sent)
     ends = [bar.end() for bar in bars if 0 < int(bar[1]) < int(bar[2])]
-    lines = sent[: ends[-1] if ends else len(sent)].decode(errors="replace").split("\n")
+    text = sent[: ends[-1] if ends else len(sent)].decode(errors="replace")
+    lines = text.replace(str(Path.cwd()), ".").split("\n")  # whose machine it was is no matter
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     for line in lines[-LINES:]:  # of each, what came after the last return to its start
         seen = Text.from_ansi(line.rstrip("\r").rpartition("\r")[2])

@@ -52,9 +52,9 @@ class Overview(Callback):
     """The same four questions on the first page of whoever shows curves.
 
     Pages sort curves by name and open the first group, so the few curves that answer are written
-    once more under names that come first, ``0_overview/1_learning_success_training`` and so on. A
-    table (csv) is no page and is left alone. TensorBoard gets `CHARTS` too, where validation lies
-    over training.
+    once more under names that come first: ``0_overview/1_success_train`` and so on, by the number
+    of the question, short enough for a card's title. A table (csv) is no page and is left alone.
+    TensorBoard gets `CHARTS` too, where validation lies over training.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,15 +73,15 @@ class Overview(Callback):
         shown, metrics, seconds = trainer.callback_metrics, iteration.metrics, iteration.seconds
         total = total_seconds(seconds)
         found = {
-            "1_learning_success_training": shown.get("success"),
-            "2_exploring_entropy": shown.get("entropy"),
-            "2_exploring_mixed_groups": shown.get("mixed_groups"),
-            "3_stable_approx_kl": metrics.get("policy/approx_kl"),
-            "3_stable_clip_fraction": metrics.get("policy/clip_fraction"),
-            "3_stable_grad_norm": metrics.get("policy/grad_norm"),
-            "4_time_seconds": total,
-            "4_time_share_rollout": seconds.get("rollout", 0.0) / total if total else None,
-            "4_time_share_update": seconds.get("update", 0.0) / total if total else None,
+            "1_success_train": shown.get("success"),
+            "2_entropy": shown.get("entropy"),
+            "2_mixed_groups": shown.get("mixed_groups"),
+            "3_approx_kl": metrics.get("policy/approx_kl"),
+            "3_clip_fraction": metrics.get("policy/clip_fraction"),
+            "3_grad_norm": metrics.get("policy/grad_norm"),
+            "4_seconds": total,
+            "4_share_rollout": seconds.get("rollout", 0.0) / total if total else None,
+            "4_share_update": seconds.get("update", 0.0) / total if total else None,
         }
         self._write(trainer, found, iteration.index)
 
@@ -90,7 +90,7 @@ class Overview(Callback):
         agent: Any = pl_module
         found = trainer.callback_metrics.get("val/success_rate")
         if not trainer.sanity_checking:
-            self._write(trainer, {"1_learning_success_validation": found}, agent.iteration)
+            self._write(trainer, {"1_success_val": found}, agent.iteration)
 
     def _write(self, trainer: Trainer, found: Mapping[str, Any], step: int) -> None:
         known = {name: float(value) for name, value in found.items() if value is not None}

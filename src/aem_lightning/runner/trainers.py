@@ -118,6 +118,13 @@ def _reach(logger: Any) -> None:
         ) from error
 
 
+def finish(loggers: list[Any], failed: type[BaseException] | None, *_: object) -> None:
+    """Close what would go on into the next run of this process; as the exit of a context."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=int(failed is not None))
+
+
 def _go_on(logger: Any, start: int) -> None:
     """Let a logger of Lightning's go on at iteration ``start`` of the run in its folder."""
     if isinstance(logger, TensorBoardLogger):

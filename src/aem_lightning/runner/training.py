@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from aem_lightning.runner.summary import (
     learning_verdict,
     write_summary,
 )
+from aem_lightning.runner.trainers import finish
 from aem_lightning.runner.trust import remember
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             # The trainer and its module hold each other: keys, values and graphs of one run would
             # be there in the next.
             ending.callback(getattr(start.engine, "release", bool))
+            ending.push(partial(finish, start.trainer.loggers))
         with clock("tasks"), first_rank_first("tasks"):
             datamodule = build_datamodule(cfg)
         ending.callback(datamodule.close)
