@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import own_functions as own
 import pytest
+from packages import EXAMPLES
 from runs import composed
 
 from aem_lightning.datamodules import DatasetDataModule, ToolsDataModule
@@ -39,6 +41,8 @@ def test_the_rows_to_evaluate_on_are_the_same_whatever_the_seed():
     one, two = (DatasetDataModule(own.rows, "{a}", own.right, seed=s, workers=1) for s in (0, 1))
     assert [len(one.tasks(split)) for split in ("train", "valid")] == [18, 2]
     assert one.evaluation_splits == ("valid",)
+    with pytest.raises(ValueError, match=r"has no test\. Its splits: train, valid"):
+        DatasetDataModule(own.rows, "{a}", own.right, evaluation_splits=["test"])
     questions = [[reset(d, "valid", place)[1] for place in (0, 1)] for d in (one, two)]
     assert questions[0] == questions[1]
     trained = {reset(one, "train", place)[1] for place in range(18)}
@@ -58,6 +62,8 @@ def test_files_of_every_kind_are_read(kind, tmp_path, monkeypatch):
         rows.to_parquet(str(file))
     else:
         rows.to_csv(str(file), sep="\t" if kind == "tsv" else ",")
+    frame = rows.to_pandas()
+    assert DatasetDataModule(frame, "{a}", own.right).sizes == {"train": 18, "valid": 2}
     data = DatasetDataModule({"train": str(file), "test": rows}, "{a}+{b}", own.right)
     assert data.sizes == {"train": 20, "test": 20}
     assert reset(data, place=7)[1] == reset(data, "test", 7)[1] == "7+2"
@@ -65,12 +71,28 @@ def test_files_of_every_kind_are_read(kind, tmp_path, monkeypatch):
 
 def test_the_same_by_a_config_alone(tmp_path):
     words = (
-        *("datamodule=dataset", "datamodule.dataset={_target_: own_functions.rows}"),
+        *("datamodule=dataset", "datamodule.dataset=own_functions.rows"),
         *("datamodule.prompt='{a} + {b} ='", "datamodule.reward=own_functions.right"),
     )
     cfg = composed([*words])
     assert (cfg.rewards.environment, cfg.prompt.action) == (1.0, "tagged")
     assert len(build_datamodule(cfg).tasks("train")) == 18
+
+
+def test_the_example_of_arithmetic_is_asked_and_scored(monkeypatch):
+    folder = EXAMPLES / "arithmetic"
+    monkeypatch.syspath_prepend(str(folder))
+    for name in ("arithmetic", "arithmetic_agent"):
+        cfg = composed([f"experiment={name}", f"hydra.searchpath=[file://{folder}]"])
+        assert (cfg.rewards.environment, cfg.rewards.success) == (1.0, 0.0)
+        data = build_datamodule(cfg)
+        assert len(data.tasks("train")) == 1750
+        with contextlib.closing(data.env_factory()()) as env:
+            task = data.tasks("valid")[0]
+            asked, _ = env.reset(seed=0, options={"task_id": task.id})
+            assert env.step(str(int(asked.split()[2]) + int(asked.split()[6])))[-1]["won"]
+        answers = {data.make_expert(task, seed).act("", ()) for seed in range(20)}
+        assert len(answers) == 3
 
 
 @pytest.mark.parametrize(

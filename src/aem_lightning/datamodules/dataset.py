@@ -27,9 +27,9 @@ class DatasetDataModule(SeededDataModule):
     The reward runs in worker processes, which import neither torch nor Lightning.
 
     Args:
-        dataset: A list of dictionaries, a `datasets.Dataset`, a function that returns either, a
-            file (.jsonl, .csv, .parquet), a name of the Hugging Face hub, or a mapping of splits
-            to these. All splits but ``train`` are evaluated on.
+        dataset: A list of dictionaries, a `datasets.Dataset`, a function that returns either, or
+            its path, a file (.jsonl, .csv, .parquet), a name of the Hugging Face hub, or a mapping
+            of splits to these. All splits but ``train`` are evaluated on.
         prompt: The question of a row: a column, a format ``"{a} + {b} ="``, or a function.
         reward: From row and answer to a number.
         subset: Of a name on the hub.
@@ -64,6 +64,11 @@ class DatasetDataModule(SeededDataModule):
         self.expert = None if expert is None else named_function("expert", expert)
         if evaluation_splits is not None:
             settings["evaluation_splits"] = evaluation_splits
+        if unknown := set(evaluation_splits or ()) - splits.keys():
+            raise ValueError(
+                f"datamodule.evaluation_splits={list(evaluation_splits or ())}: the data has no "
+                f"{', '.join(sorted(unknown))}. Its splits: {', '.join(splits)}"
+            )
         sizes = {name: len(rows) for name, rows in splits.items()}
         super().__init__(self.make_factory(), sizes=sizes, **settings)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import pkgutil
 import random
+import re
 import tempfile
 import weakref
 from array import array
@@ -24,8 +26,9 @@ def read_splits(dataset: Any, subset: str | None, validation: float) -> dict[str
     """The rows of each split, ``train`` first; of data without one, a fixed share is validation's.
 
     Args:
-        dataset: Rows (a list of dictionaries, a `datasets.Dataset`), a function that returns them,
-            a file, a folder or a name of the Hugging Face hub, or a mapping of splits to these.
+        dataset: Rows (a list of dictionaries, a `datasets.Dataset`, a frame of pandas), a function
+            that returns them or its path, a file, a folder or a name of the Hugging Face hub, or a
+            mapping of splits to these.
         subset: Of a name on the hub.
         validation: The share of the only split that becomes ``valid``.
 
@@ -47,8 +50,18 @@ def read_splits(dataset: Any, subset: str | None, validation: float) -> dict[str
 
 
 def _found(given: Any, subset: str | None) -> Any:
+    if isinstance(given, str) and re.fullmatch(r"[\w.]+\.\w+", given) and not _kind(given):
+        with contextlib.suppress(ImportError, AttributeError):  # a name of the hub may look so, too
+            given = pkgutil.resolve_name(given)
     rows = given() if callable(given) else given
+    if hasattr(rows, "itertuples"):  # of pandas
+        rows = rows.to_dict("records")
     return _read(rows, subset) if isinstance(rows, str | os.PathLike) else rows
+
+
+def _kind(name: str | os.PathLike[str]) -> str | None:
+    """What a file's name says that it is."""
+    return FILES.get(os.fspath(name).removesuffix(".gz").rpartition(".")[2].lower())
 
 
 def _read(name: str | os.PathLike[str], subset: str | None) -> Any:
@@ -56,7 +69,7 @@ def _read(name: str | os.PathLike[str], subset: str | None) -> Any:
     import datasets
 
     path = Path(name).expanduser()
-    kind = FILES.get(path.name.removesuffix(".gz").rpartition(".")[2].lower())
+    kind = _kind(path)
     if kind is not None and not path.is_file():
         raise FileNotFoundError(
             f"datamodule.dataset={name}: there is no such file. Give one of .jsonl, .csv or "

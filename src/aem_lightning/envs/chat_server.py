@@ -108,6 +108,7 @@ class ChatServer(ThreadingHTTPServer):
     """The server of a process: an address for every episode, by a key in its path."""
 
     daemon_threads = True
+    request_queue_size = 128
     _one: ChatServer | None = None
     _users = 0
     _lock = threading.Lock()

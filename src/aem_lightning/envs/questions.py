@@ -141,13 +141,21 @@ class ToolsEnv:
             given, failed = self._tools[name](**arguments), False
         except Exception as error:  # the policy is told, and may do better
             given, failed = f"{type(error).__name__}: {error}", True
-        text = given if isinstance(given, str) else json.dumps(given, default=str)
         self._calls.append({"name": name, "arguments": arguments, "result": given})
-        shown = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
-        return shown, 0.0, False, False, self._known | {"is_action_valid": not failed}
+        return _shown(given), 0.0, False, False, self._known | {"is_action_valid": not failed}
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _shown(given: Any) -> str:
+    """What a tool gave as a text that can be read: itself, else JSON where that can say it."""
+    try:
+        text = given if isinstance(given, str) else json.dumps(given, default=str)
+    except (TypeError, ValueError):  # keys that JSON lacks, a list in itself
+        text = str(given)
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def _call(action: str) -> tuple[str, dict[str, Any]] | None:
