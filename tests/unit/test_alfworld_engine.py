@@ -107,7 +107,7 @@ def test_cached_engine_shows_what_the_plain_one_does_not(difficulty, split, numb
 
 def test_episodes_of_a_killed_worker_are_replayed_identically():
     root = games_root("easy")
-    games = list_games(root, "train")
+    games = list_games(root, "train")[:6]
     with EnvPool(partial(AlfworldEnv, root), workers=2) as pool:
         undisturbed = _walk(pool, games, "main")
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import textwrap
 from functools import partial
 
@@ -19,7 +20,8 @@ from aem_lightning.envs.alfworld.package import load_kit
 from aem_lightning.envs.alfworld.problem import plan_game
 from aem_lightning.envs.alfworld.scenes import DIFFICULTIES, build_scene
 
-SMALL = {"sizes": {"train": 4, "valid_seen": 2}, "difficulty": "easy", "seed": 3}
+# Each game is proved on the plain engine: a second of a processor.
+SMALL = {"sizes": {"train": 2, "valid_seen": 1}, "difficulty": "easy", "seed": 3}
 
 
 def _content(root):
@@ -45,7 +47,7 @@ def test_another_seed_gives_other_games(small, tmp_path):
 
 
 def test_size_of_the_train_split_leaves_the_validation_games_alone(small, tmp_path):
-    generate_games(tmp_path, **(SMALL | {"sizes": {"train": 6, "valid_seen": 2}}))
+    generate_games(tmp_path, **(SMALL | {"sizes": {"train": 3, "valid_seen": 1}}))
     for split in ("train", "valid_seen"):
         before = [game.id for game in list_games(small, split)]
         assert set(before) <= {game.id for game in list_games(tmp_path, split)}
@@ -93,11 +95,12 @@ def test_layout_depends_on_the_scene_alone_and_the_seed_places_objects():
 def test_second_call_with_equal_parameters_makes_nothing(small, monkeypatch):
     monkeypatch.setattr(generator, "EnvPool", None)  # a call would raise
     paths = generate_games(small, **SMALL)
-    assert len(paths) == 6
+    assert len(paths) == 3
     assert all(path.is_file() for path in paths)
 
 
 def test_folder_that_lost_a_file_is_made_whole_again(small, tmp_path):
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
     paths = generate_games(tmp_path, **SMALL)
     paths[1].unlink()
     assert generate_games(tmp_path, **SMALL) == paths
@@ -130,8 +133,8 @@ def test_game_that_fails_on_the_engine_is_made_again_and_counted(tmp_path, monke
     manifest = json.loads((tmp_path / "json_2.1.1" / "manifest.json").read_text())
     assert manifest["rejected"] == 1
     assert len(set(_content(tmp_path)) - set(_content(small))) == 3  # one game's files
-    assert len(list((tmp_path / "json_2.1.1" / "train").glob("*/*"))) == 4
-    assert len(paths) == 6
+    assert len(list((tmp_path / "json_2.1.1" / "train").glob("*/*"))) == 2
+    assert len(paths) == 3
 
 
 def test_folder_with_other_games_is_left_alone(small, tmp_path):

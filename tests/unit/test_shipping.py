@@ -154,6 +154,7 @@ def test_the_workflow_does_something_else_than_the_ci():
     assert job["steps"][-1] == {"run": ".ci/run"}
     told = {c.rpartition(" ")[2] for c in PROJECT["project"]["classifiers"] if ":: 3." in c}
     assert set(job["strategy"]["matrix"]["python"]) == told
+    assert job["env"]["PYTHON"] == "python${{ matrix.python }}"  # the Makefile's variable
     targets = re.search(r"^make (.+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)[1]
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     assert set(targets.split()) <= set(phony.split())
