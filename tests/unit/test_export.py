@@ -10,9 +10,11 @@ from coin import CoinEnv
 from local_coin import LocalCoin
 from test_warm_start import LIMITS, SETTINGS, TRAINER
 from tiny_play import PLAIN, SMALL, LocalPool, Script, byte_tokenizer, coin_task
+from torch.utils.tensorboard import SummaryWriter
 
 from aem_lightning.callbacks.transcripts import append_json_line, episode_record
 from aem_lightning.export.__main__ import main
+from aem_lightning.export.curves import MIXED, NAMES
 from aem_lightning.modules import Policy, build_tiny_model
 from aem_lightning.modules.warm_start import RESPONSE
 from aem_lightning.rollout import Collector, Episode, PromptEncoder, RewardShaping
@@ -85,6 +87,31 @@ def test_what_cannot_be_exported_is_told(tmp_path, form, words, told):
     with pytest.raises(SystemExit, match=told):
         export(tmp_path, form, *words)
     assert not (tmp_path / form).exists()
+
+
+def test_verifiers_reads_what_it_is_given(tmp_path):
+    saved = pytest.importorskip("verifiers.utils.save_utils")
+    make_run(tmp_path)
+    main([str(tmp_path), "--form", "verifiers", "--out", str(tmp_path / "results")])
+    won, lost = saved.load_outputs(tmp_path / "results")
+    assert [m["content"] for m in won["completion"] if m["role"] == "assistant"] == [*WON]
+    assert won["reward"] > lost["reward"]
+    assert won["example_id"] == lost["example_id"]
+
+
+def test_rl_doctor_reads_the_curves_of_a_run(tmp_path):
+    doctor = pytest.importorskip("rl_doctor")
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(40):
+            for name in (*NAMES.values(), MIXED):
+                writer.add_scalar(name, 0.05 if name == MIXED else 1.0 + step, step)
+    main([str(tmp_path), "--form", "rl-doctor", "--out", str(tmp_path / "run.jsonl")])
+    run = doctor.load_run(str(tmp_path / "run.jsonl"))
+    assert not run.unmapped_keys
+    assert {"reward_mean", "eval_score", "kl", "response_len_mean"} <= set(run.series)
+    assert "Zero-variance groups (wasted rollouts)" in [
+        found.title for found in doctor.diagnose(run).problems
+    ]
 
 
 def chats(*conversations):

@@ -83,6 +83,7 @@ OPTIONAL = {
     "swebench",
     "textarena",
     "textworld",
+    "verifiers",
 }
 HYDRA = {"hydra", "omegaconf"}
 HEAVY = {"lightning", "peft", "pytorch_lightning", "torch", "torchmetrics", "transformers"}
