@@ -30,9 +30,9 @@ def encoder_of(memory="transcript"):
     return PromptEncoder(byte_tokenizer(), replace(PLAIN, system="find the coin"), memory)
 
 
-def make_run(folder, memory="transcript", plays=(WON, LOST)):
+def make_run(folder, memory="transcript", plays=(WON, LOST), encoder=None):
     """A run's folder with copies of one task; the episodes in it."""
-    encoder = encoder_of(memory)
+    encoder = encoder or encoder_of(memory)
     played = []
     for copy, lines in enumerate(plays):
         collector = Collector(
@@ -144,6 +144,47 @@ def test_recorded_chats_take_the_place_of_expert_play(tmp_path):
     before = fingerprint(str(file))
     file.write_text(chats(game))
     assert fingerprint(str(file)) != before
+
+
+def test_chats_of_other_makes_are_the_same_rows(tmp_path):
+    game = [("human", "user", "A coin glints near the red box ."), ("gpt", "assistant", "open it")]
+    made = {
+        "messages": [{"role": role, "content": text} for _, role, text in game],
+        "conversations": [{"from": sender, "value": text} for sender, _, text in game],
+    }
+    rows = [{name: chat} for name, chat in made.items()]
+    rows += [{"prompt": made["messages"][:1], "completion": made["messages"][1:]}]
+    rows += [{"prompt": game[0][2], "completion": game[1][2]}]
+    read = []
+    for number, row in enumerate(rows):
+        file = tmp_path / f"{number}.parquet"
+        datasets.Dataset.from_list([row]).to_parquet(file)
+        read.append(read_demonstrations(str(file), encoder_of(), 96)[0])
+    assert all(each == read[0] for each in read)
+    assert RESPONSE in read[0]["kind"]
+
+
+def test_replies_that_a_template_has_changed_are_not_trained_as_said(tmp_path):
+    encoder = PromptEncoder(byte_tokenizer(), PLAIN, "transcript", thoughts="cut")
+    lines = [f"<think>so</think>{action}" for action in WON]
+    make_run(tmp_path, encoder=encoder, plays=(lines,))
+    with pytest.raises(SystemExit, match="Type --form completion"):
+        export(tmp_path, "sft")
+    rows = export(tmp_path, "completion")
+    assert [row["completion"][0]["content"] for row in rows] == lines
+    assert [message["content"] for message in rows[2]["prompt"][1::2]] == [*WON[:2]]
+
+
+def test_messages_that_an_endpoint_was_sent_need_no_tokenizer(tmp_path):
+    played = make_run(tmp_path, plays=(WON,))
+    chat = []
+    for turn in played[0].turns:
+        chat.append(user(turn.observation))
+        turn.messages = [*chat]
+        chat.append(said(turn.response))
+    (tmp_path / "api").mkdir()
+    append_json_line(tmp_path / "api" / "transcripts.jsonl", episode_record(played[0]))
+    assert export(tmp_path / "api", "sft")[0]["messages"] == chat
 
 
 @pytest.mark.parametrize(
