@@ -64,8 +64,9 @@ fuzz: install ## 2,000 random command lines: each runs or names its key. ARGS="-
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(BIN)/python" tests/fuzz_commands.py $(ARGS)
 
 test-adapters: install ## Install what only the adapters and SWE-bench's images need, test against it, write docs/adapters.md
-	@"$(BIN)/python" -m pip install -q -c constraints.txt -e '.[adapters,swebench]'
-	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest tests/unit/test_adapters.py tests/unit/test_swe_official.py $(ARGS)
+	@"$(BIN)/python" -m pip install -q -c constraints.txt -e '.[adapters,sweep,swebench]'
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest tests/unit/test_adapters.py tests/unit/test_swe_official.py \
+		tests/unit/test_export.py tests/unit/test_command.py $(ARGS)
 	@PYTHONPATH=tests:tests/unit OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(BIN)/python" -m adapters
 
 test-matrix: install ## Train an iteration of every algorithm, modulation and loss, or be told why not: some minutes

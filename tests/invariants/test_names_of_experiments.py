@@ -17,7 +17,7 @@ NEW = (
     *("algorithm", "arm", "aem_scope", "fast", "preflight", "strict", "rollout_journal"),
     *("rank_timeout_s", "trainer.num_nodes", "rollout.lag"),
     *("profile_decode_steps", "profile_micro_batches"),
-    *("engine.cache", "reply_tokens"),
+    *("engine.cache", "reply_tokens", "optimized_metric", "policy.warm_start.demonstrations_from"),
     *("filter", "filter_share", "modulation.proxy", "modulation.then.proxy"),
     *("policy.chat_template_kwargs", "policy.thoughts", "policy.warm_start.imitate_losses"),
     *("datamodule.memory_gb", "datamodule.pass_environment", "datamodule.on_bad_answer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import sys
@@ -12,8 +13,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from coin import ACTIONS, CoinEnv
 from gym_words import MOVES, WORDS, FakeGame
-from runs import composed
+from runs import COIN, composed
 
 from aem_lightning.datamodules import GymnasiumDataModule, SeededDataModule
 from aem_lightning.envs import MissingExtraError, TextEnv, check_env
@@ -25,7 +27,9 @@ from aem_lightning.envs.adapters import (
 )
 from aem_lightning.envs.answers import RESET, STEP, BadAnswerError, checked_answer
 from aem_lightning.envs.questions import task_number
+from aem_lightning.envs.verifiers_env import VerifiersEnv
 from aem_lightning.runner.build import build_datamodule, instantiate
+from aem_lightning.runner.serve import served
 
 SMALL = ("datamodule.sizes={train: 4, valid: 3}", "datamodule.workers=1")
 
@@ -317,14 +321,14 @@ def openenv_app():
     return create_fastapi_app(Words, Say, Told, max_concurrent_envs=8)
 
 
-@pytest.fixture
-def openenv_url():
-    pytest.importorskip("openenv")
+@contextlib.contextmanager
+def listening(app):
+    """The address of a server that runs ``app``."""
     uvicorn = pytest.importorskip("uvicorn")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(openenv_app(), port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
@@ -335,6 +339,13 @@ def openenv_url():
     thread.join(10)
 
 
+@pytest.fixture
+def openenv_url():
+    pytest.importorskip("openenv")
+    with listening(openenv_app()) as url:
+        yield url
+
+
 def test_an_openenv_server_keeps_the_contract_through_its_config(openenv_url):
     url = f"datamodule.env.base_url='{openenv_url}'"
     datamodule = build_datamodule(composed(["datamodule=openenv", url, *SMALL]))
@@ -343,6 +354,63 @@ def test_an_openenv_server_keeps_the_contract_through_its_config(openenv_url):
     word = start(env, 2).split()[1].rstrip(",")
     assert env.step(word)[-1]["won"]
     env.close()
+
+
+def test_an_environment_of_ours_is_the_same_over_an_openenv_server(tmp_path):
+    pytest.importorskip("openenv")
+    words = [*COIN, f"paths.root_dir={tmp_path}"]
+    with listening(served(words, "valid_seen")) as url:
+        far, near = OpenEnvEnv(url), CoinEnv()
+        for number in range(2):
+            asked = {"options": {"task_id": f"train/{number}"}}
+            seen, info = near.reset(options={"task_id": f"valid_seen/{number}"})
+            assert far.reset(**asked) == (seen, info | asked["options"])
+            for action in ("no action", *ACTIONS):
+                *step, info = near.step(action)
+                assert far.step(action) == (*step, info | asked["options"])
+                if step[2]:
+                    break
+        far.close()
+
+
+# ---------------------------------------------------------------------------------------- verifiers
+
+
+def test_an_environment_of_verifiers_keeps_the_contract_through_its_config():
+    pytest.importorskip("verifiers")
+    words = ["datamodule=verifiers", "datamodule.env.env_id=vf-words", *SMALL]
+    check_env(build_datamodule(composed([*words, "+datamodule.env.held_out=true"])))
+
+
+def test_the_rubric_of_verifiers_gives_the_reward_when_the_rollout_ends():
+    pytest.importorskip("verifiers")
+    env = VerifiersEnv("vf-words", kind="several", held_out=True)
+    answer = WORDS[(4 + 1) % 3]
+    assert start(env, 4) == f"Find the word.\n\nNumber 4: not {WORDS[4 % 3]}."
+    text, reward, ended, _, info = env.step("no such word")
+    assert (text, reward, ended, info) == ("Not that.", 0.0, False, {"task_id": "train/4"})
+    _, reward, ended, _, info = env.step(answer)
+    assert (reward, ended, info["won"], info["score"]) == (1 + 0.5 / 3, True, True, reward)
+    start(env, 5)  # in the middle of which another begins
+    assert "Number 102" in env.reset(options={"task_id": "valid/8"})[0]
+    turns = [env.step("no such word") for _ in range(3)]
+    assert [turn[2] for turn in turns] == [False, False, True]  # its own limit
+    assert (turns[-1][1], turns[-1][-1]["won"]) == (0.5 / 5, False)
+    env.close()
+    single = VerifiersEnv("vf-words", kind="one", win_at=1.5)
+    start(single, 4)
+    assert single.step(answer)[1:3] == (1.5, True)
+    single.close()
+
+
+def test_rows_and_environments_that_verifiers_has_not_are_told():
+    pytest.importorskip("verifiers")
+    env = VerifiersEnv("vf-words")
+    with pytest.raises(ValueError, match=r"has 9 rows. Type .*sizes\.train=8 .*sizes\.valid=1"):
+        start(env, 9)
+    env.close()
+    with pytest.raises(ValueError, match=r"env_id='vf-wrds'.*install it, e\.g\. pip install"):
+        VerifiersEnv("vf-wrds")
 
 
 # ---------------------------------------------------------------------------------- what they share
@@ -373,10 +441,11 @@ def test_a_task_that_is_no_number_is_refused():
         (lambda: TextArenaEnv("any"), "adapters"),
         (lambda: ReasoningGymEnv("any"), "adapters"),
         (lambda: OpenEnvEnv("http://host:1"), "adapters"),
+        (lambda: VerifiersEnv("any"), "adapters"),
     ],
 )
 def test_a_library_that_is_missing_is_named_with_its_extra(make, extra, monkeypatch):
-    for name in ("gymnasium", "textarena", "reasoning_gym", "openenv", "openenv.core"):
+    for name in ("gymnasium", "textarena", "reasoning_gym", "openenv", "openenv.core", "verifiers"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match=rf"pip install 'aem-lightning\[{extra}\]'"):
         make()

@@ -10,9 +10,11 @@ from coin import CoinEnv
 from local_coin import LocalCoin
 from test_warm_start import LIMITS, SETTINGS, TRAINER
 from tiny_play import PLAIN, SMALL, LocalPool, Script, byte_tokenizer, coin_task
+from torch.utils.tensorboard import SummaryWriter
 
 from aem_lightning.callbacks.transcripts import append_json_line, episode_record
 from aem_lightning.export.__main__ import main
+from aem_lightning.export.curves import MIXED, NAMES
 from aem_lightning.modules import Policy, build_tiny_model
 from aem_lightning.modules.warm_start import RESPONSE
 from aem_lightning.rollout import Collector, Episode, PromptEncoder, RewardShaping
@@ -28,9 +30,9 @@ def encoder_of(memory="transcript"):
     return PromptEncoder(byte_tokenizer(), replace(PLAIN, system="find the coin"), memory)
 
 
-def make_run(folder, memory="transcript", plays=(WON, LOST)):
+def make_run(folder, memory="transcript", plays=(WON, LOST), encoder=None):
     """A run's folder with copies of one task; the episodes in it."""
-    encoder = encoder_of(memory)
+    encoder = encoder or encoder_of(memory)
     played = []
     for copy, lines in enumerate(plays):
         collector = Collector(
@@ -87,6 +89,31 @@ def test_what_cannot_be_exported_is_told(tmp_path, form, words, told):
     assert not (tmp_path / form).exists()
 
 
+def test_verifiers_reads_what_it_is_given(tmp_path):
+    saved = pytest.importorskip("verifiers.utils.save_utils")
+    make_run(tmp_path)
+    main([str(tmp_path), "--form", "verifiers", "--out", str(tmp_path / "results")])
+    won, lost = saved.load_outputs(tmp_path / "results")
+    assert [m["content"] for m in won["completion"] if m["role"] == "assistant"] == [*WON]
+    assert won["reward"] > lost["reward"]
+    assert won["example_id"] == lost["example_id"]
+
+
+def test_rl_doctor_reads_the_curves_of_a_run(tmp_path):
+    doctor = pytest.importorskip("rl_doctor")
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(40):
+            for name in (*NAMES.values(), MIXED):
+                writer.add_scalar(name, 0.05 if name == MIXED else 1.0 + step, step)
+    main([str(tmp_path), "--form", "rl-doctor", "--out", str(tmp_path / "run.jsonl")])
+    run = doctor.load_run(str(tmp_path / "run.jsonl"))
+    assert not run.unmapped_keys
+    assert {"reward_mean", "eval_score", "kl", "response_len_mean"} <= set(run.series)
+    assert "Zero-variance groups (wasted rollouts)" in [
+        found.title for found in doctor.diagnose(run).problems
+    ]
+
+
 def chats(*conversations):
     return "".join(json.dumps({"messages": each}) + "\n" for each in conversations)
 
@@ -117,6 +144,47 @@ def test_recorded_chats_take_the_place_of_expert_play(tmp_path):
     before = fingerprint(str(file))
     file.write_text(chats(game))
     assert fingerprint(str(file)) != before
+
+
+def test_chats_of_other_makes_are_the_same_rows(tmp_path):
+    game = [("human", "user", "A coin glints near the red box ."), ("gpt", "assistant", "open it")]
+    made = {
+        "messages": [{"role": role, "content": text} for _, role, text in game],
+        "conversations": [{"from": sender, "value": text} for sender, _, text in game],
+    }
+    rows = [{name: chat} for name, chat in made.items()]
+    rows += [{"prompt": made["messages"][:1], "completion": made["messages"][1:]}]
+    rows += [{"prompt": game[0][2], "completion": game[1][2]}]
+    read = []
+    for number, row in enumerate(rows):
+        file = tmp_path / f"{number}.parquet"
+        datasets.Dataset.from_list([row]).to_parquet(file)
+        read.append(read_demonstrations(str(file), encoder_of(), 96)[0])
+    assert all(each == read[0] for each in read)
+    assert RESPONSE in read[0]["kind"]
+
+
+def test_replies_that_a_template_has_changed_are_not_trained_as_said(tmp_path):
+    encoder = PromptEncoder(byte_tokenizer(), PLAIN, "transcript", thoughts="cut")
+    lines = [f"<think>so</think>{action}" for action in WON]
+    make_run(tmp_path, encoder=encoder, plays=(lines,))
+    with pytest.raises(SystemExit, match="Type --form completion"):
+        export(tmp_path, "sft")
+    rows = export(tmp_path, "completion")
+    assert [row["completion"][0]["content"] for row in rows] == lines
+    assert [message["content"] for message in rows[2]["prompt"][1::2]] == [*WON[:2]]
+
+
+def test_messages_that_an_endpoint_was_sent_need_no_tokenizer(tmp_path):
+    played = make_run(tmp_path, plays=(WON,))
+    chat = []
+    for turn in played[0].turns:
+        chat.append(user(turn.observation))
+        turn.messages = [*chat]
+        chat.append(said(turn.response))
+    (tmp_path / "api").mkdir()
+    append_json_line(tmp_path / "api" / "transcripts.jsonl", episode_record(played[0]))
+    assert export(tmp_path / "api", "sft")[0]["messages"] == chat
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ OPTIONAL = {
     "swebench",
     "textarena",
     "textworld",
+    "verifiers",
     "wandb",
 }
 HYDRA = {"hydra", "omegaconf"}

@@ -212,6 +212,9 @@ class ReasoningGymEnv:
 class OpenEnvEnv:
     """An environment behind an OpenEnv server, over its generic client.
 
+    Fields of an observation that are called as ``info``'s reserved keys are taken for them:
+    `openenv_server` sends them.
+
     Args:
         base_url: Where the server listens.
         action_field: The field of an action that holds the text.
@@ -240,14 +243,22 @@ class OpenEnvEnv:
         """Start with the task's number as the server's seed."""
         result = self._client.reset(seed=task_number(options))
         self._known = {"task_id": str((options or {})["task_id"])}
-        return self._text(result.observation), dict(self._known)
+        return self._text(result.observation), self._info(result.observation)
 
     def step(self, action: str, /) -> Step:
         """The server's answer to an action."""
         result = self._client.step({self._action_field: action})
         reward, done = float(result.reward or 0.0), bool(result.done)
-        known = self._known | {"won": done and reward >= self._win_at}
-        return self._text(result.observation), reward, done, False, known
+        info = {"won": done and reward >= self._win_at, **self._info(result.observation)}
+        cut = done and bool(result.observation.get("truncated"))
+        return self._text(result.observation), reward, done and not cut, cut, info
+
+    def _info(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """The reserved keys that the server sends; the task's name is ours."""
+        known = {n: v for n in RESERVED_INFO_KEYS if (v := observation.get(n)) is not None}
+        if isinstance(known.get("admissible_actions"), list):  # JSON has no tuples
+            known["admissible_actions"] = tuple(known["admissible_actions"])
+        return known | self._known
 
     def close(self) -> None:
         """End the session."""

@@ -15,6 +15,8 @@ from aem_lightning.runner.early import KEY, KINDS, demonstration_files
 log = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
+# Messages of {from, value}, as ShareGPT wrote them.
+_ELSEWHERE = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 def fingerprint(source: str | None) -> str | None:
@@ -33,7 +35,8 @@ def read_demonstrations(source: str, encoder: PromptEncoder, max_context: int) -
     Args:
         source: A folder that ``datasets`` saved, or a file (or a folder of files) of JSON lines or
             parquet. Each row has ``messages``, or ``prompt`` and ``completion``, each a list of
-            messages with a ``role`` and a ``content``; of the latter the completion is learnt.
+            messages with a ``role`` and a ``content``; of the latter the completion is learnt. They
+            may be texts, and ``conversations`` of ``from`` and ``value`` are read too.
         encoder: Of the policy: its chat template writes the prompts.
         max_context: Rows of more tokens are left out, and counted in the log.
 
@@ -73,6 +76,7 @@ def _rows(source: str) -> Iterator[Mapping[str, Any]]:
     """The rows of ``source``; of several splits those of ``train``."""
     import datasets
 
+    datasets.disable_progress_bars()
     files = demonstration_files(source)
     if any(file.name in ("state.json", "dataset_dict.json") for file in files):
         found = datasets.load_from_disk(source)
@@ -91,17 +95,23 @@ def _conversation(row: Mapping[str, Any], place: str) -> tuple[list[dict[str, st
     chat = row.get("messages") or row.get("conversations")
     if isinstance(chat, list):
         return [_message(m, place) for m in chat], 0
+    if isinstance(prompt, str) and isinstance(completion, str):
+        prompt = [{"role": "user", "content": prompt}]
+        completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, list) and isinstance(completion, list):
         before = [_message(m, place) for m in prompt]
         return before + [_message(m, place) for m in completion], len(before)
     raise ValueError(
         f"{place}: its columns are {', '.join(row)}. Allowed: messages, or prompt and completion, "
-        "each a list of {role, content}. python -m aem_lightning.export writes both"
+        "as texts or lists of {role, content}. python -m aem_lightning.export writes both"
     )
 
 
 def _message(message: Mapping[str, Any], place: str) -> dict[str, str]:
     role, content = message.get("role"), message.get("content")
+    if role is None and content is None:
+        sender = message.get("from")
+        role, content = _ELSEWHERE.get(str(sender), sender), message.get("value")
     if isinstance(content, Sequence) and not isinstance(content, str):  # parts, as vendors write it
         texts = [part.get("text") for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None

@@ -23,6 +23,7 @@ OURS = (
     "aem_lightning.analysis.keep.",
     "aem_lightning.datamodules.",
     "aem_lightning.envs.adapters.",
+    "aem_lightning.envs.verifiers_env.",
     "aem_lightning.rollout.",
 )
 # Of a run, never of its evaluation, which has callbacks and loggers of its own.
