@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults models fuzz test-adapters test-matrix test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type docs notebooks wheel-test lock licences tensorboard screenshots clean
+.PHONY: help install train test coverage faults models fuzz test-adapters test-matrix test-docker test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type docs notebooks wheel-test lock licences tensorboard screenshots clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -78,6 +78,10 @@ test-vllm: install ## Train and evaluate through real servers, on a CPU: 3 GB in
 	@test -d "$(MODEL)" || $(MAKE) model MODEL="$(MODEL)"
 	@OMP_NUM_THREADS=1 VLLM_VENV="$(abspath $(VLLM_VENV))" SMOLLM2="$(abspath $(MODEL))" \
 		"$(BIN)/python" -m pytest -n 0 -s -m vllm tests/servers $(ARGS)
+
+test-docker: install ## Play, attack and grade in real containers: needs docker; 64 at once, some minutes
+	@OMP_NUM_THREADS=1 "$(BIN)/python" scripts/with_docker.py "$(BIN)/python" -m pytest -n 0 \
+		-m "soak or not soak" tests/unit/test_sandbox_docker.py $(ARGS)
 
 test-lucene: install ## Hold WebShop's search against Lucene itself: needs Java 17, fetches 140 MB
 	@"$(BIN)/python" -m pip install -q -c constraints.txt JPype1

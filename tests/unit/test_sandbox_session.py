@@ -193,9 +193,9 @@ with open(os.environ["HOME"] + "/calls", "a") as calls:
 if sys.argv[1] == "version":
     print("27.0")
 elif sys.argv[1] == "run":
-    at = sys.argv.index("python3")
+    at = sys.argv.index("-I")
     os.chdir(os.environ["HOME"])
-    os.execvp("python3", sys.argv[at:])
+    os.execvp("python3", ["python3", *sys.argv[at:]])
 """
 
 
@@ -222,7 +222,7 @@ def test_a_container_has_a_network_or_outlives_its_session(fake_docker: Path) ->
     session.close()
     calls = [line for line in (fake_docker / "calls").read_text().splitlines() if '"run"' in line]
     (run,) = map(json.loads, calls)
-    options = " ".join(run[: run.index("python3")])
+    options = " ".join(run[: run.index("-I")])
     for wanted in (
         "--network none",
         "--cap-drop ALL",
@@ -236,8 +236,8 @@ def test_a_container_has_a_network_or_outlives_its_session(fake_docker: Path) ->
         assert wanted in options
     assert options.endswith("swe:1")
     assert "s3cret" not in options
-    removed = (fake_docker / "calls").read_text().splitlines()[-1]
-    assert f'["rm", "--force", "{run[run.index("--name") + 1]}"]' == removed
+    removed = f'["rm", "--force", "{run[run.index("--name") + 1]}"]'
+    assert removed in (fake_docker / "calls").read_text().splitlines()
 
 
 @pytest.mark.parametrize("said", ["welcome", "[]", "7", '{"level": "info"}', "\\xff"])
@@ -270,3 +270,20 @@ def test_a_daemon_that_is_not_there_is_used(fake_docker: Path) -> None:
     assert "no daemon here" in found.reason
     session = DockerSandbox().open(SessionSpec())
     assert "no daemon here" in str(session.run("true").infra_error)
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [("echo no such thing; exit 1", "cannot be pulled: no such thing"), ("exec sleep 60", "0 s")],
+)
+def test_an_image_that_cannot_be_pulled_takes_for_ever(
+    fake_docker: Path, script: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = f"#!/bin/sh\ncase $1 in image) exit 1;; esac\n{script}\n"
+    (fake_docker / "bin" / "docker").write_text(fake)
+    monkeypatch.setattr(docker, "PULL_S", 0.3)
+    session = DockerSandbox("an/image:1").open(SessionSpec())
+    result = session.run("true")
+    assert (result.code, session.alive()) == (137, False)
+    assert "the image an/image:1 cannot be pulled" in str(result.infra_error)
+    assert why in str(result.infra_error)

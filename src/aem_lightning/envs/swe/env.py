@@ -124,7 +124,7 @@ class _Engine:
         return choose_sandbox(self._settings, has_images=has_images)
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
-        self.close()
+        self._end_session()
         task_id = str((options or {})["task_id"])
         if task_id not in self._instances:
             known = ", ".join(sorted(self._instances)[:3])
@@ -169,7 +169,7 @@ class _Engine:
         if self._session is None:
             raise RuntimeError("step: the episode is over; call reset(options={'task_id': ...})")
         if time.monotonic() - self._start > self._settings.episode_s:
-            self.close()
+            self._end_session()
             said = "The time of this episode is up."
             return said, 0.0, False, True, self._info(reason=said)
         self._turns += 1
@@ -196,6 +196,11 @@ class _Engine:
         return parse_block(action) if self._settings.dialect == "bash" else parse_call(action)
 
     def close(self) -> None:
+        """End the session, and forget the sandbox with what it started ahead."""
+        self._end_session()
+        self.__dict__.pop("_sandbox", None)
+
+    def _end_session(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             session.close()
@@ -210,7 +215,7 @@ class _Engine:
         grade = self._grade()
         if grade.infra_error:
             return self._break(grade.infra_error)
-        self.close()
+        self._end_session()
         _COUNTS.update(graded=1, tampered=bool(grade.tampered))
         info = self._info(
             is_action_valid=is_valid,
@@ -239,7 +244,7 @@ class _Engine:
         return session_spec(self._settings, self._instance, limits)
 
     def _break(self, reason: str) -> Step:
-        self.close()
+        self._end_session()
         return "", 0.0, False, True, self._info(infra_error=reason)
 
     def _observation(self) -> str:

@@ -19,6 +19,8 @@ from aem_lightning.envs.swe.sandbox import CommandResult, Limits, Sandbox, Sessi
 from aem_lightning.envs.swe.tamper import is_script, is_test, tampering, without_tests
 from aem_lightning.envs.swe.worktree import apply
 
+PYTHON = '"$(command -v python || command -v python3)"'  # images may lack the former
+
 GRADE_S = 300.0
 OUTPUT_BYTES = 4 << 20  # runners that list every test write more than an agent is shown
 JUDGE = files_of("aem_lightning.envs.swe").joinpath("judge.py").read_text(encoding="utf-8")
@@ -163,7 +165,7 @@ def _graded(session: Session, instance: Instance, base: bytes, diff: str, wall_s
         return Grade(False, statuses, changed, report=result.output[-REPORT_CHARACTERS:], why=why)
     if not statuses:
         # Away from the working folder and the home: an agent cannot choose to be told apart.
-        there = session.run("python -s -c 'import pytest'", cwd="/", wall_s=60)
+        there = session.run(f"{PYTHON} -s -c 'import pytest'", cwd="/", wall_s=60)
         if there.code:
             return broken(there, f"no pytest inside the sandbox: {PYTEST_HINT}")
     return decided(result, statuses, instance)
@@ -252,7 +254,7 @@ def _run_files(ids: Sequence[str], program: str, more: str = "") -> str:
         "-v -rpfExX --tb=short --show-capture=no --color=no -p no:cacheprovider "
         f'--rootdir="$PWD" {more} -o addopts='
     )
-    return f"PYTHONHASHSEED=0 python {program} {options} {shlex.join(files)}"
+    return f"PYTHONHASHSEED=0 {PYTHON} {program} {options} {shlex.join(files)}"
 
 
 test_command.__test__ = False  # type: ignore[attr-defined]  # pytest: it is none of yours

@@ -229,6 +229,7 @@ class Connection:
         secure = parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         self._http = kind(parts.hostname or "", parts.port, timeout=CONNECT_S)
+        self._connected = False
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
 
     def ask(
@@ -245,10 +246,10 @@ class Connection:
             HostError: There is none, or it says what is wrong.
         """
         try:
-            if self._http.sock is None:
+            if not self._connected:
+                self._connected = True
                 self._http.connect()
                 self._http.auto_open = 0  # another connection would be another session
-                assert self._http.sock is not None
                 self._http.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._http.sock.settimeout(seconds)
             data = None if body is None else json.dumps(body).encode()

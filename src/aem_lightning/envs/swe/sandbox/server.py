@@ -53,8 +53,9 @@ class Output:
 class Job:
     """One command, from its start until nothing of it is left."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any], asker: int) -> None:
         self.request = request
+        self.asker = asker  # where requests come from: nothing, until this one is answered
         self.output = Output(request["output_bytes"])
         self.ended: dict[int, int] = {}  # exit status by process id, of all that were reaped
         self.used: dict[int, float] = {}  # and their seconds of processor time
@@ -79,8 +80,10 @@ class Job:
         os.close(source)
         os.set_blocking(sink, False)
         assert process.stdout is not None
-        timed_out = self._watch(process.pid, process.stdout.fileno(), sink, data, start)
-        self._sweep()
+        try:
+            timed_out = self._watch(process.pid, process.stdout.fileno(), sink, data, start)
+        finally:
+            self._sweep()
         self._drain(process.stdout.fileno())
         process.stdout.close()
         status = self.ended.get(process.pid, signal.SIGKILL)
@@ -119,13 +122,15 @@ class Job:
         try:
             while True:
                 writable = [] if open_sink is None else [open_sink]
-                ready, taking, _ = select.select([output], writable, [], POLL_S)
+                ready, taking, _ = select.select([output, self.asker], writable, [], POLL_S)
+                if self.asker in ready:
+                    raise EOFError("who asked has hung up")
                 if taking and open_sink is not None:
                     data = feed(open_sink, data)
                     if not data:
                         os.close(open_sink)
                         open_sink = None
-                chunk = os.read(output, 1 << 16) if ready else None
+                chunk = os.read(output, 1 << 16) if output in ready else None
                 if chunk:
                     self.output.add(chunk)
                 self._reap()
@@ -262,10 +267,12 @@ def serve() -> None:
     quiet = os.open(os.devnull, os.O_RDWR)
     os.dup2(quiet, 0)
     os.dup2(quiet, 1)
-    for line in requests:
+    while line := requests.readline():
         request = json.loads(line)
         try:
-            reply = Job(request).run()
+            reply = Job(request, requests.fileno()).run()
+        except EOFError:
+            return
         except UnicodeEncodeError:
             reply = {"code": 126, "output": "a command is text: it can hold no surrogate\n"}
         except (OSError, subprocess.SubprocessError, ValueError) as error:

@@ -11,7 +11,7 @@ import selectors
 import subprocess
 import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import IO, Any
 
@@ -19,6 +19,7 @@ from aem_lightning.envs.swe.sandbox.base import KILLED, CommandResult, SessionSp
 
 GRACE_S = 10.0  # after a command's own limit, for the server to end it and to answer
 CLOSE_S = 60.0
+SETTING_UP = 2  # commands: the files, the first commit
 UNPACK = "tar -xf - --no-same-owner"
 SERVER = files("aem_lightning.envs.swe.sandbox").joinpath("server.py").read_text(encoding="utf-8")
 
@@ -48,6 +49,11 @@ class ServedSession:
         environment: Of ``argv`` itself, none of the trainer's.
         on_close: Commands that free what ``argv`` leaves, e.g. a container.
         descriptors: Open files for ``argv``, which are closed here.
+        problem: Why there is nothing to start.
+        at_work: Called once it has been set up, which the first commands do.
+
+    Attributes:
+        spec: Of which ``limits`` hold for the next command.
     """
 
     def __init__(
@@ -58,13 +64,19 @@ class ServedSession:
         environment: Mapping[str, str],
         on_close: Sequence[Sequence[str]] = (),
         descriptors: Sequence[int] = (),
+        at_work: Callable[[], None] = lambda: None,
+        problem: str | None = None,
     ) -> None:
-        self._spec = spec
+        self.spec = spec
+        self._at_work = at_work
+        self._commands = 0
         self._environment = dict(environment)
         self._on_close = on_close
         self._buffer = b""
-        self._why: str | None = None
+        self._why = problem
         self._process: subprocess.Popen[bytes] | None = None
+        if problem is not None:
+            return
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -92,12 +104,12 @@ class ServedSession:
         output_bytes: int | None = None,
     ) -> CommandResult:
         """Run ``command`` with bash; ``wall_s`` and ``output_bytes`` replace the session's."""
-        limits = self._spec.limits
+        limits = self.spec.limits
         wall_s = limits.wall_s if wall_s is None else wall_s
         output_bytes = output_bytes or limits.output_bytes
         request = {
             "command": command,
-            "cwd": cwd or self._spec.workdir,
+            "cwd": cwd or self.spec.workdir,
             "wall_s": wall_s,
             "output_bytes": output_bytes,
             "memory_bytes": limits.memory_bytes,
@@ -112,6 +124,9 @@ class ServedSession:
                 "RLIMIT_CORE": 0,
             },
         }
+        self._commands += 1
+        if self._commands == SETTING_UP + 1:
+            self._at_work()
         start = time.monotonic()
         process = self._process
         if process is None:
