@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
-from aem_lightning.envs.adapters import task_number
 from aem_lightning.envs.base import Reset, Step, import_extra
+from aem_lightning.envs.questions import task_number
 
 
 class VerifiersEnv:

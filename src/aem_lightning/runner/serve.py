@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 
 from aem_lightning.envs.base import import_extra
 from aem_lightning.envs.openenv_server import application
-from aem_lightning.runner.next_steps import CHECKOUT
+from aem_lightning.runner.shipped import shipped
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def served(overrides: Sequence[str], split: str) -> Any:
     """The application that serves the tasks of ``split``; games are made where there are none."""
     from aem_lightning.runner.parts import made
 
-    with initialize_config_dir(str(CHECKOUT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(shipped("configs")), version_base="1.3"):
         cfg = compose("train", list(overrides))
     datamodule: Any = made("datamodule", cfg.datamodule)
     datamodule.prepare_data()
