@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import pty
 import re
+import select
 import sys
 from pathlib import Path
 
@@ -49,6 +51,17 @@ def test_a_line_of_the_log_tears_the_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     assert any(line.startswith("evaluation: 36 of 240 episodes |") for line in lines)
     assert any(line.strip().endswith("tokens/s, loss 0.5") for line in lines)
     assert not lines[-1].strip(), "the bar is left behind"
+
+
+def test_a_terminal_that_does_not_know_its_size_stays_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = pty.openpty()  # 0 columns, as a container's often has
+    with open(ours, "rb", buffering=0) as screen, open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with Meter("evaluation", 2):
+            assert select.select([screen], [], [], 5)[0], "nothing in five seconds"
+            assert b"evaluation: 0 of 2 episodes |" in screen.read(4096)
 
 
 def test_a_pipe_gets_control_characters_or_nothing(
