@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import own_functions as own
@@ -21,8 +22,10 @@ from aem_lightning.rollout import (
     SlotEngine,
     make_groups,
 )
+from aem_lightning.rollout.chat import ChatResponder, TextEncoder
+from aem_lightning.rollout.reply import Reply
 from aem_lightning.rollout.tool_call import message
-from aem_lightning.types import EnvStep
+from aem_lightning.types import EnvStep, Task
 
 pytest.importorskip("openai")
 CHAT = Prompt(opening="{observation}", turn="{observation}", window="", action="chat")
@@ -124,7 +127,7 @@ def test_an_episode_that_is_left_ends_its_function(play):
 
 def test_the_contract_is_kept_in_a_worker(caplog):
     data = OwnAgentDataModule(own.ROWS, "own_functions.talk", workers=1)
-    check_env(data, prompt=CHAT, rewards=PAID, resets=20, tasks_per_split=1)
+    check_env(data, prompt=CHAT, rewards=PAID, resets=0, tasks_per_split=1)
     assert "loads" not in caplog.text
 
 
@@ -191,3 +194,28 @@ def test_every_call_is_recorded_with_its_ids_and_log_probs():
         first, second = (encoder.read(played.rows[turn.row][: turn.start]) for turn in played.turns)
         assert first.startswith("<|system|>open a box<|user|>")
         assert second.startswith(f"{first}{played.turns[0].response}<|end|><|user|>again")
+
+
+def test_a_model_behind_an_endpoint_is_sent_the_same_messages_and_its_calls_come_back():
+    given = {"name": "add", "arguments": '{"a": 3}'}
+    call = {"id": "c", "type": "function", "function": given}
+    asked = []
+
+    class Endpoint:
+        def reply(self, messages, *, tools, **_):
+            asked.append((messages, tools))
+            return Reply("I add.", "stop", 1, 1, "", [call], None)
+
+    responder = ChatResponder(Endpoint(), TextEncoder(CHAT), "window", 0, 8, None)
+    pool = LocalPool(lambda: env)
+    env = OwnAgentDataModule(own.ROWS, own.call_tools).env_factory()()
+    task = make_groups([Task("train/3", "", "train")], 1)
+    (played,) = Collector(pool, TextEncoder(CHAT), responder, PAID, 2, 999, 8).collect(task)
+    env.close()
+    assert [turn.response.splitlines()[0] for turn in played.turns] == ["I add.", "I add."]
+    (first, tools), (second, _) = asked
+    assert tools == own.TOOLS
+    assert [m["role"] for m in second] == ["user", "assistant", "tool"]
+    assert second[:1] == first
+    assert json.loads(second[1]["tool_calls"][0]["function"]["arguments"]) == {"a": 3}
+    assert second[2]["content"] == "5"
