@@ -54,6 +54,10 @@ COPY = {"_target_": "shutil.copy", "src": "a", "dst": "b"}
         ({"optimizer___target_": "torch.optim.swa_utils.torch.load"}, "torch.load"),
         ({"trainer___target_": "subprocess.run"}, "trainer._target_=subprocess.run"),
         ({"datamodule__environment": {"allow_unsafe": True}}, "environment.allow_unsafe=True"),
+        (
+            {"datamodule__environment": {"hosts": ["http://a:1", "http://b"]}},
+            "[http://a:1,http://b]",
+        ),
     ],
 )
 def test_what_a_file_asks_for_is_made(stored, changes, key, monkeypatch):

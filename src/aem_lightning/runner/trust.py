@@ -86,10 +86,12 @@ def _foreign(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     assert isinstance(plain, dict)
     for key, value in leaves({str(k): v for k, v in plain.items() if k not in LEFT_OUT}):
         name = key.rpartition(".")[2]
+        if key.endswith(".hosts.0"):  # who are given a token; all of them are one word
+            whole = key.removesuffix(".0")
+            yield whole, f"[{','.join(map(str, OmegaConf.select(cfg, whole)))}]"
         if (
             (name == "_target_" and not _is_ours(key, value))
             or (name == "allow_unsafe" and value not in (None, False))
-            or (".hosts." in f"{key}." and value)  # who are given a token
             or "_args_" in key.split(".")  # past the checks of names
         ):
             yield key, str(value)
