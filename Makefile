@@ -132,7 +132,7 @@ wheel-test: install ## Build the wheel, install it into an empty environment wit
 lock: install ## Renew requirements.lock, which uv and pip read: every version of '.[all]' with its hashes
 	@"$(BIN)/python" -m pip install -q uv
 	@"$(BIN)/python" -m uv pip compile -q pyproject.toml --extra all -c constraints.txt --universal \
-		--python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" -o requirements.lock
+		--python-version 3.11.5 --generate-hashes --no-annotate --custom-compile-command "make lock" -o requirements.lock
 
 licences: install ## Renew docs/licences.md: the licences of what this project depends on
 	@"$(BIN)/python" scripts/licences.py docs/licences.md
