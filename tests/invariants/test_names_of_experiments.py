@@ -23,7 +23,15 @@ NEW = (
     *("datamodule.memory_gb", "datamodule.pass_environment", "datamodule.on_bad_answer"),
     *("datamodule.environment.records", "datamodule.environment.model_name"),
     *("datamodule.goals", "datamodule.validate"),  # of ALFWorld, where WebShop had it; of SWE
-    *(f"callbacks.{name}." for name in ("progress", "hyperparameters", "learning", "trends")),
+    *(
+        f"callbacks.{name}."
+        for name in ("progress", "hyperparameters", "learning", "trends", "overview")
+    ),
+    *(
+        "callbacks.transcripts.every",
+        "datamodule.environment.hosts",
+        "datamodule.environment.shell",
+    ),
 )
 # Loggers got names of their own.
 MOVED = {"logger.tensorboard.": "logger."}
