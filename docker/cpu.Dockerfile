@@ -1,5 +1,6 @@
 # A machine without a GPU: docker build -f docker/cpu.Dockerfile -t aem-lightning:cpu .
-# docker run --rm -v "$PWD/runs:/runs" aem-lightning:cpu experiment=quickstart
+# mkdir -p runs && docker run --rm --user "$(id -u):$(id -g)" -e HOME=/tmp -e USER=aem \
+#     -v "$PWD/runs:/runs" aem-lightning:cpu experiment=quickstart
 FROM python:3.12-slim-bookworm AS build
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ git make \
@@ -8,7 +9,7 @@ RUN python -m venv /opt/aem
 ENV PATH=/opt/aem/bin:$PATH PIP_NO_CACHE_DIR=1
 WORKDIR /build
 COPY constraints.txt ./
-RUN pip install -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+RUN pip install -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch
 COPY pyproject.toml README.md LICENSE ./
 COPY configs configs
 COPY docs/names.md docs/

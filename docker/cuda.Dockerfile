@@ -1,5 +1,6 @@
 # NVIDIA GPUs: docker build -f docker/cuda.Dockerfile -t aem-lightning:cuda .
-# docker run --rm --gpus all --shm-size 8g -v "$PWD/runs:/runs" aem-lightning:cuda experiment=alfworld_aem
+# mkdir -p runs && docker run --rm --gpus all --shm-size 8g --user "$(id -u):$(id -g)" -e HOME=/tmp -e USER=aem \
+#     -v "$PWD/runs:/runs" aem-lightning:cuda experiment=alfworld_aem
 # torch of PyPI brings CUDA itself, so the base needs none; the host needs the driver and nvidia-container-toolkit.
 FROM python:3.12-slim-bookworm AS build
 RUN apt-get update \

@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,11 +30,16 @@ LIBRARY_VARIABLES = frozenset(
         "PL_GLOBAL_SEED",  # lightning.seed_everything
         "PL_SEED_WORKERS",  # lightning.seed_everything
         "PYTEST_CURRENT_TEST",  # pytest, at each phase of a test
+        "TORCH_CPP_LOG_LEVEL",  # a typed profile=true, for the torch that is imported next
         "TORCHINDUCTOR_CACHE_DIR",  # torch's compiler, at import: a dispatch mode imports it
     }
 )
 # A worker that was told to stop may still be on its way out.
 EXIT_SECONDS = 5.0
+
+
+# Modules that a package of the extra `adapters` is imported in.
+collect_ignore = [] if find_spec("verifiers") else ["unit/vf_words.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ import torch
 from runs import COMMAND_ENVIRONMENT, ROOT, curves, process, toy_overrides
 
 DDP = ("trainer.strategy=ddp", "trainer.devices=2", "evaluate=false")
-OWN = ("time/", "hp/")  # curves of one process
+OWN = ("time/", "hp/", "0_overview/4_")  # curves of one process
 
 
 @pytest.fixture(scope="module")

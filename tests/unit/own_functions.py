@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import urllib.request
 from typing import Literal
@@ -51,6 +52,30 @@ def look(place: Literal["shelf", "box"], deep: bool = False) -> dict:
     if place == "box":
         raise LookupError("the box is shut")
     return {"seen": ["a book"] * 3000 if deep else []}
+
+
+def counted(function):
+    """A decorator."""
+
+    @functools.wraps(function)
+    def call(*args, **given):
+        return function(*args, **given)
+
+    return call
+
+
+@counted
+def double(a: int) -> str:
+    """Double a number."""
+    return f"{2 * a} Äpfel"
+
+
+def listed() -> list:
+    """What there is."""
+    return ["Äpfel"]
+
+
+half_added = functools.partial(add, b=3)
 
 
 def untyped(a):
@@ -128,6 +153,11 @@ async def at_once(client, row):
 
 def idle(client, row):
     return 1.0
+
+
+def leaving(client, row):
+    client.chat.completions.create(model="any", messages=[{"role": "user", "content": "a"}])
+    raise SystemExit(3)
 
 
 def clumsy(client, row):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import socket
@@ -411,6 +412,36 @@ def test_rows_and_environments_that_verifiers_has_not_are_told():
     env.close()
     with pytest.raises(ValueError, match=r"env_id='vf-wrds'.*install it, e\.g\. pip install"):
         VerifiersEnv("vf-wrds")
+
+
+def bare_verifiers(rollout=None):
+    """Without the library: an evaluation set of three rows."""
+    env = VerifiersEnv.__new__(VerifiersEnv)
+    env._env = SimpleNamespace(
+        eval_dataset=True, get_eval_dataset=lambda: [{"n": n} for n in range(3)], rollout=rollout
+    )
+    env._id, env._taken, env._rollout, env._client = "few", {}, None, None
+    env._loop = asyncio.new_event_loop()
+    return env
+
+
+def test_a_row_of_verifiers_is_evaluated_twice_under_two_tasks():
+    env = bare_verifiers()
+    assert [env._row(f"valid/{n}", n)["n"] for n in (4, 5, 6, 4)] == [1, 2, 0, 1]
+    assert env._row("test/7", 7) == {"n": 1}
+    with pytest.raises(ValueError, match=r"few has 3 rows, .* Type datamodule\.sizes\.valid=3"):
+        env._row("valid/7", 7)
+    env.close()
+
+
+def test_a_rollout_of_verifiers_that_ends_in_its_set_up_is_played():
+    async def rollout(*_):
+        return {"error": "no sandbox"}
+
+    env = bare_verifiers(rollout)
+    with pytest.raises(RuntimeError, match=r"few ended before it asked the policy.*: no sandbox"):
+        env.reset(options={"task_id": "valid/4"})
+    env.close()
 
 
 # ---------------------------------------------------------------------------------- what they share

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from aem_lightning.algorithms import AEM, GRPO
 from aem_lightning.analysis.__main__ import ANALYSES
-from aem_lightning.analysis.compare import Run, base_of, comparison, effects, pair_statistics
+from aem_lightning.analysis.compare import (
+    Run,
+    arm_statistics,
+    base_of,
+    comparison,
+    effects,
+    pair_statistics,
+)
 from aem_lightning.analysis.curves import mean_curve
 from aem_lightning.analysis.keep import Keep
 from aem_lightning.analysis.masks import divergence
@@ -242,6 +249,13 @@ def test_the_effects_of_an_arm_are_no_means_over_iterations_and_runs() -> None:
     )
     assert "| groups whose α is 1 (%) | 60 |" in shown
     assert "| least α of an iteration | – |" in shown
+
+
+def test_a_seed_that_never_won_is_no_seed_of_its_arm() -> None:
+    curves = [{"val/success_rate": ([0, 1], [rate, rate])} for rate in (0.0, 0.0, 0.6)]
+    runs = [Run("grpo", seed, Path(), {}, curve, {}) for seed, curve in enumerate(curves)]
+    found = arm_statistics(runs)["val_success"]
+    assert (found["value"], found["count"]) == (pytest.approx(0.2), 3)
 
 
 def test_a_mean_curve_has_points_that_a_run_lacks() -> None:

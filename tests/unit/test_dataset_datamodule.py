@@ -37,6 +37,22 @@ def test_rows_with_a_checker_keep_the_contract_in_a_light_worker(prompt, caplog)
     assert env.step(str(int(answer) + 2))[1:4] == (1.0, True, False)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "question"),
+    [
+        ("{p:.2f} $", "1.50 $"),
+        ("{q[0]}{q[1]!r:>{w}}", "1   2"),
+        ("{q.__class__.__name__}", "list"),
+        ("{{x}} only", "{x} only"),
+        ("{0} {p}", "zero 1.5"),
+        ("0", "zero"),
+    ],
+)
+def test_a_format_of_columns_is_not_filled_in(prompt, question):
+    row = {"p": 1.5, "q": [1, 2], "w": 4, 0: "zero"}
+    assert reset(DatasetDataModule([row, row], prompt, own.right))[1] == question
+
+
 def test_the_rows_to_evaluate_on_are_the_same_whatever_the_seed():
     one, two = (DatasetDataModule(own.rows, "{a}", own.right, seed=s, workers=1) for s in (0, 1))
     assert [len(one.tasks(split)) for split in ("train", "valid")] == [18, 2]
@@ -107,6 +123,14 @@ def test_the_example_of_arithmetic_is_asked_and_scored(monkeypatch):
         ({"a": own.ROWS, "b": own.ROWS}, "{a}", own.right, "splits a, b, and none is called train"),
         (own.ROWS, "question", own.right, "question: .* or one of the columns a, b, answer"),
         (own.ROWS, "{c}", own.right, r"'\{c\}' cannot be filled in: .*Columns: \{a\}, \{b\}"),
+        (own.ROWS, "{}", own.right, "cannot be filled in: there is no column ''"),
+        (own.ROWS, "{a", own.right, r"'\{a' cannot be filled in: expected '}'"),
+        (own.ROWS, "{a.x}", own.right, "prompt raised AttributeError: .* on row 0"),
+        ([{"a": None}] * 2, "{a} =", own.right, "the column a is empty on row 0"),
+        ([{"a": float("nan")}] * 2, "{a} =", own.right, "the column a is empty on row 0"),
+        ("own_functions.rws", "a", own.right, "dataset=own_functions.rws: AttributeError: .*rws"),
+        ("failing_rows.rows", "a", own.right, "ModuleNotFoundError: No module named 'not_there'"),
+        ("gone_module.rows", "a", own.right, "it cannot be read"),
         (own.ROWS, "a", own.right, "made 0 of row 0; expected a text|made 1 of row 0"),
         (own.ROWS, own.strict, own.right, "datamodule.prompt raised TypeError: .* on row 0"),
         (own.ROWS, "{a}", lambda row, answer: 1, "lambda.*a worker process cannot import it"),
@@ -115,7 +139,11 @@ def test_the_example_of_arithmetic_is_asked_and_scored(monkeypatch):
         (own.ROWS, "{a}", 7, "datamodule.reward=7: expected a function"),
     ],
 )
-def test_what_cannot_be_is_told_with_what_to_type(rows, prompt, reward, told):
+def test_what_cannot_be_is_told_with_what_to_type(
+    rows, prompt, reward, told, tmp_path, monkeypatch
+):
+    (tmp_path / "failing_rows.py").write_text("import not_there")
+    monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises((ValueError, FileNotFoundError), match=told):
         DatasetDataModule(rows, prompt, reward)
 
@@ -154,6 +182,15 @@ def test_functions_are_tools_by_signature_and_docstring():
     assert look["parameters"]["properties"]["place"]["enum"] == ["shelf", "box"]
     assert look["parameters"]["properties"]["deep"]["description"] == "Under everything, too."
     assert answer["name"] == "final_answer"
+
+
+def test_a_decorated_function_is_no_tool_or_its_result_is_escaped():
+    data = ToolsDataModule(own.ROWS, own.asked, own.thrifty, tools=[own.double, own.listed])
+    told = data.tools()[0]["function"]
+    assert (told["name"], list(told["parameters"]["properties"])) == ("double", ["a"])
+    env, _ = reset(data)
+    assert env.step('{"name": "double", "arguments": {"a": 2}}')[0] == "4 Äpfel"
+    assert env.step('{"name": "listed", "arguments": {}}')[0] == '["Äpfel"]'
 
 
 def test_calls_are_answered_and_scored_with_the_answer():
@@ -198,6 +235,7 @@ def test_a_native_call_reaches_the_function_through_the_prompt():
         ([own.many], r"many\(\*numbers: .* cannot be called by names"),
         ([own.add, own.add], "several are called add"),
         ([], "give a function"),
+        ([own.half_added], r"functools\.partial\(.* is no plain function"),
         ([len], "len is no plain function"),
         ([lambda a: a], "cannot import it"),
     ],

@@ -187,12 +187,27 @@ def test_messages_that_an_endpoint_was_sent_need_no_tokenizer(tmp_path):
     assert export(tmp_path / "api", "sft")[0]["messages"] == chat
 
 
+def test_calls_in_messages_are_lost_or_written_twice(tmp_path):
+    (played,) = make_run(tmp_path, plays=(WON,))
+    function = {"name": "add", "arguments": {"a": "Ä"}}
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": "Ä"}}\n</tool_call>'
+    for turn, content in zip(played.turns, ("", "I add.", f"So: {call}"), strict=True):
+        calls = [{"type": "function", "function": function}]
+        turn.messages = [user("a"), said(content) | {"tool_calls": calls}, user("b")]
+    (tmp_path / "api").mkdir()
+    append_json_line(tmp_path / "api" / "transcripts.jsonl", episode_record(played))
+    rows = export(tmp_path / "api", "completion")
+    told = [row["prompt"][1]["content"] for row in rows]
+    assert told == [call, f"I add.\n{call}", f"So: {call}"]
+
+
 @pytest.mark.parametrize(
     ("written", "told"),
     [
         (chats([user("a"), user("b")]), "row 1: there is no assistant message in it"),
         (chats([said("a")]), "row 1: message 0 is an assistant's, and answers nothing"),
         (chats([{"role": "human", "content": "a"}]), "role one of system, user, assistant, tool"),
+        (chats([user("a"), said("b") | {"tool_calls": [{}]}]), "write the calls of tools into"),
         ('{"text": "a"}\n', "its columns are text. Allowed: messages"),
         (chats([user("a " * 900), said("b")]), r"at most max_context=96 tokens. Type max_context="),
     ],

@@ -21,7 +21,7 @@ ARROWS = {
     "files": set(),
     "card": set(),
     "lazy": set(),
-    "new": set(),
+    "new": {"runner"},
     "collectives": set(),
     "functional": {"types"},
     "envs": {"types"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from types import SimpleNamespace
 
 import own_functions as own
 import pytest
@@ -12,6 +13,8 @@ from tiny_play import CHATML, LocalPool, byte_tokenizer, make_policy
 from aem_lightning.datamodules import OwnAgentDataModule
 from aem_lightning.envs import check_env
 from aem_lightning.envs.answers import STEP, checked_answer
+from aem_lightning.envs.chat_server import Call, Sent
+from aem_lightning.envs.own_agent import Visit
 from aem_lightning.rollout import (
     Collector,
     EngineResponder,
@@ -87,6 +90,42 @@ def test_tools_and_calls_pass_in_the_clients_own_words(play):
     assert env.step(message('<tool_call>{"name": "rm", "arguments": {}}</tool_call>'))[2]
 
 
+def test_an_answer_lacks_its_usage_its_types_or_an_id_that_mistral_takes():
+    kinds = {"a": "integer", "b": "string", "d": ["boolean", "null"]}
+    properties = {name: {"type": kind} for name, kind in kinds.items()}
+    properties |= {"c": {"anyOf": [{"type": "array"}, {"type": "null"}]}, "e": {}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}
+    written = {"a": "3", "b": "3", "c": "[1]", "d": "so", "e": "3"}
+    said = "".join(f"<parameter={name}>\n{text}\n</parameter>" for name, text in written.items())
+    sent = Sent([], [tool])
+    answer = sent.completion(
+        message(f"<tool_call><function=f>{said}</function></tool_call>"), turn=123456
+    )
+    (called,) = answer["choices"][0]["message"]["tool_calls"]
+    typed = {"a": 3, "b": "3", "c": [1], "d": "so", "e": "3"}
+    assert json.loads(called["function"]["arguments"]) == typed
+    assert called["id"] == "c23456000"
+    assert answer["usage"] == dict.fromkeys(
+        ["prompt_tokens", "completion_tokens", "total_tokens"], 0
+    )
+    # What was written as JSON has its types already.
+    answer = sent.completion(
+        message('<tool_call>{"name": "f", "arguments": {"a": "3"}}</tool_call>'), 0
+    )
+    (called,) = answer["choices"][0]["message"]["tool_calls"]
+    assert called["function"]["arguments"] == '{"a": "3"}'
+
+
+def test_a_call_that_comes_as_its_episode_ends_waits_for_ever():
+    visit, call = Visit(), Call(Sent([]))
+    put = visit.events.put
+    visit.events = SimpleNamespace(
+        put=lambda event: (visit.end(), put(event)), get_nowait=visit.events.get_nowait
+    )
+    visit.take(call)
+    assert call.reply.get(timeout=5) is None
+
+
 def test_an_address_a_stream_and_a_coroutine_do_as_well(play):
     env, _ = play(own.by_address)
     assert env.step("abc")[1:3] == (3.0, True)
@@ -110,6 +149,9 @@ def test_what_cannot_be_answered_is_refused_in_words(play):
 def test_functions_that_never_call_or_raise_are_told(play):
     with pytest.raises(RuntimeError, match=r"idle returned without a call of client\.chat"):
         play(own.idle)
+    env, _ = play(own.leaving)
+    with pytest.raises(RuntimeError, match=r"the agent raised SystemExit\(3\)"):
+        env.step("a")
     env, _ = play(own.clumsy)
     env.step("a")
     with pytest.raises(KeyError, match="a bug of the agent's"):

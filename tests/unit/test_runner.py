@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from runs import built, composed, curves, toy_config
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from aem_lightning.runner import evaluate, train, training
 from aem_lightning.runner.build import build_datamodule, build_trainer, warm_start
 from aem_lightning.runner.evaluation import _training_config
 from aem_lightning.runner.origin import commit_of
+from aem_lightning.runner.trainers import _go_on
 from aem_lightning.viewer import read_episodes
 
 QUICK = (
@@ -143,6 +145,16 @@ def test_an_evaluation_plays_every_task_once_and_leaves_every_episode(root, firs
     assert (card.finished, card.iterations) == (True, 2)
     assert card.success["evaluation"].rate == report["success"]["rate"]
     assert 0 < card.hours < 1
+
+
+def test_a_table_of_an_earlier_attempt_is_written_over(tmp_path):
+    logger, table = CSVLogger(tmp_path, name="csv", version=""), tmp_path / "csv" / "metrics.csv"
+    table.parent.mkdir()
+    for attempt in ("first", "second"):
+        table.write_text(attempt)
+        _go_on(logger, 5)
+    kept = sorted(file.read_text() for file in table.parent.glob("metrics_before_5*.csv"))
+    assert kept == ["first", "second"]
 
 
 def test_an_evaluation_of_some_splits_at_another_temperature(root, first):

@@ -39,6 +39,15 @@ def test_names_and_variables_are_taken_for_keys():
     assert secrets_in(OmegaConf.create(fine)) == {}
 
 
+@pytest.mark.parametrize(
+    "name", ["GITHUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "api_token", "secret_key", "passphrase"]
+)
+def test_a_secret_of_another_name_is_written_down(name):
+    assert secrets_in(OmegaConf.create({"env": {name: "hush", "pad_token": "<pad>"}})) == {
+        f"env.{name}": "hush"
+    }
+
+
 def test_what_hydra_wrote_before_a_job_began_is_kept(tmp_path):
     file = tmp_path / ".hydra" / "config.yaml"
     file.parent.mkdir()

@@ -112,6 +112,16 @@ def test_one_of_several_tools_is_not_the_whole_call() -> None:
     assert SEVERAL.malformed(wrong) == "wrong argument 'line': not of type integer"
 
 
+def test_null_is_refused_where_a_schema_is_nullable() -> None:
+    tool = function_tool("view", "", {"path": "where"})
+    tool["function"]["parameters"]["properties"]["line"] = {"type": "integer", "nullable": True}
+    prompt = replace(ACT, tools=[tool])
+    said = {"name": "view", "arguments": {"path": "a", "line": None}}
+    assert json.loads(str(prompt.parse(call(**said)))) == said
+    said["arguments"]["line"] = "1"
+    assert prompt.malformed(call(**said)) == "wrong argument 'line': not of type integer|null"
+
+
 def test_an_environment_s_own_words_are_lost_in_its_tools() -> None:
     shop = replace(ACT, tools=WebShopDataModule.tools(None))
     swe = replace(ACT, tools=SweDataModule.tools(SimpleNamespace(play=SweSettings())))

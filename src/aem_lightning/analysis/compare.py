@@ -123,7 +123,7 @@ def arm_statistics(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "success": {kind: asdict(found) for kind, found in rates.items()},
         **{
-            name: asdict(t_interval([value for run in runs if (value := _measure(run, name))]))
+            name: asdict(t_interval([v for run in runs if (v := _measure(run, name)) is not None]))
             for name in MEASURES
         },
         "effects": effects(runs),

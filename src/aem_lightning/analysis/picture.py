@@ -94,7 +94,8 @@ def _smoothed(curve: Curve) -> Curve:
 def _curves(axes: Axes, content: Content, tag: str, change: Callable[[Curve], Curve]) -> None:
     for number, arm in enumerate(content["arms"]):
         found = [run["curves"].get(tag) for run in content["runs"] if run["arm"] == arm]
-        curves = [change((each["iteration"], each["value"])) for each in found if each]
+        drawn = [each for each in found if each and each["iteration"]]
+        curves = [change((each["iteration"], each["value"])) for each in drawn]
         xs, points = mean_curve(curves)
         if not xs:
             continue

@@ -123,12 +123,12 @@ class ToolsDataModule(DatasetDataModule):
         **settings: Any,
     ) -> None:
         self.functions = [named_function("tools", tool) for tool in tools]
+        self._tools = [tool_of(function) for function in self.functions]
         names = [*(function.__name__ for function in self.functions), ANSWER]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"datamodule.tools: several are called {', '.join(twice)}")
         if len(names) == 1:
             raise ValueError("datamodule.tools=[]: give a function, or use DatasetDataModule")
-        self._tools = [tool_of(function) for function in self.functions]
         super().__init__(dataset, prompt, reward, **settings)
 
     def make_factory(self) -> Callable[[], Any]:

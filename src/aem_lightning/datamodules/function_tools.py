@@ -22,7 +22,9 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     )
 
     name = getattr(function, "__name__", repr(function))
-    if not isinstance(function, FunctionType) or inspect.iscoroutinefunction(function):
+    plain = inspect.unwrap(function)  # below decorators
+    are_plain = isinstance(function, FunctionType) and isinstance(plain, FunctionType)
+    if not are_plain or inspect.iscoroutinefunction(function):
         raise ValueError(f"datamodule.tools: {name} is no plain function; write one that calls it")
     about, arguments, _ = parse_google_format_docstring(inspect.getdoc(function) or "")
     if not about:
@@ -41,13 +43,19 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     # An argument without a word in the docstring is told by its name.
     told = {key: (arguments or {}).get(key) or key.replace("_", " ") for key in parameters}
     lines = [f"    {key}: {' '.join(text.split())}" for key, text in told.items()]
-    copy = FunctionType(function.__code__, function.__globals__, name)
-    copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    copy.__annotations__ = dict(function.__annotations__)
-    copy.__annotations__.pop("return", None)
-    copy.__doc__ = "\n".join([about, *(["", "Args:", *lines] if lines else [])])
+    copy = _told(plain, name, "\n".join([about, *(["", "Args:", *lines] if lines else [])]))
     try:
         schema: Tool = get_json_schema(copy)
     except Exception as error:  # of types that JSON has no word for
         raise ValueError(f"datamodule.tools: {name} is no tool: {error}") from error
     return schema
+
+
+def _told(plain: FunctionType, name: str, doc: str) -> FunctionType:
+    """A copy that says ``doc``, and nothing of what it returns."""
+    copy = FunctionType(plain.__code__, plain.__globals__, name, closure=plain.__closure__)
+    copy.__defaults__, copy.__kwdefaults__ = plain.__defaults__, plain.__kwdefaults__
+    copy.__annotations__ = dict(plain.__annotations__)
+    copy.__annotations__.pop("return", None)
+    copy.__doc__ = doc
+    return copy

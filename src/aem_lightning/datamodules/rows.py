@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import pkgutil
@@ -11,7 +10,8 @@ import re
 import tempfile
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -51,12 +51,29 @@ def read_splits(dataset: Any, subset: str | None, validation: float) -> dict[str
 
 def _found(given: Any, subset: str | None) -> Any:
     if isinstance(given, str) and re.fullmatch(r"[\w.]+\.\w+", given) and not _kind(given):
-        with contextlib.suppress(ImportError, AttributeError):  # a name of the hub may look so, too
-            given = pkgutil.resolve_name(given)
+        given = _by_path(given)
     rows = given() if callable(given) else given
     if hasattr(rows, "itertuples"):  # of pandas
         rows = rows.to_dict("records")
     return _read(rows, subset) if isinstance(rows, str | os.PathLike) else rows
+
+
+def _by_path(name: str) -> Any:
+    """What has the path ``name``; itself where it may be a name of the hub, which look so, too.
+
+    Raises:
+        ValueError: Its module is there, and has no such thing, or cannot be imported.
+    """
+    try:
+        return pkgutil.resolve_name(name)
+    except Exception as error:  # a module runs whatever it likes
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing == name.partition(".")[0] or Path(name).exists():
+            return name
+        raise ValueError(
+            f"datamodule.dataset={name}: {type(error).__name__}: {error}. Type the path of rows or "
+            "of a function that returns them, my_module.my_rows, a file, or a name of the hub"
+        ) from error
 
 
 def _kind(name: str | os.PathLike[str]) -> str | None:
@@ -153,23 +170,58 @@ def asker(prompt: Any, columns: Iterable[str]) -> Callable[[Row], Any]:
     Raises:
         ValueError: It is none of these.
     """
-    names = list(columns)
+    names = [str(column) for column in columns]
     if isinstance(prompt, str) and prompt in names:
-        return lambda row: row[prompt]
+        return lambda row: _by_name(row)[prompt]
     if isinstance(prompt, str) and "{" in prompt:
         try:
-            fields = [field for _, field, *_ in Formatter().parse(prompt) if field is not None]
-            prompt.format(**dict.fromkeys(names, ""))
+            asked = list(_columns(prompt))
+            if unknown := [name for name in asked if name not in names]:
+                raise LookupError(f"there is no column {unknown[0]!r}")
         except (LookupError, ValueError) as error:
             raise ValueError(
-                f"datamodule.prompt={prompt!r} cannot be filled in: {error!r}. Columns: "
+                f"datamodule.prompt={prompt!r} cannot be filled in: {error}. Columns: "
                 f"{', '.join('{' + name + '}' for name in names)}; write a literal brace twice"
             ) from None
-        return lambda row: prompt.format(**row) if fields else prompt
+        return partial(_filled, prompt, asked)
     try:
         return named_function("prompt", prompt)
     except ValueError as error:
         raise ValueError(f"{error}; or one of the columns {', '.join(names)}") from None
+
+
+class _Filling(Formatter):
+    """A format whose fields are all names, numbers too."""
+
+    def get_value(self, key: int | str, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        return kwargs[str(key)]
+
+
+def _columns(prompt: str) -> Iterator[str]:
+    """The columns of a format: of ``{a[0].b:>{width}}`` those are ``a`` and ``width``."""
+    for _, field, spec, _ in Formatter().parse(prompt):
+        if field is not None:
+            yield re.split(r"[.\[]", field)[0]
+            yield from _columns(spec or "")
+
+
+def _filled(prompt: str, asked: Sequence[str], row: Row) -> str:
+    """The format ``prompt`` of a row.
+
+    Raises:
+        ValueError: A column of it is empty.
+    """
+    named = _by_name(row)
+    for name in asked:
+        value = named[name]
+        is_cell = not hasattr(value, "__len__")  # texts, lists and arrays are never missing
+        if value is None or (is_cell and str(value).lower() in ("nan", "nat", "<na>")):
+            raise ValueError(f"the column {name} is empty")
+    return _Filling().vformat(prompt, (), named)
+
+
+def _by_name(row: Row) -> dict[str, Any]:
+    return {str(name): value for name, value in row.items()}
 
 
 def row_file(rows: Iterable[Row], ask: Callable[[Row], Any], score: Callable[..., Any]) -> Rows:

@@ -76,13 +76,12 @@ class Sent:
             pass  # a text that is no call
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if calls:
-            functions = [
-                {"name": call["name"], "arguments": json.dumps(call["arguments"])} for call in calls
-            ]
             message["content"] = content or None
             message["tool_calls"] = [
-                {"id": f"call_{turn}_{number}", "type": "function", "function": function}
-                for number, function in enumerate(functions)
+                # Nine letters and digits: Mistral's templates take no other id.
+                {"id": f"c{turn % 10**5:05}{number % 1000:03}", "type": "function"}
+                | {"function": self._function(call)}
+                for number, call in enumerate(calls)
             ]
         end = "tool_calls" if calls else "stop"
         choice = {"index": 0, "message": message, "finish_reason": end, "logprobs": None}
@@ -92,8 +91,19 @@ class Sent:
             "created": 0,
             "model": self.model,
             "choices": [choice],
+            # Agents read it; what was counted is the run's to know.
+            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
             "ignored": list(self.ignored),
         }
+
+    def _function(self, call: Mapping[str, Any]) -> dict[str, str]:
+        """A call in an answer; arguments that were written as texts, as its tool wants them."""
+        arguments = call["arguments"]
+        if call.get("are_texts"):
+            tools = {tool["function"]["name"]: tool["function"] for tool in self.tools or ()}
+            known = (tools[call["name"]].get("parameters") or {}).get("properties") or {}
+            arguments = {key: _typed(text, known.get(key)) for key, text in arguments.items()}
+        return {"name": call["name"], "arguments": json.dumps(arguments)}
 
 
 @dataclass(eq=False)
@@ -241,6 +251,18 @@ def _text(where: str, content: Any) -> str:
     if not all(isinstance(text, str) for text in texts):
         raise BadCallError(f"{where}: content of another kind than text cannot be read here")
     return "".join(map(str, texts))
+
+
+def _typed(text: str, schema: Any) -> Any:
+    """An argument that was written as a text; itself where its schema wants one, or is open."""
+    told = schema if isinstance(schema, dict) else {}
+    kinds = [each.get("type") for each in (told, *(told.get("anyOf") or ()))]
+    if not any(kinds) or any(kind == "string" or "string" in (kind or ()) for kind in kinds):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _tool_call(where: str, call: Any) -> dict[str, Any]:

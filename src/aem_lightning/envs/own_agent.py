@@ -40,9 +40,9 @@ class Visit:
 
     def take(self, call: Call) -> None:
         """A call has come; called by the server's threads."""
-        if self.is_over:
-            call.reply.put(None)
         self.events.put(call)
+        if self.is_over:  # asked last: `end` finds it, or it finds the end
+            call.reply.put(None)
 
     def end(self) -> None:
         """Let every call fail that waits or is yet to come."""
@@ -101,6 +101,7 @@ class AgentEnv:
 
         Raises:
             Exception: What the function raised.
+            RuntimeError: It raised what would end this process, such as `SystemExit`.
         """
         assert self._call is not None
         reply = self._call.sent.completion(action, self._turn)
@@ -124,8 +125,10 @@ class AgentEnv:
             info = {**self._known, "messages": sent.messages, "tools": sent.tools}
             return sent.observation(), 0.0, False, False, info
         self._leave()
-        if event.error is not None:
+        if isinstance(event.error, Exception):
             raise event.error
+        if event.error is not None:
+            raise RuntimeError(f"the agent raised {event.error!r}") from event.error
         reward, ended = outcome(event.value, self._win_at)
         return "", reward, True, False, self._known | ended
 

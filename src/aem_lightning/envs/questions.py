@@ -151,7 +151,8 @@ class ToolsEnv:
 def _shown(given: Any) -> str:
     """What a tool gave as a text that can be read: itself, else JSON where that can say it."""
     try:
-        text = given if isinstance(given, str) else json.dumps(given, default=str)
+        is_text = isinstance(given, str)
+        text = given if is_text else json.dumps(given, default=str, ensure_ascii=False)
     except (TypeError, ValueError):  # keys that JSON lacks, a list in itself
         text = str(given)
     text = text.encode(errors="replace").decode()

@@ -50,6 +50,7 @@ class VerifiersEnv:
         self._env.get_model_response = self._respond  # what its rollout asks a model by
         self._client = self._library.Client.__new__(_stub_of(self._library.Client))
         self._rollout: asyncio.Task[Any] | None = None
+        self._taken: dict[tuple[str, int], int] = {}
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start the rollout of the task's row; what it asks first."""
@@ -59,7 +60,13 @@ class VerifiersEnv:
         self._seen: Sequence[Any] = ()
         rollout = self._env.rollout(row, self._client, "policy", {})
         self._rollout = self._loop.create_task(rollout)
-        return self._go_on()[0], dict(self._known)
+        text, _ = self._go_on()
+        if self._rollout.done():
+            raise RuntimeError(
+                f"task {self._known['task_id']}: the rollout of {self._id} ended before it asked "
+                f"the policy anything: {self._rollout.result().get('error') or 'no error is told'}"
+            )
+        return text, dict(self._known)
 
     def step(self, action: str, /) -> Step:
         """Its answer to a reply; at the end the rubric's reward."""
@@ -88,7 +95,7 @@ class VerifiersEnv:
         own = self._env.eval_dataset is not None or self._env.eval_dataset_source is not None
         if own and not task_id.startswith("train/"):
             rows = self._env.get_eval_dataset()
-            return dict(rows[number % len(rows)])
+            return dict(rows[self._evaluated(task_id, number, len(rows))])
         rows = self._env.get_dataset()
         if number >= len(rows):
             raise ValueError(
@@ -97,6 +104,20 @@ class VerifiersEnv:
                 + ("" if own else f" datamodule.sizes.valid={max(1, len(rows) // 10)}")
             )
         return dict(rows[number])
+
+    def _evaluated(self, task_id: str, number: int, rows: int) -> int:
+        """The row of the evaluation set, whose tasks have numbers that go on from the training's.
+
+        Raises:
+            ValueError: Another task of the split has it: there are more tasks than rows.
+        """
+        split, row = task_id.partition("/")[0], number % rows
+        if self._taken.setdefault((split, row), number) != number:
+            raise ValueError(
+                f"task {task_id}: the evaluation set of {self._id} has {rows} rows, and another "
+                f"task of {split} is the same one. Type datamodule.sizes.{split}={rows}"
+            )
+        return row
 
     def _go_on(self) -> tuple[str, Any]:
         """Let the rollout run until it asks again: what it says, and its state at the end."""

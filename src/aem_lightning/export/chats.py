@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aem_lightning.rollout.conversation import ChatTemplate
+from aem_lightning.rollout.reply import written_calls
 from aem_lightning.viewer.episodes import prompts
 
 Message = dict[str, str]
@@ -60,8 +61,7 @@ class Chats:
     def _messages(self, kept: Record, chat: list[Message], row: list[int]) -> list[Message] | None:
         """The messages of a prompt; it goes on from ``chat`` where its ids go on from ``row``."""
         if "messages" in kept:
-            names = ("role", "content")
-            return [{name: str(m.get(name) or "") for name in names} for m in kept["messages"]]
+            return [_as_text(message) for message in kept["messages"]]
         if self._template is None:
             self._template = self.find_template()
         try:
@@ -72,6 +72,15 @@ class Chats:
         if row and kept["ids"][: len(row)] == row and len(found) > len(chat):
             found[: len(chat)] = chat  # with the replies as they were written down
         return found
+
+
+def _as_text(message: Mapping[str, Any]) -> Message:
+    """A message with its calls of tools in its content, where they do not stand there already."""
+    content = str(message.get("content") or "")
+    calls = written_calls(message.get("tool_calls") or ())
+    if calls not in content:
+        content = f"{content}\n{calls}" if content else calls
+    return {"role": str(message.get("role") or ""), "content": content}
 
 
 def chat_reader(run: Path, tokenizer: str | None = None) -> Chats:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aem_lightning.new import FILES, new_environment
+from aem_lightning.runner.shipped import as_typed
 
 NEXT = """\
 {folder} is a package with an environment that works already:
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"aem new env: {error}")
     files = "\n".join(f"  {place.replace('$name', given.name)}" for place in FILES.values())
-    print(NEXT.format(folder=folder, files=files, name=given.name))
+    print(as_typed(NEXT).format(folder=folder, files=files, name=given.name))
 
 
 if __name__ == "__main__":

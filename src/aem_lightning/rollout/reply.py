@@ -107,8 +107,8 @@ def written_calls(calls: Iterable[Mapping[str, Any]]) -> str:
         with contextlib.suppress(ValueError):  # usually JSON inside a string
             given = json.loads(given) if isinstance(given, str) else given
         called = {"name": function["name"], "arguments": given}
-        lines.append(f"<tool_call>\n{json.dumps(called)}\n</tool_call>")
-    return "\n".join(lines)
+        lines.append(f"<tool_call>\n{json.dumps(called, ensure_ascii=False)}\n</tool_call>")
+    return _readable("\n".join(lines))
 
 
 def _count(tokens: int | None, characters: int) -> int:

@@ -137,7 +137,8 @@ def read(said: str, tools: Sequence[Tool]) -> str:
     template = _template(known[name], tools)
     if template is None:
         return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-    texts = {key: _as_text(arguments.get(key, "")).strip() for key in _fields(template)}
+    given = {key: arguments.get(key) for key in _fields(template)}
+    texts = {key: "" if it is None else _as_text(it).strip() for key, it in given.items()}
     for key, text in texts.items():
         if not text:
             raise MalformedCallError(f"empty argument {key!r}")
@@ -147,6 +148,8 @@ def read(said: str, tools: Sequence[Tool]) -> str:
 def message(said: str) -> str:
     """A reply as an agent of someone's own is to read it: as it is, or, with calls in it, as JSON.
 
+    A call whose arguments are texts of open types says ``are_texts``.
+
     Example:
         >>> message("Four.")
         'Four.'
@@ -155,7 +158,9 @@ def message(said: str) -> str:
     """
     try:
         calls = [
-            {"name": str(call["name"]), "arguments": dict(_given(call))} for call in _calls(said)
+            {"name": str(call["name"]), "arguments": dict(_given(call))}
+            | ({"are_texts": True} if "texts" in call else {})
+            for call in _calls(said)
         ]
     except (MalformedCallError, LookupError, TypeError, ValueError):
         calls = []
@@ -240,8 +245,10 @@ def _as_text(value: Any) -> str:
 
 
 def _kinds(schema: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    kinds = schema.get("properties", {}).get(name, {}).get("type", ())
-    return (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    found = schema.get("properties", {}).get(name, {})
+    given = found.get("type", ())
+    kinds = (given,) if isinstance(given, str) else tuple(given)
+    return (*kinds, "null") if kinds and found.get("nullable") else kinds
 
 
 def _typed(text: str, schema: Mapping[str, Any], name: str) -> Any:

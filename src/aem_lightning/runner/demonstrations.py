@@ -115,7 +115,7 @@ def _message(message: Mapping[str, Any], place: str) -> dict[str, str]:
     if isinstance(content, Sequence) and not isinstance(content, str):  # parts, as vendors write it
         texts = [part.get("text") for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    if role not in ROLES or not isinstance(content, str):
+    if role not in ROLES or not isinstance(content, str) or message.get("tool_calls"):
         raise ValueError(
             f"{place}: {str(dict(message))[:200]} is no message of text: {{role, content}}, role "
             f"one of {', '.join(ROLES)}; write the calls of tools into the content"

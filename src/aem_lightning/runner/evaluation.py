@@ -161,7 +161,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         checkpoint = agent.path if is_run else None
         report = about(agent.module, agent.config, cfg.get("adapter"), checkpoint)
         trainer, games = agent.trainer, game_hashes(agent.datamodule)
-        write_origin(Path(cfg.paths.output_dir), trainer, games, name=None, seed=cfg.seed)
+        folder = Path(cfg.paths.output_dir)
+        write_origin(folder, trainer, games, name=None, seed=cfg.seed, script="eval")
         results = play_all(trainer, agent.module, agent.datamodule)
         transcripts = Path(cfg.paths.output_dir).absolute() / "transcripts.jsonl"
         if trainer.is_global_zero:
@@ -260,6 +261,7 @@ def _showing_progress(config: DictConfig, cfg: DictConfig) -> DictConfig:
     """``config`` with an evaluation's callbacks and folder in the place of a training run's."""
     OmegaConf.set_struct(config, False)
     config.callbacks, config.logger, config.profile = PROGRESS, None, False
+    config.stage = "train"  # its engine samples, whatever stage the experiment is of
     if isinstance(config.trainer, DictConfig):  # else an override made something else of it
         config.trainer.enable_progress_bar = False
         config.trainer.default_root_dir = cfg.paths.output_dir

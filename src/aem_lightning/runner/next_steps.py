@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -87,9 +88,16 @@ def overrides_of(cfg: DictConfig) -> list[str]:
     # An analysis trains inside a command of its own, which knows the same configs.
     known, configs = GlobalHydra.instance().is_initialized(), str(shipped("configs"))
     with nullcontext() if known else initialize_config_dir(configs, version_base="1.3"):
-        base = compose("train")
-    plain: list[Any] = [OmegaConf.to_container(each, resolve=False) for each in (base, cfg)]
-    return list(_changes(*plain))
+        wanted: Any = OmegaConf.to_container(cfg, resolve=False)
+        words = list(_changes(_plain_config(()), wanted))
+        # A DataModule's file chooses prompt and rewards, too: without it the rest is another.
+        if gone := [word for word in words if re.fullmatch(r"~\w+", word)]:
+            words = [*gone, *_changes(_plain_config(gone), wanted)]
+    return words
+
+
+def _plain_config(words: Sequence[str]) -> Any:
+    return OmegaConf.to_container(compose("train", [*words]), resolve=False)
 
 
 def _changes(base: Any, wanted: Any, prefix: str = "") -> Iterable[str]:
@@ -151,7 +159,11 @@ def _typed(name: str, *words: str) -> str:
         words = (*words, *(word for folder in own for word in ("--config-dir", folder)))
     if from_install():
         name = f"aem-{name}"
-        return shlex.join([_found(name, Path(sys.executable).with_name(name)), *words])
+        # Beside the command that runs: scripts need not lie where the interpreter does.
+        running = (Path(sys.argv[0]).absolute(), Path(sys.executable))
+        beside = (place.with_name(name) for place in running)
+        file = next((place for place in beside if place.is_file()), None)
+        return shlex.join([name if file is None else _found(name, file), *words])
     places = (folder / f"{name}.py" for folder in (Path(sys.argv[0]).parent, Path(), CHECKOUT))
     return command(str(next((place for place in places if place.is_file()), f"{name}.py")), *words)
 

@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 import aem_lightning
 from aem_lightning.card import ORIGIN
 from aem_lightning.files import write_atomically
-from aem_lightning.runner.shipped import CHECKOUT
+from aem_lightning.runner.shipped import CHECKOUT, as_typed
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
 # Nothing of the user's own settings takes part, and nothing of the checkout is touched.
@@ -27,7 +27,13 @@ _GIT = ("git", "-c", "safe.directory=*", "--no-optional-locks")
 
 
 def write_origin(
-    folder: Path, trainer: L.Trainer, games: Mapping[str, str], *, name: str | None, seed: int
+    folder: Path,
+    trainer: L.Trainer,
+    games: Mapping[str, str],
+    *,
+    name: str | None,
+    seed: int,
+    script: str = "train",
 ) -> None:
     """Write ``run.json``, which `aem_lightning.card.run_card` reads; rank zero alone does."""
     if not trainer.is_global_zero:
@@ -35,7 +41,7 @@ def write_origin(
     content = {
         "name": name,
         "seed": seed,
-        "command": typed_command(),
+        "command": typed_command(script),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": _device(trainer),
         "versions": {
@@ -49,16 +55,22 @@ def write_origin(
     write_atomically(folder / ORIGIN, json.dumps(content, indent=2) + "\n")
 
 
-def typed_command() -> str | None:
-    """What to type to run the same again, in another folder; ``None`` for a run from Python."""
+def typed_command(script: str = "train") -> str | None:
+    """What to type to run the same again, in another folder; ``None`` for a run from Python.
+
+    An evaluation of a model reads a training's config, so the config does not tell the ``script``.
+    """
     if not HydraConfig.initialized():
         return None
-    script, given = HydraConfig.get().job.config_name, HydraConfig.get().overrides
-    if script not in ("train", "eval"):  # an analysis, which is not what is run again
+    given = HydraConfig.get().overrides
+    if HydraConfig.get().job.config_name not in ("train", "eval"):  # of an analysis: not this run
         return None
     places = [word for word in given.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
     kept = [word for word in given.task if not word.lstrip("+").startswith("paths.output_dir=")]
-    return shlex.join(["python", f"{script}.py", *places, *kept])
+    sources = HydraConfig.get().runtime.config_sources
+    own = [source.path for source in sources if source.provider == "command-line"]
+    folders = [word for folder in own for word in ("--config-dir", folder)]
+    return f"{as_typed(f'python {script}.py')} {shlex.join([*folders, *places, *kept])}".strip()
 
 
 def commit_of(checkout: Path) -> dict[str, Any]:

@@ -11,9 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from aem_lightning.runner.schema import leaves
 
 _NAME = re.compile(
-    r"(.*[_-])?(api[_-]?key|authorization|passw(or)?d|secret|(access|auth|hf)[_-]token)|key|token",
+    r"(.*[_-])?(api[_-]?key|authorization|passw(or)?d|passphrase|credentials?|secret|"
+    r"(secret|access|private|wandb)[_-]key|"
+    r"(access|api|auth|bearer|gh|git(hub|lab)|hf|refresh)[_-]token)|key|token",
     re.IGNORECASE,
 )
+# As environment variables are written; `max_new_tokens` and `pad_token` are none of these.
+_VARIABLE = re.compile(r"[A-Z0-9_]*(TOKEN|SECRET|PASSWORD|PASSWD|KEY)")
 _WORDS = r"(api[_-]?key|key|token|secret|password|sig|signature)"
 _URL = re.compile(rf"[a-z][a-z0-9+.-]*://([^/?#\s]*@|\S*[?&;]\w*{_WORDS}=)", re.I)
 
@@ -27,8 +31,12 @@ def secrets_in(cfg: DictConfig) -> dict[str, str]:
         key: value
         for key, value in leaves(OmegaConf.to_container(cfg, resolve=False))
         if isinstance(value, str) and value and "${" not in value
-        if _URL.match(value) or _NAME.fullmatch(key.rpartition(".")[2])
+        if _URL.match(value) or _is_secret(key.rpartition(".")[2])
     }
+
+
+def _is_secret(name: str) -> bool:
+    return bool(_NAME.fullmatch(name) or _VARIABLE.fullmatch(name))
 
 
 def typed_secrets(overrides: Sequence[str]) -> dict[str, str]:

@@ -132,7 +132,11 @@ def _go_on(logger: Any, start: int) -> None:
     elif isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         table = Path(logger.log_dir) / "metrics.csv"
         if table.is_file():  # it would be deleted
-            table.rename(table.with_name(f"metrics_before_{start}.csv"))
+            kept, number = table.with_name(f"metrics_before_{start}.csv"), 1
+            while kept.exists():  # of a run that went on from here and was stopped, too
+                number += 1
+                kept = table.with_name(f"metrics_before_{start}_{number}.csv")
+            table.rename(kept)
 
 
 def _named(group: str, nodes: DictConfig | None) -> list[Any]:

@@ -30,7 +30,7 @@ from aem_lightning.envs.swe.mutations import Mutation, mutations
 from aem_lightning.envs.swe.patches import make_diff
 from aem_lightning.envs.swe.repositories import write_repository
 from aem_lightning.envs.swe.sandbox import Limits, Sandbox, SessionSpec, tar_of
-from aem_lightning.envs.swe.sandbox.base import KILLED
+from aem_lightning.envs.swe.sandbox.base import KILLED, OVER_CPU
 from aem_lightning.envs.swe.settings import SweSettings, choose_sandbox
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def _statuses(sandbox: Sandbox, files: Mapping[str, str]) -> dict[str, str] | No
             done, statuses, _ = run_judged(session, [TEST_FILE])
     if done.infra_error:
         raise RuntimeError(f"sandbox={sandbox.name}: {done.infra_error}")
-    endless = done.timed_out or done.code == KILLED
+    endless = done.timed_out or done.code in (KILLED, OVER_CPU)
     return None if endless else statuses
 
 

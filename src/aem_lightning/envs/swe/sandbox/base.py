@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -13,6 +14,7 @@ from aem_lightning.types import Positive
 
 WORKDIR = "/testbed"
 KILLED = 137  # the exit code of a process that was killed
+OVER_CPU = 128 + signal.SIGXCPU  # of one that was over its limit of processor time
 
 
 Size = Annotated[int, Ge(1)]

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 TOKEN = "AEM_SWE_TOKEN"  # the environment variable that holds it, on both sides
 CONNECT_S = 10.0
 OPEN_S = 60.0  # a container may take a while
+PULL_S = 1860.0  # and so may its image, which the host fetches first: it gives that half an hour
 LOST_S = 60.0  # that a host which was lost is left alone
 FULL = 503
 
@@ -102,7 +103,12 @@ class RemoteSandbox:
         """Ask every host; the level is that of the weakest which can be used."""
         found: list[Level] = []
         said = []
-        for host in self._hosts:
+        # One that was lost a moment ago is asked where nothing else answers.
+        asked = sorted(self._hosts, key=lambda host: self._lost.get(host, 0.0))
+        for host in asked:
+            if found and self._lost.get(host, 0.0) > time.monotonic():
+                said.append(f"{host}: it was lost a moment ago")
+                continue
             try:
                 with contextlib.closing(Connection(host, self._token)) as connection:
                     answer = connection.ask("GET", f"/probe?images={int(self._images)}")
@@ -124,7 +130,8 @@ class RemoteSandbox:
         for host in hosts:
             connection = Connection(host, self._token)
             try:
-                connection.ask("POST", "/open", {"spec": asdict(spec), "images": self._images})
+                asked = {"spec": asdict(spec), "images": self._images}
+                connection.ask("POST", "/open", asked, PULL_S if spec.image else OPEN_S)
             except HostError as error:
                 connection.close()
                 said.append(f"{host}: {error}")
@@ -251,6 +258,8 @@ class Connection:
                 self._http.connect()
                 self._http.auto_open = 0  # another connection would be another session
                 self._http.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                if hasattr(socket, "TCP_KEEPIDLE"):  # else a dead host is noticed after hours
+                    self._http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
             self._http.sock.settimeout(seconds)
             data = None if body is None else json.dumps(body).encode()
             self._http.request(method, path, data, self._headers)
