@@ -101,6 +101,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         blocks = re.findall(r"```python\n(.*?)```", (DOCS / "howto" / page).read_text(), re.DOTALL)
         own = "\n".join(line[8:] for line in FILES.get(name, "").splitlines())
         (desk / name).write_text(own + next(block for block in blocks if first in block))
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)
+    (desk / "my_parts.py").write_text("\n\n".join(blocks))
     play(desk, ["python", "train.py", "experiment=quickstart", "callbacks.transcripts.every=1"])
     return desk
 
