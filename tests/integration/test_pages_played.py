@@ -33,6 +33,8 @@ ELSEWHERE = {
     "engine=vllm": "make test-vllm",
     "policy=api": "tests/integration/test_api_evaluation.py",
     "aem_lightning.analysis": "tests/integration/test_analysis_commands.py",
+    "policy.model=/models/merged": "tests/unit/test_evaluate_models.py",
+    "adapter=/models/adapter": "tests/unit/test_evaluate_models.py",
     "--serve": "tests/unit/test_viewer.py",
     "aem_lightning.runner.serve": "make test-adapters",
     "datamodule=reasoning_gym": "make test-adapters",
@@ -129,10 +131,10 @@ def play(desk: Path, words: list[str]) -> None:
 
 def small(desk: Path, script: str, words: list[str]) -> list[str]:
     """``words`` with a model of this folder for any other, and games that are made here."""
+    if script == "eval.py":
+        return words
     model = f"policy.model={desk / 'model'}"
     experiment = next((word for word in words if word.startswith("experiment=alfworld")), None)
-    if script == "eval.py":
-        return [*words, *(["datamodule=alfworld_generated", model] if experiment else [])]
     hub = any(word.startswith(("policy=qwen", "policy.model=")) for word in words) or (
         experiment is not None and "policy=tiny" not in words
     )
