@@ -26,6 +26,11 @@ class Success:
     high: float
     episodes: int
 
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Success:
+        """That of a result as ``summary.json`` has it."""
+        return cls(*(result[name] for name in cls.__slots__))
+
     def __str__(self) -> str:
         interval = f"[{100 * self.low:.1f}, {100 * self.high:.1f}]"
         return f"{100 * self.rate:.1f} % {interval} of {self.episodes}"
@@ -156,11 +161,7 @@ def _card(
         seed=summary.get("seed", evaluation.get("seed", origin.get("seed"))),
         iterations=summary.get("iterations", evaluation.get("iteration")),
         hours=sum(seconds.values()) / 3600 if seconds else _hours_since(started, folder),
-        success={
-            when: Success(*(found[name] for name in Success.__slots__))
-            for when, found in results.items()
-            if found
-        },
+        success={when: Success.of(found) for when, found in results.items() if found},
         costs=tuple(
             Cost(stage["label"], stage["seconds"], stage["share"], stage["paper_share"])
             for stage in times.get("stages", ())

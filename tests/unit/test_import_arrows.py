@@ -57,7 +57,7 @@ ARROWS = {
         "metrics",
     },
     "viewer": {"card"},
-    "export": {"files", "rollout", "viewer"},
+    "export": {"files", "rollout", "viewer", "analysis"},
     "hub": {"card", "files", "runner"},
     "gpu_check": {"types", "files", "modules", "rollout", "runner"},
     "analysis": {

@@ -30,19 +30,12 @@ def read_curves(run: Path) -> Points:
     Raises:
         FileNotFoundError: There are none.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from aem_lightning.analysis.curves import read_points  # loads TensorBoard and scipy
 
     folders = {file.parent for file in run.rglob("events.out.tfevents.*")}
     if not folders:
         raise FileNotFoundError(f"{run}: there are no TensorBoard files in it (logger=tensorboard)")
-    found: Points = {}
-    for folder in sorted(folders):
-        accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-        accumulator.Reload()
-        for name in accumulator.Tags()["scalars"]:
-            points = {event.step: event.value for event in accumulator.Scalars(name)}
-            found.setdefault(name, {}).update(points)
-    return found
+    return read_points(sorted(folders))
 
 
 def write_curves(points: Points, target: Path) -> str:

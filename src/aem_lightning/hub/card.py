@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from aem_lightning.card import run_card
+from aem_lightning.card import Success, run_card
 from aem_lightning.runner.secrets import typed_secrets
 
 SETTINGS = (
@@ -139,17 +139,13 @@ def _table(summary: Mapping[str, Any]) -> str:
     lines = [
         f"| success rate | {' | '.join(found)} |",
         f"|---|{'---|' * len(found)}",
-        f"| all | {' | '.join(map(_percent, found.values()))} |",
+        f"| all | {' | '.join(str(Success.of(result)) for result in found.values())} |",
     ]
     for kind in kinds:
         cells = (result["by_type"].get(kind) for result in found.values())
-        lines.append(f"| {kind} | {' | '.join('–' if c is None else _percent(c) for c in cells)} |")
+        shown = ("–" if cell is None else str(Success.of(cell)) for cell in cells)
+        lines.append(f"| {kind} | {' | '.join(shown)} |")
     return "\n".join([*lines, "", "Wilson intervals of 95 %, over evaluation tasks."])
-
-
-def _percent(result: Mapping[str, Any]) -> str:
-    low, high = 100 * result["low"], 100 * result["high"]
-    return f"{100 * result['rate']:.1f} % [{low:.1f}, {high:.1f}] of {result['episodes']}"
 
 
 def _usage(repo: str, base: str, overrides: Sequence[str]) -> str:

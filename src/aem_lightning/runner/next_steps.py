@@ -82,9 +82,7 @@ def overrides_of(cfg: DictConfig) -> list[str]:
     Those that were typed; for a config from Python, whatever differs from one without any.
     """
     if HydraConfig.initialized() and HydraConfig.get().job.config_name == "train":
-        given = HydraConfig.get().overrides
-        places = [word for word in given.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
-        return [*places, *given.task]
+        return typed_overrides()
     # An analysis trains inside a command of its own, which knows the same configs.
     known, configs = GlobalHydra.instance().is_initialized(), str(shipped("configs"))
     with nullcontext() if known else initialize_config_dir(configs, version_base="1.3"):
@@ -94,6 +92,22 @@ def overrides_of(cfg: DictConfig) -> list[str]:
         if gone := [word for word in words if re.fullmatch(r"~\w+", word)]:
             words = [*gone, *_changes(_plain_config(gone), wanted)]
     return words
+
+
+def typed_overrides() -> list[str]:
+    """The overrides of the command that runs, places to search first."""
+    given = HydraConfig.get().overrides
+    places = [word for word in given.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
+    return [*places, *given.task]
+
+
+def config_folders() -> list[str]:
+    """``--config-dir`` and its folder, where that was typed."""
+    if not HydraConfig.initialized():
+        return []
+    sources = HydraConfig.get().runtime.config_sources
+    own = [source.path for source in sources if source.provider == "command-line"]
+    return [word for folder in own for word in ("--config-dir", folder)]
 
 
 def _plain_config(words: Sequence[str]) -> Any:
@@ -153,10 +167,7 @@ def _typed(name: str, *words: str) -> str:
 
     The script stands beside the one that runs, or in this folder or checkout.
     """
-    if HydraConfig.initialized():
-        sources = HydraConfig.get().runtime.config_sources
-        own = [source.path for source in sources if source.provider == "command-line"]
-        words = (*words, *(word for folder in own for word in ("--config-dir", folder)))
+    words = (*words, *config_folders())
     if from_install():
         name = f"aem-{name}"
         # Beside the command that runs: scripts need not lie where the interpreter does.

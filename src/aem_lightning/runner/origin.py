@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 import aem_lightning
 from aem_lightning.card import ORIGIN
 from aem_lightning.files import write_atomically
+from aem_lightning.runner.next_steps import config_folders, typed_overrides
 from aem_lightning.runner.shipped import CHECKOUT, as_typed
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
@@ -62,15 +63,11 @@ def typed_command(script: str = "train") -> str | None:
     """
     if not HydraConfig.initialized():
         return None
-    given = HydraConfig.get().overrides
     if HydraConfig.get().job.config_name not in ("train", "eval"):  # of an analysis: not this run
         return None
-    places = [word for word in given.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
-    kept = [word for word in given.task if not word.lstrip("+").startswith("paths.output_dir=")]
-    sources = HydraConfig.get().runtime.config_sources
-    own = [source.path for source in sources if source.provider == "command-line"]
-    folders = [word for folder in own for word in ("--config-dir", folder)]
-    return f"{as_typed(f'python {script}.py')} {shlex.join([*folders, *places, *kept])}".strip()
+    typed = typed_overrides()
+    kept = [word for word in typed if not word.lstrip("+").startswith("paths.output_dir=")]
+    return f"{as_typed(f'python {script}.py')} {shlex.join([*config_folders(), *kept])}".strip()
 
 
 def commit_of(checkout: Path) -> dict[str, Any]:
