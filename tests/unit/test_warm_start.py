@@ -258,3 +258,16 @@ def test_the_loss_is_not_the_mean_surprisal_with_the_weight_of_prompt_tokens(bat
     weight = torch.where(batch["response"][either], 1.0, prompt_weight)
     expected = -(weight * logprobs).sum() / weight.sum()
     torch.testing.assert_close(loss_of(batch, prompt_weight=prompt_weight), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 10, 11, 20])
+def test_some_number_of_batches_has_no_schedule(steps):
+    module = WarmStartModule(make_policy(lora=False), lr=1e-3, total_steps=steps)
+    made = module.configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    rates = [optimizer.param_groups[0]["lr"]]
+    for _ in range(steps - 1):
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert all(0 < rate <= 1e-3 for rate in rates)

@@ -136,7 +136,9 @@ class WarmStartModule(L.LightningModule):
         # The second beta is that of pre-training; with torch's 0.999 some warm starts of the
         # quickstart had not learnt to take a thing before they move it.
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01)
+        steps = max(2, self.total_steps)
+        rise = 0.11 if steps == 10 else 0.1  # a rise that ends at step 0 is divided by
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.lr, total_steps=max(2, self.total_steps), pct_start=0.1
+            optimizer, max_lr=self.lr, total_steps=steps, pct_start=rise
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
