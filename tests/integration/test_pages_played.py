@@ -33,6 +33,7 @@ ELSEWHERE = {
     "engine=vllm": "make test-vllm",
     "policy=api": "tests/integration/test_api_evaluation.py",
     "aem_lightning.analysis": "tests/integration/test_analysis_commands.py",
+    'overrides=["datamodule._target_=my_package.MyDataModule"]': "tests/unit/test_trust.py",
     "policy.model=/models/merged": "tests/unit/test_evaluate_models.py",
     "adapter=/models/adapter": "tests/unit/test_evaluate_models.py",
     "--serve": "tests/unit/test_viewer.py",
@@ -54,6 +55,11 @@ PACKAGES = ("arithmetic", "key_and_door", "own_parts")
 FOREIGN = {"export", "git", "cd", "source", "hf", "alfworld-download"}
 TEMPLATE = (ROOT / "tests" / "templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
 SMALL = ["debug=fast", "preflight=false", "trainer.accelerator=cpu", "micro_batch_tokens=2048"]
+# Of the run that pages look at: a dozen episodes, some of them won, and a validation.
+LOOKED_AT = [
+    *("callbacks.transcripts.every=1", "tasks_per_iteration=6", "group_size=4", "max_turns=14"),
+    *("policy.warm_start.demonstrations=300", "policy.warm_start.epochs=5"),
+]
 # A page's own files, by the name that its text gives them.
 FILES = {
     "my_file.py": """
@@ -105,7 +111,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (desk / name).write_text(own + next(block for block in blocks if first in block))
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)
     (desk / "my_parts.py").write_text("\n\n".join(blocks))
-    play(desk, ["python", "train.py", "experiment=quickstart", "callbacks.transcripts.every=1"])
+    play(desk, ["python", "train.py", "experiment=quickstart", *LOOKED_AT])
     return desk
 
 
@@ -114,8 +120,12 @@ def play(desk: Path, words: list[str]) -> None:
     places = [desk, desk / "site", *(EXAMPLES / name for name in PACKAGES)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
     env |= {"AEM_LIGHTNING_ROOT": str(desk), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    latest = sorted((desk / "logs" / "quickstart").glob("*-*"))
-    words = [word.replace("somewhere", latest[-1].name) if latest else word for word in words]
+    runs = sorted((desk / "logs" / "quickstart").glob("*-*"))  # the first is the one looked at
+    if words[1] == "train.py" and "experiment=quickstart" in words:
+        # One warm start for all: a checkpoint's adapters belong to the model that its own made.
+        warm = [word for word in LOOKED_AT if word.startswith("policy.warm_start.")]
+        words = [*words, *(word for word in warm if word not in words)]
+    words = [word.replace("somewhere", runs[0].name) if runs else word for word in words]
     words = [word.replace("file://examples", f"file://{ROOT}/examples") for word in words]
     if words[1] in ("train.py", "eval.py"):
         words = [*words[:1], str(ROOT / words[1]), *small(desk, words[1], words[2:])]
@@ -141,8 +151,12 @@ def small(desk: Path, script: str, words: list[str]) -> list[str]:
     words = [word for word in words if not word.startswith("policy.model=")]
     if experiment and "datamodule=alfworld_generated" not in words:
         words = [*words, "datamodule=alfworld_generated"]
+    if "ckpt_path=last" in words and not any(word.startswith("iterations=") for word in words):
+        more = 61 if "experiment=quickstart" in words else 2  # than commands before it have played
+        words = [*words, f"iterations={more}"]
     checks = "stage=check" in words
-    return [*words, *([] if checks else SMALL), *([model, "policy.dtype=float32"] if hub else [])]
+    shown = [*([] if checks else SMALL), *([model, "policy.dtype=float32"] if hub else [])]
+    return [words[0], *shown, *words[1:]]  # what a page types holds
 
 
 @pytest.mark.soak
