@@ -89,7 +89,7 @@ def test_a_group_of_one_or_an_override_twice_is_taken_and_no_traceback_kept(
         ("+policy.lora.rank=4", "policy.lora.rank: there is no such key. Allowed: r, alpha"),
         ("+policy.warm_start.epoch=4", "policy.warm_start.epoch: there is no such key."),
         ("+policy.architecture.width=4", "policy.architecture.width: there is no such key."),
-        ("policy.dtype=float31", "policy.dtype='float31' is unknown; allowed: float32, bfloat16"),
+        ("policy.dtype=float31", "policy.dtype='float31' is unknown; allowed: auto, float32"),
         ("policy.chat_template=/no/such.jinja", "policy.chat_template=/no/such.jinja: there is no"),
     ],
 )

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from runs import CONFIGS, built, composed
 
 from aem_lightning.callbacks import AdapterExport, AEMMonitor, StepTime, Transcripts
-from aem_lightning.modules import AgentModule
+from aem_lightning.modules import AgentModule, check_dtype
 from aem_lightning.rollout import RolloutEngine
 from aem_lightning.runner.build import check_parts, load_policy, lora_of
 from aem_lightning.runner.checks import check_config
@@ -86,7 +86,7 @@ def test_a_policy_cannot_be_loaded_from_a_folder(name: str, toy_model: str, tmp_
     linear = policy.causal_lm.model.layers[0].mlp.up_proj.base_layer
     assert (type(linear).__name__ == "Linear4bit") == (cfg.policy.quantization == "nf4")
     if cfg.policy.quantization is None:
-        assert linear.weight.dtype == getattr(torch, cfg.policy.dtype)
+        assert linear.weight.dtype == check_dtype(cfg.policy.dtype)
 
 
 def test_the_headline_and_its_base_differ_by_more_than_the_modulation() -> None:

@@ -7,7 +7,7 @@ from peft import PeftModel
 from tiny_play import CHATML, PLAIN, SMALL, byte_tokenizer, make_policy, word_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
-from aem_lightning.modules import Architecture, Lora, Policy, build_tiny_model
+from aem_lightning.modules import Architecture, Lora, Policy, build_tiny_model, check_dtype
 from aem_lightning.modules.policy import load_tokenizer
 from aem_lightning.modules.sharding import _read, _weight_files
 from aem_lightning.rollout import PromptEncoder
@@ -263,6 +263,22 @@ def test_a_model_that_is_not_there_says_how_to_fetch_it_and_how_to_do_without():
     assert "hf download nobody/no-such-model" in message
     assert "policy.model=/path/to/folder" in message
     assert "policy=tiny datamodule=alfworld_generated" in message
+
+
+@pytest.mark.parametrize(
+    ("units", "gpu", "stored"),
+    [
+        ({"avx2": True, "amx_bf16": False}, False, torch.float32),
+        ({"avx2": True, "amx_bf16": True}, False, torch.bfloat16),
+        ({"avx512_bf16": True}, False, torch.bfloat16),
+        ({}, False, torch.float32),
+        ({"avx2": True}, True, torch.bfloat16),
+    ],
+)
+def test_auto_stores_bfloat16_where_it_is_multiplied_fast(units, gpu, stored, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert check_dtype("auto") is stored
 
 
 def test_an_unknown_quantization_names_what_is_allowed(folder):

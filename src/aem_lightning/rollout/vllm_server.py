@@ -48,7 +48,8 @@ class Needs:
         model: The base model, by the name that it is served under; ``None`` where that is unknown.
         lora_rank: The adapters' rank.
         max_context: Tokens of the longest prompt with its response; ``None`` where unknown.
-        dtype: In which the policy's frozen weights are kept; ``None`` leaves it to the server.
+        dtype: In which the policy's frozen weights are kept; ``None`` and ``auto`` leave it to the
+            server, whose machine may be another.
     """
 
     model: str | None
