@@ -17,6 +17,7 @@ import pytest
 
 from aem_lightning.envs.swe import FunctionsExpert, SweEnv, SweSettings, load_instances
 from aem_lightning.envs.swe.sandbox import DockerSandbox, Limits, Session, SessionSpec, tar_of
+from aem_lightning.envs.swe.sandbox import images as container_images
 from aem_lightning.envs.swe.sandbox.engine import ask
 from aem_lightning.envs.swe.tools import write_call
 
@@ -171,6 +172,30 @@ def test_an_images_own_files_may_fill_the_disk(image: str) -> None:
     over = f"bytes into its root folder, and may write {LIMITS.disk_bytes}"
     assert over in str(result.infra_error) or (sandbox._daemon_bounds and "space" in result.output)
     session.close()
+
+
+def test_an_image_that_is_used_or_not_ours_is_removed(
+    image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(container_images, "FRESH_S", 0.0)
+    names = [f"aem-swe-test-layer:{name}" for name in ("used", "old", "hosts", "new")]
+    for number, name in enumerate(names):
+        (tmp_path / "file").write_bytes(bytes([number]) * 1000)
+        subprocess.run(["tar", "-cf", tmp_path / "tar", "-C", tmp_path, "file"], check=True)
+        ask("import", str(tmp_path / "tar"), name)
+    container = ask("create", names[0], "true")
+    try:
+        for name in names[:2]:
+            container_images._keep(name, None)
+        sizes = [int(ask("image", "inspect", "--format", "{{.Size}}", name)) for name in names]
+        container_images._keep(names[3], (sizes[0] + sizes[3]) / 10**9)
+        listed = ask("image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
+        left = [name for name in names if any(line.endswith(name) for line in listed)]
+        assert left == [names[0], *names[2:]]
+    finally:
+        ask("rm", container)
+        ask("image", "rm", *left)
 
 
 TRAINER = """

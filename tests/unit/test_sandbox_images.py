@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from aem_lightning.envs.swe.sandbox import DockerSandbox, Limits, SessionSpec, docker, quota
+from aem_lightning.envs.swe import SweSettings, choose_sandbox
+from aem_lightning.envs.swe.sandbox import DockerSandbox, Limits, SessionSpec, docker, images, quota
 from aem_lightning.envs.swe.sandbox.quota import RootWatch, daemon_bounds_roots
+from aem_lightning.envs.swe.validate import main
 
 # An image is a file in HOME/here, with id and size; one that is used has a file in HOME/used.
 FAKE = """#!/bin/sh
@@ -53,9 +57,100 @@ def fake(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: str(binary) if name == binary.name else None)
+    monkeypatch.setattr(images, "FRESH_S", 0.0)
     docker._probe.cache_clear()
     yield tmp_path
     docker._probe.cache_clear()
+
+
+def here(home: Path) -> list[str]:
+    return sorted(place.name for place in (home / "here").iterdir())
+
+
+def noted(home: Path) -> list[str]:
+    (ledger,) = (home / ".cache" / "aem_lightning").glob("images_*.json")
+    return sorted(json.loads(ledger.read_text()))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Callable[..., str]:
+    """A file of rows, each with its image."""
+
+    def write(*names: str) -> str:
+        row = {"repo": "a/b", "base_commit": "0" * 40, "problem_statement": "It fails."}
+        tests = {"FAIL_TO_PASS": '["t.py::t"]', "PASS_TO_PASS": "[]", "patch": "", "test_patch": ""}
+        more = [{"instance_id": f"a__b-{n}", "image": name} for n, name in enumerate(names)]
+        (tmp_path / "rows.json").write_text(json.dumps([row | tests | one for one in more]))
+        return str(tmp_path / "rows.json")
+
+    return write
+
+
+def test_fetching_grades_or_forgets_to_name_what_is_lost(
+    fake: Path, rows: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (fake / "here" / "hosts_own:1").write_text("sha256:own 1")
+    path = rows("a/one:1", "a/lost:2", "hosts/own:1", "a/one:1", "ghcr.io/a/two:3")
+    assert main([path, "--pull-only", "--workers", "3"]) == 1
+    assert here(fake) == ["a_one:1", "ghcr.io_a_two:3", "hosts_own:1"]
+    assert noted(fake) == ["a/one:1", "ghcr.io/a/two:3"], "one that was there is not ours"
+    assert "the image a/lost:2 cannot be pulled: no such thing" in caplog.text
+    assert "3 of 4 images are here" in caplog.text
+    assert "these are not: a/lost:2" in caplog.text
+    calls = (fake / "calls").read_text()
+    assert calls.count("pull docker.io/a/one:1\n") == calls.count("pull ghcr.io/a/two:3\n") == 1
+    assert "run" not in calls
+    with pytest.raises(SystemExit, match="2"):
+        main([path, "--pull-only", "--images-gb", "9"])
+
+
+def test_an_image_that_is_used_or_not_ours_is_removed(
+    fake: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (fake / "here" / "hosts:1").write_text("sha256:own 9000000000")
+    for name in ("hosts:1", "a:1", "b:1", "c:1", "d:1"):
+        assert images.pull(name, 9) is None
+    (fake / "here" / "b:1").write_text("sha256:built_anew 3000000000")  # by somebody else
+    (fake / "used" / "c:1").touch()
+    assert images.pull("a:1", 9, most_gb=10) is None  # which is the last one used now
+    assert images.pull("e:1", 9, most_gb=10) is None
+    assert here(fake) == ["a:1", "b:1", "c:1", "e:1", "hosts:1"]
+    assert noted(fake) == ["a:1", "c:1", "e:1"]
+    assert "The image c:1 stays: a container is using it" in caplog.text
+    assert "Removed the image d:1: those of our runs had 12.0 GB, and images_gb=10." in caplog.text
+
+
+def test_an_image_goes_before_its_container_is_started(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "FRESH_S", 60.0)
+    for name in ("a:1", "b:1"):
+        assert images.pull(name, 9, most_gb=1) is None
+    assert here(fake) == ["a:1", "b:1"]
+
+
+def test_what_many_pull_at_once_is_lost_from_the_ledger(fake: Path) -> None:
+    names = [f"many:{number}" for number in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        assert {*pool.map(lambda name: images.pull(name, 9, most_gb=12), names)} == {None}
+    assert noted(fake) == [name for name in sorted(names) if name in here(fake)]
+    assert len(here(fake)) == 4
+
+
+def test_a_home_that_cannot_be_written_keeps_images_away(fake: Path) -> None:
+    (fake / ".cache").touch()
+    assert images.pull("a:1", 9) is None
+    assert "cannot be pulled: [Errno" in str(images.pull("a:1", 9, most_gb=1))
+
+
+def test_settings_of_images_do_not_reach_their_sandbox() -> None:
+    sandbox = choose_sandbox(SweSettings("docker", images_gb=40.0), has_images=True)
+    assert isinstance(sandbox, DockerSandbox)
+    assert sandbox.images_gb == 40.0
+    with pytest.raises(ValueError, match=r"--images-gb, and type .*images_gb=null"):
+        SweSettings("remote", hosts=["http://a:1"], images_gb=40.0)
 
 
 def test_a_root_folder_may_grow_for_ever(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:

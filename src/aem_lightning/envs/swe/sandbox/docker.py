@@ -32,13 +32,17 @@ class DockerSandbox:
             pytest to be graded with.
         writable_root: Leave the image's own files writable, as images do whose repository lies in
             them (SWE-bench's and R2E-Gym's): the working folder is then the image's own.
+        images_gb: What the images that our runs pulled may have: `pull`.
     """
 
     name = "docker"
 
-    def __init__(self, image: str = IMAGE, writable_root: bool = False) -> None:
+    def __init__(
+        self, image: str = IMAGE, writable_root: bool = False, images_gb: float | None = None
+    ) -> None:
         self.image = image
         self.writable_root = writable_root
+        self.images_gb = images_gb
         self._ahead: ServedSession | None = None
         self._daemon_bounds: bool | None = None  # nobody has asked it yet
 
@@ -53,7 +57,7 @@ class DockerSandbox:
             ahead.spec = spec
             return ahead
         del ahead  # which ends it
-        problem = pull(spec.image or self.image, PULL_S)
+        problem = pull(spec.image or self.image, PULL_S, self.images_gb)
         return self._start(spec, problem)
 
     def arguments(self, spec: SessionSpec, name: str) -> list[str]:
