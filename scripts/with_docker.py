@@ -1,7 +1,7 @@
 """Run a command with a Docker daemon at hand: the one that answers, else one of its own.
 
 One of its own needs root and ``dockerd`` on PATH; it has no network, and is gone afterwards with
-all that it held.
+all that it held. Where there is podman and no docker, none is needed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import tempfile
 import time
 from pathlib import Path
 
+PROGRAM = shutil.which("docker") or shutil.which("podman")
 QUIET = ("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false")
 
 
 def answers(environment: dict[str, str]) -> bool:
     """Whether there is a daemon."""
-    asked = ["docker", "version", "--format", "{{.Server.Version}}"]
+    asked = [PROGRAM or "docker", "version", "--format", "{{.Server.Version}}"]
     return not subprocess.run(asked, env=environment, capture_output=True).returncode
 
 
 def main(command: list[str]) -> int:
     """The command's exit status; 2 where no daemon can be had."""
-    if not shutil.which("docker"):
-        print("with_docker: there is no docker on PATH: apt install docker.io", file=sys.stderr)
+    if PROGRAM is None:
+        print(
+            "with_docker: there is no docker on PATH, and no podman: apt install docker.io",
+            file=sys.stderr,
+        )
         return 2
     environment = dict(os.environ)
     if answers(environment):

@@ -22,6 +22,7 @@ NEW = (
     *("policy.chat_template_kwargs", "policy.thoughts", "policy.warm_start.imitate_losses"),
     *("datamodule.memory_gb", "datamodule.pass_environment", "datamodule.on_bad_answer"),
     *("datamodule.environment.records", "datamodule.environment.model_name"),
+    *("datamodule.environment.limits.disk_bytes", "datamodule.environment.images_gb"),
     *("datamodule.goals", "datamodule.validate"),  # of ALFWorld, where WebShop had it; of SWE
     *(
         f"callbacks.{name}."

@@ -13,6 +13,8 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from aem_lightning.envs.swe.sandbox.engine import program
+
 _MADE_BY = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()
 TAG = f"aem-swe-test:{_MADE_BY[:12]}"
 PROGRAMS = (
@@ -41,9 +43,9 @@ def build() -> str:
 
     It has ``python3``, and no ``python``.
     """
-    if not subprocess.run(["docker", "image", "inspect", TAG], capture_output=True).returncode:
+    if not subprocess.run([program(), "image", "inspect", TAG], capture_output=True).returncode:
         return TAG
-    process = subprocess.Popen(["docker", "import", "-", TAG], stdin=subprocess.PIPE)
+    process = subprocess.Popen([program(), "import", "-", TAG], stdin=subprocess.PIPE)
     assert process.stdin is not None
     with process, tarfile.open(fileobj=process.stdin, mode="w|") as archive:
         for name in ("bin", "lib", "lib64", "sbin"):

@@ -17,6 +17,8 @@ import pytest
 
 from aem_lightning.envs.swe import FunctionsExpert, SweEnv, SweSettings, load_instances
 from aem_lightning.envs.swe.sandbox import DockerSandbox, Limits, Session, SessionSpec, tar_of
+from aem_lightning.envs.swe.sandbox import images as container_images
+from aem_lightning.envs.swe.sandbox.engine import ask
 from aem_lightning.envs.swe.tools import write_call
 
 FOUND = DockerSandbox().probe()
@@ -35,18 +37,23 @@ SPEC = SessionSpec(limits=LIMITS)
 
 
 def containers() -> list[str]:
-    asked = ["docker", "ps", "--all", "--quiet", "--filter", "name=aem-swe-"]
-    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    return ask("ps", "--all", "--quiet", "--filter", "name=aem-swe-").split()
+
+
+def volumes() -> list[str]:
+    return ask("volume", "ls", "--quiet").split()
 
 
 @pytest.fixture(scope="module")
 def image() -> Iterator[str]:
-    before = set(containers())
+    before, volumes_before = set(containers()), set(volumes())
     yield os.environ.get("AEM_TEST_IMAGE") or local_image.build()
     end = time.monotonic() + 20
     while set(containers()) - before:
         assert time.monotonic() < end, "a container is left behind"
         time.sleep(0.1)
+    # Podman's, each of them empty: it makes them first, and a start may be cut short just then.
+    assert len(set(volumes()) - volumes_before) < 5, "volumes are left behind"
 
 
 @pytest.fixture
@@ -141,6 +148,56 @@ def test_an_images_own_files_are_written_for_others_too(image: str) -> None:
     session.close()
 
 
+def test_processes_of_other_containers_count(image: str) -> None:
+    spec = replace(SPEC, limits=replace(LIMITS, processes=16))
+    sandboxes = [DockerSandbox(image) for _ in range(3)]
+    sessions = [sandbox.open(spec) for sandbox in sandboxes]
+    with ThreadPoolExecutor(3) as pool:
+        forks = "for i in $(seq 10); do sleep 3 & done; echo started"
+        said = [*pool.map(lambda session: session.run(forks + "; sleep 2").output, sessions)]
+    for session in sessions:
+        session.close()
+    assert said == ["started\n"] * 3
+
+
+def test_an_images_own_files_may_fill_the_disk(image: str) -> None:
+    sandbox = DockerSandbox(image, writable_root=True)
+    session = sandbox.open(replace(SPEC, workdir="/opt/python"))
+    small = "head -c 3000000 /dev/zero > small"
+    assert session.run(small + "; sleep 3").code == 0
+    result = session.run(
+        "for i in $(seq 9); do head -c 3000000 /dev/zero > $i; done; sleep 40", wall_s=60
+    )
+    assert result.seconds < 20
+    over = f"bytes into its root folder, and may write {LIMITS.disk_bytes}"
+    assert over in str(result.infra_error) or (sandbox._daemon_bounds and "space" in result.output)
+    session.close()
+
+
+def test_an_image_that_is_used_or_not_ours_is_removed(
+    image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(container_images, "FRESH_S", 0.0)
+    names = [f"aem-swe-test-layer:{name}" for name in ("used", "old", "hosts", "new")]
+    for number, name in enumerate(names):
+        (tmp_path / "file").write_bytes(bytes([number]) * 1000)
+        subprocess.run(["tar", "-cf", tmp_path / "tar", "-C", tmp_path, "file"], check=True)
+        ask("import", str(tmp_path / "tar"), name)
+    container = ask("create", names[0], "true")
+    try:
+        for name in names[:2]:
+            container_images._keep(name, None)
+        sizes = [int(ask("image", "inspect", "--format", "{{.Size}}", name)) for name in names]
+        container_images._keep(names[3], (sizes[0] + sizes[3]) / 10**9)
+        listed = ask("image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
+        left = [name for name in names if any(line.endswith(name) for line in listed)]
+        assert left == [names[0], *names[2:]]
+    finally:
+        ask("rm", container)
+        ask("image", "rm", *left)
+
+
 TRAINER = """
 from aem_lightning.envs.swe.sandbox import DockerSandbox, SessionSpec
 session = DockerSandbox({image!r}).open(SessionSpec())
@@ -174,7 +231,8 @@ def test_sixty_four_containers_at_once_are_too_many(image: str) -> None:
     sandbox = DockerSandbox(image)
     with ThreadPoolExecutor(64) as pool:
         sessions = [*pool.map(lambda _: sandbox.open(replace(SPEC, limits=Limits())), range(64))]
-        said = [*pool.map(lambda s: s.run("echo $((6 * 7)); sleep 5", wall_s=300), sessions)]
+        fork = "echo $((6 * 7)); sleep 5 & sleep 5; wait"
+        said = [*pool.map(lambda s: s.run(fork, wall_s=300), sessions)]
         assert len(containers()) >= 64
         [*pool.map(lambda s: s.close(), sessions)]
     assert [r.output for r in said] == ["42\n"] * 64

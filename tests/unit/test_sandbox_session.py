@@ -236,7 +236,7 @@ def test_a_container_has_a_network_or_outlives_its_session(fake_docker: Path) ->
         assert wanted in options
     assert options.endswith("swe:1")
     assert "s3cret" not in options
-    removed = f'["rm", "--force", "{run[run.index("--name") + 1]}"]'
+    removed = f'["rm", "--force", "--volumes", "{run[run.index("--name") + 1]}"]'
     assert removed in (fake_docker / "calls").read_text().splitlines()
 
 

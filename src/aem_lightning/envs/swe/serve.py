@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sandbox", default="auto", help="auto, bubblewrap, docker or local")
     parser.add_argument("--allow-unsafe", action="store_true", help="also without isolation")
     parser.add_argument("--image", help="for docker: one with git, python3 and pytest")
+    parser.add_argument("--images-gb", type=float, help="of pulled images, before some go")
     parser.add_argument("--sessions", type=int, default=64, help="at once")
     parser.add_argument("--certificate", help="for https: a PEM file, the key in it")
     given = parser.parse_args(arguments)
@@ -185,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     token = os.environ.get(TOKEN, "")
     if len(token) < 16 or not token.isascii():
         parser.error(f"export {TOKEN}=$(openssl rand -hex 32): a token of 16 characters or more")
-    settings = SweSettings(given.sandbox, given.allow_unsafe, image=given.image)
+    settings = SweSettings(
+        given.sandbox, given.allow_unsafe, image=given.image, images_gb=given.images_gb
+    )
 
     @cache
     def choose(images: bool) -> Sandbox:

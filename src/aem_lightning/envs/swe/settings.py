@@ -39,6 +39,8 @@ class SweSettings:
         episode_s: Seconds after which an episode is cut.
         grade_s: Seconds for the tests.
         image: The container image for instances that have none, where they are to be in containers.
+        images_gb: GB on disk of the images that our runs pulled, before the least recently used are
+            removed; None keeps all.
         limits: Of a command; of the tests too, but for their time and their output.
         variables: Of the environment of commands and tests, beside the sandbox's own.
         cached: Answer from memory what was asked before; only where answers do not depend on time.
@@ -57,6 +59,7 @@ class SweSettings:
     episode_s: Positive = 5400.0
     grade_s: Positive = 300.0
     image: str | None = None
+    images_gb: Positive | None = None
     limits: Limits = field(default_factory=Limits)
     variables: Mapping[str, str] = field(default_factory=dict)
     cached: bool = False
@@ -79,6 +82,12 @@ class SweSettings:
             raise ValueError(
                 f"datamodule.environment.hosts: sandbox={self.sandbox} runs on this machine; type "
                 "datamodule.environment.sandbox=remote"
+            )
+        if self.images_gb is not None and self.sandbox == "remote":
+            raise ValueError(
+                f"datamodule.environment.images_gb={self.images_gb:g}: with sandbox=remote the "
+                "images are on the hosts; start each of them with --images-gb, and type "
+                "datamodule.environment.images_gb=null"
             )
         if self.dialect not in DIALECTS:
             raise ValueError(
@@ -109,8 +118,8 @@ def choose_sandbox(settings: SweSettings, *, has_images: bool = False) -> Sandbo
             f"datamodule.environment.sandbox={name}: these instances are container images; type "
             "datamodule.environment.sandbox=docker"
         )
-    if has_images:
-        return DockerSandbox(writable_root=True)  # the repository is part of the image
+    if has_images:  # of which the repository is part
+        return DockerSandbox(writable_root=True, images_gb=settings.images_gb)
     if name == "docker" and image is None:
         raise ValueError(
             "datamodule.environment.sandbox=docker: these instances are no images; type "
@@ -118,7 +127,8 @@ def choose_sandbox(settings: SweSettings, *, has_images: bool = False) -> Sandbo
         )
     if name == "local":
         return LocalSandbox(settings.allow_unsafe)
-    known: list[Sandbox] = [BubblewrapSandbox(), *([DockerSandbox()] if image else [])]
+    containers = [DockerSandbox(images_gb=settings.images_gb)] if image else []
+    known: list[Sandbox] = [BubblewrapSandbox(), *containers]
     asked = [sandbox for sandbox in known if name in ("auto", sandbox.name)]
     found = [(sandbox, sandbox.probe()) for sandbox in asked]
     usable = [(isolation.level, sandbox) for sandbox, isolation in found if isolation.usable]

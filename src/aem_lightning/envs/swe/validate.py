@@ -2,7 +2,8 @@
 
 ``python -m aem_lightning.envs.swe.validate rows.json --repositories clones`` grades the fix of each
 row, which has to earn 1, and no change at all, which has to earn 0. The verdicts are kept beside
-the rows, one a line, and hold as long as the row does.
+the rows, one a line, and hold as long as the row does. With ``--pull-only``, it fetches the images
+of the rows and grades nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from aem_lightning.envs.base import EnvPoolError
 from aem_lightning.envs.swe.env import grade_change
 from aem_lightning.envs.swe.grading import Grade
 from aem_lightning.envs.swe.instances import ADAPTERS, SOURCES, Instance, load_instances
 from aem_lightning.envs.swe.repositories import Repositories
-from aem_lightning.envs.swe.sandbox import Limits, Sandbox
+from aem_lightning.envs.swe.sandbox import DockerSandbox, Limits, Sandbox
+from aem_lightning.envs.swe.sandbox.images import pull_all
 from aem_lightning.envs.swe.settings import SweSettings, choose_sandbox
 
 logger = logging.getLogger(__name__)
@@ -136,8 +139,26 @@ def _explained(grade: Grade) -> str:
     return "; ".join([*causes[:1], grade.reason])
 
 
+def fetch_images(instances: Iterable[Instance], settings: SweSettings, workers: int) -> list[str]:
+    """Pull the images that instances are played in; those that cannot be had.
+
+    Raises:
+        EnvPoolError: No containers work here.
+    """
+    images = [image for one in instances if (image := one.image or settings.image)]
+    found = DockerSandbox().probe()
+    if images and not found.usable:
+        raise EnvPoolError(f"images cannot be pulled: {found.reason}. Install docker or podman")
+    images = list(dict.fromkeys(images))
+    missing = pull_all(images, workers)
+    logger.info("%d of %d images are here", len(images) - len(missing), len(images))
+    if missing:
+        logger.error("these are not: %s", ", ".join(missing))
+    return missing
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status is 1 where a row cannot be played."""
+    """The command; its exit status is 1 where a row cannot be played, or an image not be had."""
     parser = argparse.ArgumentParser(description="Grade the fixes of SWE instances, and nothing.")
     parser.add_argument("path", help="the file, or the name on the hub")
     parser.add_argument("--source", choices=SOURCES[1:], default="json")
@@ -149,11 +170,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-unsafe", action="store_true", help="also without isolation")
     parser.add_argument("--image", help="for docker: one with git, python3 and pytest")
     parser.add_argument("--memory-gb", type=float, default=4.0)
+    parser.add_argument("--disk-gb", type=float, help="to write; default: 4 for images, else 0.25")
+    parser.add_argument("--images-gb", type=float, help="of pulled images, before some go")
     parser.add_argument("--processes", type=int, default=256)
     parser.add_argument("--grade-s", type=float, default=300.0)
-    parser.add_argument("--workers", type=int, default=2, help="instances graded at once")
+    parser.add_argument("--workers", type=int, default=2, help="at once")
+    parser.add_argument("--pull-only", action="store_true", help="fetch the images, grade nothing")
     parser.add_argument("--verdicts", help=f"default: {VERDICTS} beside the file")
     given = parser.parse_args(arguments)
+    if given.pull_only and given.images_gb is not None:
+        parser.error("--pull-only fetches every image and removes none: leave --images-gb out")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     instances = load_instances(
         given.source,
@@ -162,14 +188,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         adapter=given.adapter,
         max_instances=given.max_instances,
     )
+    located = [Repositories(given.repositories).located(one) for one in instances]
+    disk_gb = given.disk_gb or (4.0 if any(one.image for one in located) else 0.25)
     settings = SweSettings(
         given.sandbox,
         given.allow_unsafe,
         given.repositories,
         grade_s=given.grade_s,
         image=given.image,
-        limits=Limits(memory_bytes=int(given.memory_gb * 2**30), processes=given.processes),
+        images_gb=given.images_gb,
+        limits=Limits(
+            memory_bytes=int(given.memory_gb * 2**30),
+            processes=given.processes,
+            disk_bytes=int(disk_gb * 2**30),
+        ),
     )
+    if given.pull_only:
+        return int(bool(fetch_images(located, settings, given.workers)))
     beside = Path() if given.source == "hub" else Path(given.path).expanduser().parent
     kept = Path(given.verdicts) if given.verdicts else beside / VERDICTS
     verdicts = validate(instances, settings, kept, workers=given.workers)

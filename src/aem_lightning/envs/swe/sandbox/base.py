@@ -31,7 +31,8 @@ class Limits:
             together with what lies in their TCP sockets.
         processes: Processes and threads of a session.
         file_bytes: Size of a file.
-        disk_bytes: Size of each writable folder, which lie in memory.
+        disk_bytes: Size of each writable folder, which lie in memory; what a container may write
+            into a root folder that is writable.
         files: Files, folders and links in each of them.
         sockets: Of all processes of a session: other kinds keep up to 208 KiB each in the kernel.
         output_bytes: Output that is kept: its beginning and its end, half each.

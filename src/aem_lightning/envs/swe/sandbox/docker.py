@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
 import subprocess
-import threading
-import time
 import uuid
 import weakref
 from dataclasses import replace
@@ -15,15 +11,12 @@ from functools import cache
 
 from aem_lightning.envs.swe.sandbox.base import Isolation, Level, Limits, SessionSpec
 from aem_lightning.envs.swe.sandbox.bubblewrap import ENVIRONMENT, NOBODY
+from aem_lightning.envs.swe.sandbox.engine import ask, environment, is_podman, program
+from aem_lightning.envs.swe.sandbox.images import PULL_S, pull
+from aem_lightning.envs.swe.sandbox.quota import RootWatch, daemon_bounds_roots
 from aem_lightning.envs.swe.sandbox.session import ServedSession, server_command
 
-log = logging.getLogger(__name__)
-
 IMAGE = "python:3.11-slim"
-PULL_S = 1800.0  # for an image of some GB
-TOLD_S = 10.0  # between two lines about it
-# What the host's docker command may read: where its daemon and its credentials are.
-PASSED_ON = ("PATH", "HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG")
 _KEPT = ("LANG", "PYTHONDONTWRITEBYTECODE", "PAGER")
 _OURS = {key: value for key, value in ENVIRONMENT.items() if key.startswith("GIT_")}
 
@@ -39,14 +32,19 @@ class DockerSandbox:
             pytest to be graded with.
         writable_root: Leave the image's own files writable, as images do whose repository lies in
             them (SWE-bench's and R2E-Gym's): the working folder is then the image's own.
+        images_gb: What the images that our runs pulled may have: `pull`.
     """
 
     name = "docker"
 
-    def __init__(self, image: str = IMAGE, writable_root: bool = False) -> None:
+    def __init__(
+        self, image: str = IMAGE, writable_root: bool = False, images_gb: float | None = None
+    ) -> None:
         self.image = image
         self.writable_root = writable_root
+        self.images_gb = images_gb
         self._ahead: ServedSession | None = None
+        self._daemon_bounds: bool | None = None  # nobody has asked it yet
 
     def probe(self) -> Isolation:
         """Ask the daemon."""
@@ -59,7 +57,7 @@ class DockerSandbox:
             ahead.spec = spec
             return ahead
         del ahead  # which ends it
-        problem = pull(spec.image or self.image, _environment(), PULL_S)
+        problem = pull(spec.image or self.image, PULL_S, self.images_gb)
         return self._start(spec, problem)
 
     def arguments(self, spec: SessionSpec, name: str) -> list[str]:
@@ -69,19 +67,19 @@ class DockerSandbox:
         if not self.writable_root:  # in an image's own repository, git is as the image has it
             variables |= _OURS | {"HOME": "/tmp", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         variables |= spec.environment
-        bounds = f"rw,exec,size={limits.disk_bytes},nr_inodes={limits.files}"
-        writable = [f"/tmp:{bounds}"]
+        writable = {"/tmp": "mode=1777"}
         if not self.writable_root:
             # Some releases of runc do not give a folder that they make the mode that is asked for.
-            writable.append(f"{spec.workdir}:{bounds},mode=755,uid={NOBODY},gid={NOBODY}")
+            writable[spec.workdir] = f"mode=755,uid={NOBODY},gid={NOBODY}"
         return [
-            *(_program() or "docker", "run", "--rm", "--interactive", "--name", name),
-            *("--pull", "never", "--init=false"),
+            *(program(), "run", "--rm", "--interactive", "--name", name),
+            *("--pull", "never", "--init=false", "--log-driver", "none", "--stop-timeout", "0"),
             *("--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
             *("--pids-limit", str(limits.processes), "--memory", str(limits.memory_bytes)),
             *("--memory-swap", str(limits.memory_bytes), "--hostname", "sandbox"),
             *(() if self.writable_root else ("--read-only", "--user", f"{NOBODY}:{NOBODY}")),
-            *(part for folder in writable for part in ("--tmpfs", folder)),
+            *(("--read-only-tmpfs=false",) if is_podman() else ()),  # it would have no bound
+            *(word for pair in writable.items() for word in _in_memory(*pair, limits)),
             *(part for k, v in variables.items() for part in ("--env", f"{k}={v}")),
             *("--workdir", spec.workdir, "--entrypoint", "python3", spec.image or self.image),
             *server_command("python3")[1:],
@@ -89,6 +87,14 @@ class DockerSandbox:
 
     def _start(self, spec: SessionSpec, problem: str | None = None) -> ServedSession:
         name = f"aem-swe-{uuid.uuid4().hex[:12]}"
+        arguments, watch = [] if problem else self.arguments(spec, name), None
+        if self.writable_root and not problem:
+            if self._daemon_bounds is None:
+                self._daemon_bounds = daemon_bounds_roots(spec.image or self.image)
+            if self._daemon_bounds:
+                arguments[2:2] = ["--storage-opt", f"size={spec.limits.disk_bytes}"]
+            else:
+                watch = RootWatch(name, spec.limits.disk_bytes)
         # The sandbox ends what it started ahead when it is forgotten: nobody may hold it for that.
         itself = weakref.ref(self)
 
@@ -97,11 +103,14 @@ class DockerSandbox:
                 sandbox._start_ahead(spec)
 
         return ServedSession(
-            self.arguments(spec, name),
+            arguments,
             spec,
-            environment=_environment(),
-            on_close=[[_program() or "docker", "rm", "--force", name]],
+            environment=environment(),
+            on_close=[[program(), "rm", "--force", "--volumes", name]],
             at_work=start_ahead,
+            watch=watch,
+            # By user, they would be counted over all containers; each has a bound of its own.
+            processes_by_user=False,
             problem=problem,
         )
 
@@ -122,63 +131,25 @@ def _kind(spec: SessionSpec) -> SessionSpec:
     return replace(spec, limits=limits)
 
 
-def pull(image: str, environment: dict[str, str], limit_s: float) -> str | None:
-    """Fetch an image that is not here, and tell how it goes; what went wrong, if something did."""
-    program = _program() or "docker"
-    try:
-        asked = [program, "image", "inspect", "--format", "{{.Id}}", image]
-        if not subprocess.run(asked, env=environment, capture_output=True, timeout=60).returncode:
-            return None
-        log.info("Pulling %s, for %d minutes at most.", image, limit_s // 60)
-        process = subprocess.Popen(
-            [program, "pull", image],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{program} does not answer: {error}"
-    timer = threading.Timer(limit_s, process.kill)
-    timer.start()
-    told, layers, line = time.monotonic(), 0, ""
-    assert process.stdout is not None
-    with process, process.stdout:
-        for line in process.stdout:
-            layers += "Pull complete" in line
-            if time.monotonic() - told > TOLD_S:
-                told = time.monotonic()
-                log.info("Pulling %s: %d layers are here.", image, layers)
-    in_time = timer.is_alive()
-    timer.cancel()
-    if process.returncode == 0:
-        log.info("Pulled %s.", image)
-        return None
-    why = line.strip() if in_time else f"it took longer than {limit_s:.0f} s"
-    return f"the image {image} cannot be pulled: {why}"
-
-
-def _environment() -> dict[str, str]:
-    return {key: os.environ[key] for key in PASSED_ON if key in os.environ}
-
-
-def _program() -> str | None:
-    """``docker``, else ``podman``, which takes the same words."""
-    return shutil.which("docker") or shutil.which("podman")
+def _in_memory(folder: str, options: str, limits: Limits) -> tuple[str, str]:
+    """The words for a folder in memory."""
+    options = f"size={limits.disk_bytes},nr_inodes={limits.files},{options}"
+    if not is_podman():
+        return "--tmpfs", f"{folder}:rw,exec,{options}"
+    # Its --tmpfs knows neither numbers of files nor owners; a volume goes with the container.
+    kind = "volume-opt=type=tmpfs,volume-opt=device=tmpfs"
+    return "--mount", f'type=volume,dst={folder},{kind},"volume-opt=o={options}"'
 
 
 @cache
 def _probe() -> Isolation:
-    program = _program()
-    if program is None:
-        return Isolation(False, Level.NONE, "there is no docker command on PATH, and no podman")
-    asked = [program, "version", "--format", "{{.Server.Version}}"]
-    name = os.path.basename(program)
+    name = os.path.basename(program())
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
+        version = ask("version", "--format", "{{.Server.Version}}", seconds=20)
+    except FileNotFoundError:
+        return Isolation(False, Level.NONE, "there is no docker command on PATH, and no podman")
+    except subprocess.CalledProcessError as error:
+        return Isolation(False, Level.NONE, f"{name} has no daemon: {error.stderr.strip()[-300:]}")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Isolation(False, Level.NONE, f"{name} does not answer: {error}")
-    if said.returncode:
-        return Isolation(False, Level.NONE, f"{name} has no daemon: {said.stderr.strip()[-300:]}")
-    return Isolation(True, Level.CONTAINER, f"{name} {said.stdout.strip()}: containers")
+    return Isolation(True, Level.CONTAINER, f"{name} {version}: containers")

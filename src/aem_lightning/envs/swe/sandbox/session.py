@@ -51,6 +51,8 @@ class ServedSession:
         descriptors: Open files for ``argv``, which are closed here.
         problem: Why there is nothing to start.
         at_work: Called once it has been set up, which the first commands do.
+        watch: Asked before a command, and twice a second while it runs, why the session has to end.
+        processes_by_user: Bound the processes of a command's user, where no others are the same.
 
     Attributes:
         spec: Of which ``limits`` hold for the next command.
@@ -65,10 +67,14 @@ class ServedSession:
         on_close: Sequence[Sequence[str]] = (),
         descriptors: Sequence[int] = (),
         at_work: Callable[[], None] = lambda: None,
+        watch: Callable[[], str | None] | None = None,
+        processes_by_user: bool = True,
         problem: str | None = None,
     ) -> None:
         self.spec = spec
         self._at_work = at_work
+        self._watch = watch or (lambda: None)
+        self._processes_by_user = processes_by_user
         self._commands = 0
         self._environment = dict(environment)
         self._on_close = on_close
@@ -107,6 +113,7 @@ class ServedSession:
         limits = self.spec.limits
         wall_s = limits.wall_s if wall_s is None else wall_s
         output_bytes = output_bytes or limits.output_bytes
+        by_user = {"RLIMIT_NPROC": limits.processes} if self._processes_by_user else {}
         request = {
             "command": command,
             "cwd": cwd or self.spec.workdir,
@@ -118,10 +125,10 @@ class ServedSession:
             "rlimits": {
                 "RLIMIT_CPU": limits.cpu_s,
                 "RLIMIT_AS": limits.memory_bytes,
-                "RLIMIT_NPROC": limits.processes,
                 "RLIMIT_FSIZE": limits.file_bytes,
                 "RLIMIT_NOFILE": 256,
                 "RLIMIT_CORE": 0,
+                **by_user,
             },
         }
         self._commands += 1
@@ -195,6 +202,8 @@ class ServedSession:
                     return "the sandbox did not answer in time"
                 if self._process is not process:  # another thread has closed it
                     return "the sandbox is closed"
+                if (too_much := self._watch()) is not None:
+                    return too_much
                 if not selector.select(min(left, 0.5)):
                     continue
                 data = os.read(process.stdout.fileno(), 1 << 20)
