@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from torch.utils.tensorboard import SummaryWriter
 
+from aem_lightning.runner.next_steps import config_folders
+from aem_lightning.runner.shipped import as_typed
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -53,7 +56,8 @@ def typed_command() -> str | None:
     name = next((word[5:] for word in typed if word.startswith("name=")), config)
     words = [word.replace("+typed_experiment=", "experiment=") for word in typed]
     kept = [word for word in words if not _PLACES.match(word)]
-    return shlex.join(["python", "-m", "aem_lightning.analysis", name, *kept])
+    words = shlex.join([name, *config_folders(), *kept])
+    return as_typed(f"python -m aem_lightning.analysis {words}")
 
 
 def need_matplotlib() -> None:
