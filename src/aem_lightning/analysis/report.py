@@ -56,8 +56,8 @@ def typed_command() -> str | None:
     name = next((word[5:] for word in typed if word.startswith("name=")), config)
     words = [word.replace("+typed_experiment=", "experiment=") for word in typed]
     kept = [word for word in words if not _PLACES.match(word)]
-    words = shlex.join([name, *config_folders(), *kept])
-    return as_typed(f"python -m aem_lightning.analysis {words}")
+    given = shlex.join([name, *config_folders(), *kept])
+    return as_typed(f"python -m aem_lightning.analysis {given}")
 
 
 def need_matplotlib() -> None:

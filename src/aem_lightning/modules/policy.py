@@ -311,7 +311,7 @@ def check_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"policy.dtype={name!r} is unknown; allowed: {', '.join(DTYPES)}.")
     if name == "auto":
-        able = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10
+        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.10
         is_fast = any(able.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
         name = "bfloat16" if torch.cuda.is_available() or is_fast else "float32"
     found: torch.dtype = getattr(torch, name)
