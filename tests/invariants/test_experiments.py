@@ -89,6 +89,21 @@ def test_a_policy_cannot_be_loaded_from_a_folder(name: str, toy_model: str, tmp_
         assert linear.weight.dtype == check_dtype(cfg.policy.dtype)
 
 
+def test_half_precision_that_a_processor_computes_slowly_is_told(
+    toy_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for dtype, is_told in (("bfloat16", True), ("auto", False), ("float32", False)):
+        caplog.clear()
+        cfg = composed([f"policy.dtype={dtype}", f"paths.output_dir={tmp_path}"])
+        load_policy(cfg, toy_model, lora_of(cfg))
+        assert ("policy.dtype=auto is faster" in caplog.text) == is_told
+
+
 def test_the_headline_and_its_base_differ_by_more_than_the_modulation() -> None:
     place = "paths.output_dir=."
     aem, grpo = (composed([f"experiment=alfworld_{name}", place]) for name in ("aem", "grpo"))

@@ -303,7 +303,7 @@ def check_dtype(name: str) -> torch.dtype:
     """The storage type of frozen weights that ``name`` means.
 
     ``auto`` is bfloat16 on a GPU and on a processor that multiplies it in hardware (AMX, AVX-512's
-    bf16), else float32: without that, a product in bfloat16 took four to six times as long.
+    bf16), else float32: with AVX2 alone, a product in bfloat16 took three to six times as long.
 
     Raises:
         ValueError: It is none of those that weights are stored in.

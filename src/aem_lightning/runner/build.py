@@ -187,6 +187,9 @@ def lora_of(cfg: DictConfig) -> Lora:
 def load_policy(cfg: DictConfig, model: str, lora: Lora | None, *, sharded: bool = False) -> Policy:
     """A policy from a model folder or the hub; the trainer reads the weights of a sharded one."""
     options = ("dtype", "quantization", "gradient_checkpointing")
+    if check_dtype("auto") is torch.float32 is not check_dtype(cfg.policy.dtype):
+        told = "policy.dtype=%s: this processor has no unit for it; policy.dtype=auto is faster"
+        log.warning(told, cfg.policy.dtype)
     folder = str(Path(model).expanduser()) if model.startswith("~") else model
     with in_stage("loading the policy", "policy.quantization=nf4, or a smaller policy=..."):
         return Policy.from_pretrained(
