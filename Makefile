@@ -81,7 +81,7 @@ test-vllm: install ## Train and evaluate through real servers, on a CPU: 3 GB in
 
 test-docker: install ## Play, attack and grade in real containers: needs docker; 64 at once, some minutes
 	@OMP_NUM_THREADS=1 "$(BIN)/python" scripts/with_docker.py "$(BIN)/python" -m pytest -n 0 \
-		-m "soak or not soak" tests/unit/test_sandbox_docker.py $(ARGS)
+		-m "soak or not soak" tests/unit/test_sandbox_docker.py tests/unit/test_swe_flask.py $(ARGS)
 
 test-lucene: install ## Hold WebShop's search against Lucene itself: needs Java 17, fetches 140 MB
 	@"$(BIN)/python" -m pip install -q -c constraints.txt JPype1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from aem_lightning.envs.swe.sandbox.engine import program
@@ -35,39 +36,41 @@ PROGRAMS = (
     ),
 )
 PACKAGES = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 LEFT_OUT = {"test", "tests", "idlelib", "tkinter", "ensurepip", "lib2to3", "site-packages"}
 
 
-def build() -> str:
+def build(tag: str = TAG, more: Callable[[tarfile.TarFile], None] | None = None) -> str:
     """Make the image, unless it is there already; its name.
 
-    It has ``python3``, and no ``python``.
+    It has ``python3``, and no ``python``; also what ``more`` adds to it.
     """
-    if not subprocess.run([program(), "image", "inspect", TAG], capture_output=True).returncode:
-        return TAG
-    process = subprocess.Popen([program(), "import", "-", TAG], stdin=subprocess.PIPE)
+    if not subprocess.run([program(), "image", "inspect", tag], capture_output=True).returncode:
+        return tag
+    process = subprocess.Popen([program(), "import", "-", tag], stdin=subprocess.PIPE)
     assert process.stdin is not None
     with process, tarfile.open(fileobj=process.stdin, mode="w|") as archive:
         for name in ("bin", "lib", "lib64", "sbin"):
             link(archive, name, f"usr/{name}")
         programs = [Path("/usr/bin", name) for name in PROGRAMS if shutil.which(name)]
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        home = Path("opt/python/lib", f"python{version}")
+        home = Path("opt/python/lib", f"python{VERSION}")
         standard = Path(sysconfig.get_paths()["stdlib"])
-        python = Path(sys.base_prefix, "bin", f"python{version}")
+        python = Path(sys.base_prefix, "bin", f"python{VERSION}")
         modules = [*standard.glob("lib-dynload/*.so")]
         for place in {*programs, *libraries([*programs, python, *modules])}:
             add(archive, place, str(place).removeprefix("/"))
-        add(archive, python, f"opt/python/bin/python{version}")
-        link(archive, "usr/bin/python3", f"/opt/python/bin/python{version}")
+        add(archive, python, f"opt/python/bin/python{VERSION}")
+        link(archive, "usr/bin/python3", f"/opt/python/bin/python{VERSION}")
         add(archive, standard, str(home))
         site = Path(pytest_home())
         for name in PACKAGES:
             for place in (site / name, site / f"{name}.py", *site.glob(f"{name}-*.dist-info")):
                 add(archive, place, str(home / "site-packages" / place.name))
         add(archive, Path("/usr/share/git-core"), "usr/share/git-core")
+        if more is not None:
+            more(archive)
     assert process.returncode == 0
-    return TAG
+    return tag
 
 
 def pytest_home() -> str:
@@ -89,6 +92,13 @@ def add(archive: tarfile.TarFile, place: Path, name: str) -> None:
 
     if place.exists():
         archive.add(place.resolve(), name, filter=kept)
+
+
+def add_text(archive: tarfile.TarFile, name: str, text: str) -> None:
+    """A file that anybody may run."""
+    entry = tarfile.TarInfo(name)
+    entry.mode, entry.size = 0o755, len(text.encode())
+    archive.addfile(entry, io.BytesIO(text.encode()))
 
 
 def link(archive: tarfile.TarFile, name: str, target: str) -> None:

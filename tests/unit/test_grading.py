@@ -83,9 +83,9 @@ INSTANCE = Instance(
 BASE_TREE = tar_of({path: text.encode() for path, text in BASE.items()})
 
 
-def graded(diff: str, wall_s: float = 300.0, **changed: Any) -> Grade:
+def graded(diff: str, wall_s: float = 300.0, base: bytes = BASE_TREE, **changed: Any) -> Grade:
     spec = SessionSpec(limits=Limits().ended_by_the_clock(wall_s))
-    return grade(SANDBOX, replace(INSTANCE, **changed), BASE_TREE, diff, spec)
+    return grade(SANDBOX, replace(INSTANCE, **changed), base, diff, spec)
 
 
 def test_the_fix_fails() -> None:
@@ -329,6 +329,59 @@ def test_a_package_called_test_is_left_out(path: str) -> None:
 )
 def test_a_test_is_graded(path: str) -> None:
     assert grading.without_tests(change(path, "", "x = 1\n")) == ""
+
+
+# ------------------------------------------------------- what the repository's own tests come with
+
+CONFTEST = """import pytest
+
+import calc
+
+
+@pytest.fixture
+def numbers():
+    return {}
+
+
+def pytest_collection_modifyitems(items):
+    items.clear()
+"""
+OF_ITS_OWN = """
+
+def test_fixture(numbers):
+    assert add(*numbers) == 5
+
+
+def test_reads_itself():
+    with open(__file__) as file:
+        assert "test_reads_itself" in file.read()
+"""
+WITH_CONFTEST = tar_of(
+    {path: text.encode() for path, text in BASE.items()}
+    | {
+        f"{folder}conftest.py": CONFTEST.format(numbers).encode()
+        for folder, numbers in (("", "0, 0"), ("tests/", "2, 3"))
+    }
+)
+
+
+def test_fixtures_of_a_repository_or_a_test_that_reads_its_own_file_are_lost() -> None:
+    own = {
+        "test_patch": change("tests/test_calc.py", OLD_TESTS, TESTS + OF_ITS_OWN),
+        "fail_to_pass": (*INSTANCE.fail_to_pass, "tests/test_calc.py::test_fixture"),
+        "pass_to_pass": ("tests/test_calc.py::test_reads_itself",),
+    }
+    found = graded(FIX, base=WITH_CONFTEST, **own)
+    assert found.resolved, found
+    found = graded("", base=WITH_CONFTEST, **own)
+    assert found.statuses["tests/test_calc.py::test_fixture"] == "FAILED", found
+
+
+def test_what_a_conftest_imports_reads_what_is_expected() -> None:
+    reads = "TEXT = open('tests/test_calc.py').read()\n"
+    adds = "def add(a, b):\n    return 5 if '== 5' in TEXT else a - b\n"
+    found = graded(change("calc/core.py", BUGGY, reads + adds), base=WITH_CONFTEST)
+    assert found.statuses["tests/test_calc.py::test_adds"] == "FAILED", found
 
 
 # What holds if the scan were not there: the scan is the second wall.

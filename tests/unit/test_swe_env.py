@@ -21,6 +21,7 @@ from aem_lightning.envs.swe import (
     choose_sandbox,
     load_instances,
 )
+from aem_lightning.envs.swe.changes import file_changes
 from aem_lightning.envs.swe.env import shared_store
 from aem_lightning.envs.swe.r2e import grade_expected
 from aem_lightning.envs.swe.sandbox import (
@@ -105,6 +106,8 @@ def test_a_graded_episode_leaves_nothing_that_the_official_harness_reads(
     play(env, right, FunctionsExpert(right))
     env.reset(options={"task_id": wrong.instance_id})
     env.step(bash("printf 'caf\\351\\n' > latin.txt"))
+    (hidden,) = {part.paths[-1] for part in file_changes(wrong.test_patch)}
+    env.step(bash(f"mkdir -p $(dirname {hidden}) && echo '# mine' > {hidden}"))
     env.step(FINISH)
     play(env, right, Idle())
     lines = (tmp_path / "kept" / "predictions.jsonl").read_text().splitlines()
@@ -114,6 +117,7 @@ def test_a_graded_episode_leaves_nothing_that_the_official_harness_reads(
     ]
     assert {tuple(each) for each in known} == {("instance_id", "model_name_or_path", "model_patch")}
     assert "+caf\N{REPLACEMENT CHARACTER}" in known[1]["model_patch"]
+    assert hidden not in known[1]["model_patch"]  # which the harness could not put back
     assert known[2]["model_patch"] == ""
     first, second = (tmp_path / "kept" / right.instance_id / number for number in "12")
     assert (first / "patch.diff").read_text() == known[0]["model_patch"]
@@ -129,6 +133,7 @@ def test_a_graded_episode_leaves_nothing_that_the_official_harness_reads(
     assert "tests that have to pass do not" in report["reason"]
     raw = (tmp_path / "kept" / wrong.instance_id / "1" / "patch.diff").read_bytes()
     assert b"+caf\xe9" in raw
+    assert b"+# mine" in raw
     with pytest.raises(
         ValueError, match=r"records=kept.*type datamodule\.environment\.cached=false"
     ):

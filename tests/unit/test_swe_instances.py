@@ -342,6 +342,12 @@ def test_a_verdict_says_something_else(grades, problem, monkeypatch):
     assert verdict.problem.startswith(problem)
     assert bool(verdict.problem) == bool(problem)
     assert verdict.is_final == (problem != "the sandbox ended")
+    files = replace(instance, image=None, repo="a/b")
+    monkeypatch.setattr(Repositories, "base", lambda *given: b"")
+    found = validate_instance(LocalSandbox(True), SweSettings(), files)
+    assert found.is_final == (verdict.is_final and "does not import" not in problem)
+    monkeypatch.setattr("aem_lightning.envs.swe.validate.JUDGE", "another release's")
+    assert validate_instance(LocalSandbox(True), SweSettings(), files).key != found.key
 
 
 def test_the_command_grades_nothing_or_forgets_what_failed(swe_root, tmp_path, caplog):

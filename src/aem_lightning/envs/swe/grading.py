@@ -80,9 +80,9 @@ def grade(
 
     The session is a new one, so nothing but ``diff`` comes from the agent's. Changes to tests, and
     to files of the test patch, are left out. The interpreter keeps the working folder off its start
-    path, and pytest reads no configuration and no ``conftest.py``: what a repository says about
-    the runner does not reach it. Product code that patches the runner *while it is tested* could
-    still pass; `tampering` looks for that.
+    path, and pytest reads no configuration, and of a ``conftest.py`` the fixtures alone: what a
+    repository says about the runner does not reach it. Product code that patches the runner *while
+    it is tested* could still pass; `tampering` looks for that.
 
     Args:
         sandbox: Where.

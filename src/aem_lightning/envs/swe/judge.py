@@ -8,7 +8,8 @@ The tested code runs in this process, so it can be fought here and not shut out.
 random names that have to fail run between the others; pytest's own functions, its hooks and the
 tests are looked at again while they run; an expected failure counts only where the test declares
 it; what equals a literal must not equal one that is a little different; and the file of a test is
-emptied before it imports anything.
+emptied before it imports anything, but for tests that name ``__file__``: it is whole while one of
+those runs. Of a ``conftest.py``, tests get the fixtures; its hooks would steer the runner.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import random
 import secrets
 import sys
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import NoReturn
 
 import pytest
@@ -55,6 +56,8 @@ class Judge:
         self.declared: set[str] = set()  # tests that are expected to fail, as they say
         self.finished = False
         self.before: dict[tuple[str, ...], object] = {}
+        self.emptied: dict[str, bytes] = {}  # what stood in the files of tests
+        self.brought: set[str] = set()  # each `conftest.py` whose fixtures are known
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -76,6 +79,42 @@ class Judge:
                 canary = pytest.Function.from_parent(parent, name=name, callobj=fails)
                 self.canaries[canary.nodeid] = "none"
                 items.insert(place, canary)
+
+    def read(self, path: str, source: bytes) -> None:
+        """The file of a test was read, and none of it has run yet."""
+        self.emptied[path] = source
+        write(path, b"")  # before the tested code, which may read what is expected
+        folders = [os.path.dirname(path)]
+        while folders[-1] != (above := os.path.dirname(folders[-1])):
+            folders.append(above)
+        for folder in reversed(folders):
+            file = os.path.join(folder, "conftest.py")
+            inside = os.path.join(str(self.config.rootpath), "")
+            if file.startswith(inside) and file not in self.brought and os.path.isfile(file):
+                self.brought.add(file)
+                self.bring_fixtures(file)
+
+    def bring_fixtures(self, file: str) -> None:
+        """Give tests the fixtures of a `conftest.py`; of nested ones, the inner comes last.
+
+        They are known to tests beside its folder too: how pytest is told of a folder hangs on its
+        release.
+        """
+        module, fixtures = import_file(file), ModuleType(file)
+        found = {name: it for name, it in vars(module).items() if not name.startswith("pytest_")}
+        vars(fixtures).update({name: it for name, it in found.items() if name[:2] != "__"})
+        self.config.pluginmanager.register(fixtures, f"fixtures of {file}, without its hooks")
+
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item):  # type: ignore[no-untyped-def]
+        """Give a test that reads its own file what it reads."""
+        path, code = os.path.abspath(str(item.path)), body(item)
+        is_whole = path in self.emptied and isinstance(code, CodeType) and names_its_file(code)
+        if is_whole:
+            write(path, self.emptied[path])
+        yield
+        if is_whole:
+            write(path, b"")
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
@@ -157,6 +196,31 @@ def body(item: pytest.Item) -> object:
     """The code of a test."""
     function = getattr(item, "_obj", None) or getattr(item, "obj", None)
     return getattr(getattr(function, "__func__", function), "__code__", None)
+
+
+def names_its_file(code: CodeType) -> bool:
+    """Whether code asks where it stands."""
+    inner = (part for part in code.co_consts if isinstance(part, CodeType))
+    return "__file__" in code.co_names or any(map(names_its_file, inner))
+
+
+def write(path: str, content: bytes) -> None:
+    """Make this all that a file holds."""
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+def import_file(path: str) -> ModuleType:
+    """A module by its file, under the name that tests import it by."""
+    folder, name = os.path.split(os.path.splitext(path)[0])
+    names = [name]
+    while os.path.isfile(os.path.join(folder, "__init__.py")):
+        folder, name = os.path.split(folder)
+        names.insert(0, name)
+    if len(names) == 1:  # of which there may be one in each folder
+        sys.modules.pop(name, None)
+    sys.path.insert(0, folder)
+    return importlib.import_module(".".join(names))
 
 
 def picture(config: pytest.Config) -> dict[tuple[str, ...], object]:
@@ -270,7 +334,7 @@ def main() -> NoReturn:
     sys.modules["__main__"] = ModuleType("__main__")  # not to be found by its name
     seal = hashlib.blake2b(key=sys.stdin.buffer.read())
     channel, write, leave = os.dup(1), os.write, os._exit
-    rewrite = importlib.import_module("_pytest.assertion.rewrite")
+    rewrite, judge = importlib.import_module("_pytest.assertion.rewrite"), Judge()
     plain = rewrite.rewrite_asserts
     tests = {os.path.abspath(name) for name in sys.argv[1:] if os.path.isfile(name)}
 
@@ -280,11 +344,10 @@ def main() -> NoReturn:
                 Seen().visit(node)
         plain(tree, source, path, *others)
         if os.path.abspath(path) in tests:
-            open(path, "w").close()  # before the tested code, which may read what is expected
+            judge.read(os.path.abspath(path), source)
 
     vars(rewrite)["rewrite_asserts"] = rewrite_asserts
     importlib.import_module("builtins").__dict__[SEEN] = seen
-    judge = Judge()
     code = int(pytest.main(sys.argv[1:], plugins=[judge]))
     if code == 1 and not {"FAILED", "ERROR"} & set(judge.statuses.values()):
         code = 0

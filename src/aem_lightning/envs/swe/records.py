@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aem_lightning.envs.swe.grading import Grade, lost_tests
 from aem_lightning.envs.swe.instances import Instance
+from aem_lightning.envs.swe.tamper import without_files_of
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -20,7 +21,9 @@ def keep_record(folder: Path, model: str, instance: Instance, patch: str, grade:
     ``<instance_id>/<number>/`` gets ``patch.diff`` (its bytes as git wrote them),
     ``test_output.txt`` (the end of it) and ``report.json``; ``predictions.jsonl`` gets a line for
     ``swebench.harness.run_evaluation``, which takes one for each instance: bytes that are no UTF-8
-    stand there as replacement characters.
+    stand there as replacement characters, and files of the hidden tests are left out. The harness
+    means to put those back itself, but puts none back where one of them is new: its tests then do
+    not fit, and a fix counts as none.
 
     Returns:
         The folder of this one.
@@ -42,7 +45,9 @@ def keep_record(folder: Path, model: str, instance: Instance, patch: str, grade:
     prediction = {
         "instance_id": instance.instance_id,
         "model_name_or_path": model,
-        "model_patch": raw.decode("utf-8", "replace"),
+        "model_patch": without_files_of(patch, instance.test_patch)
+        .encode("utf-8", "surrogateescape")
+        .decode("utf-8", "replace"),
     }
     with (folder / PREDICTIONS).open("a", encoding="utf-8") as lines:
         fcntl.flock(lines, fcntl.LOCK_EX)  # a patch may be longer than one write

@@ -55,6 +55,16 @@ def without_tests(diff: str, tests: str = "", left_out: re.Pattern[str] | None =
     return text_of(p for p in parts if p.complete and not any(map(is_left_out, p.paths)))
 
 
+def without_files_of(diff: str, tests: str) -> str:
+    """The parts of a diff that touch no file of the diff ``tests``; what is no diff, as it is."""
+    try:
+        parts = file_changes(diff)
+    except DiffError:
+        return diff
+    theirs = _paths(tests)
+    return text_of(part for part in parts if theirs.isdisjoint(part.paths))
+
+
 def tampering(diff: str) -> tuple[str, ...]:
     r"""What in a change reaches for the test runner; tests and texts are not looked at.
 

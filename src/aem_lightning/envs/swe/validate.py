@@ -21,7 +21,7 @@ from pathlib import Path
 
 from aem_lightning.envs.base import EnvPoolError
 from aem_lightning.envs.swe.env import grade_change
-from aem_lightning.envs.swe.grading import Grade
+from aem_lightning.envs.swe.grading import JUDGE, Grade
 from aem_lightning.envs.swe.instances import ADAPTERS, SOURCES, Instance, load_instances
 from aem_lightning.envs.swe.repositories import Repositories
 from aem_lightning.envs.swe.sandbox import DockerSandbox, Limits, Sandbox
@@ -31,6 +31,7 @@ from aem_lightning.envs.swe.settings import SweSettings, choose_sandbox
 logger = logging.getLogger(__name__)
 
 VERDICTS = "verdicts.jsonl"
+_NO_IMPORT = "its environment does not import"
 # What a log says of causes that have a name.
 _CAUSES = {
     "its tests need the network": re.compile(
@@ -38,7 +39,7 @@ _CAUSES = {
         r"|getaddrinfo|no matching distribution|failed to establish a new connection",
         re.IGNORECASE,
     ),
-    "its environment does not import": re.compile(r"\b(ModuleNotFoundError|ImportError)\b"),
+    _NO_IMPORT: re.compile(r"\b(ModuleNotFoundError|ImportError)\b"),
 }
 
 
@@ -109,8 +110,12 @@ def validate_instance(sandbox: Sandbox, settings: SweSettings, instance: Instanc
         if grade.infra_error:
             return Verdict(name, key, _explained(grade), is_final=False)
         if grade.resolved != wanted:
-            said = f"its fix earns 0: {_explained(grade)}" if wanted else "doing nothing earns 1"
-            return Verdict(name, key, said)
+            if not wanted:
+                return Verdict(name, key, "doing nothing earns 1")
+            # Files run with the packages that the sandbox has, and somebody may install more.
+            lacks = instance.image is None and _CAUSES[_NO_IMPORT].search(grade.report)
+            said = f"its fix earns 0: {_explained(grade)}"
+            return Verdict(name, key, said, is_final=not lacks)
     return Verdict(name, key)
 
 
@@ -131,6 +136,8 @@ def read_verdicts(
 
 def _key(instance: Instance, settings: SweSettings) -> str:
     graded = {**asdict(instance), "problem_statement": "", "by": settings.image}
+    if instance.image is None:  # another release's judge may read what this one could not
+        graded["judge"] = JUDGE
     return hashlib.sha256(json.dumps(graded, sort_keys=True).encode()).hexdigest()[:16]
 
 
