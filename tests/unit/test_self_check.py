@@ -96,7 +96,7 @@ def test_half_precision_is_held_to_the_bound_of_full_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         gaps = self_check.self_check(policy, make_engine())
     assert gaps.allowed == 0.1
-    assert 1e-5 < gaps.engine < 0.1
+    assert 1e-5 < max(gaps.padded, gaps.engine) < 0.1  # which of them hangs on the processor
     gaps = self_check.self_check(Policy(build("Phi").bfloat16(), word_tokenizer()), make_engine())
     assert max(v for k, v in asdict(gaps).items() if k in ("padded", "packed", "engine")) < 0.1
 

@@ -13,6 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -462,6 +463,8 @@ def test_a_browser_follows_a_live_run(served: tuple[Path, str]) -> None:
 def test_a_served_run_ends_quietly(tmp_path: Path) -> None:
     words = ["-u", "-m", "aem_lightning.viewer", str(tmp_path), "--serve", "--port=0"]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background ignores Ctrl-C, and so would what is started from it.
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     running = subprocess.Popen([sys.executable, *words], env=COMMAND_ENVIRONMENT, **pipes)
     try:
         port = running.stdout.readline().split()[0].rpartition(":")[2]
