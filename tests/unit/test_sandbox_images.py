@@ -139,6 +139,15 @@ def test_what_many_pull_at_once_is_lost_from_the_ledger(fake: Path) -> None:
     assert len(here(fake)) == 4
 
 
+@pytest.mark.parametrize("said", ["", '{"a/one:1": {"id"', "\0" * 9])
+def test_a_ledger_that_nobody_can_read_keeps_images_away(fake: Path, said: str) -> None:
+    assert images.pull("a/one:1", 9.0, 50.0) is None
+    (ledger,) = (fake / ".cache" / "aem_lightning").glob("images_*.json")
+    ledger.write_text(said)
+    assert images.pull("a/two:1", 9.0, 50.0) is None
+    assert noted(fake) == ["a/two:1"]
+
+
 def test_a_home_that_cannot_be_written_keeps_images_away(fake: Path) -> None:
     (fake / ".cache").touch()
     assert images.pull("a:1", 9) is None

@@ -150,7 +150,9 @@ def _ledger() -> Iterator[dict[str, dict[str, Any]]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # half a file is none
+            known = json.loads(path.read_text(encoding="utf-8"))
         yield known
         new = path.with_suffix(".new")  # whoever is killed leaves the old one, or this
         new.write_text(json.dumps(known, indent=1), encoding="utf-8")
