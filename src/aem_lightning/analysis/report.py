@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from torch.utils.tensorboard import SummaryWriter
 
-from aem_lightning.runner.next_steps import config_folders
+from aem_lightning.runner.next_steps import config_folders, typed_overrides
 from aem_lightning.runner.shipped import as_typed
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def typed_command() -> str | None:
     kind, _, config = (HydraConfig.get().job.config_name or "").partition("/")
     if kind != "analysis":
         return None
-    typed = HydraConfig.get().overrides.task
+    typed = typed_overrides()
     name = next((word[5:] for word in typed if word.startswith("name=")), config)
     words = [word.replace("+typed_experiment=", "experiment=") for word in typed]
     kept = [word for word in words if not _PLACES.match(word)]

@@ -187,7 +187,8 @@ def lora_of(cfg: DictConfig) -> Lora:
 def load_policy(cfg: DictConfig, model: str, lora: Lora | None, *, sharded: bool = False) -> Policy:
     """A policy from a model folder or the hub; the trainer reads the weights of a sharded one."""
     options = ("dtype", "quantization", "gradient_checkpointing")
-    if check_dtype("auto") is torch.float32 is not check_dtype(cfg.policy.dtype):
+    is_slow_in_half = check_dtype("auto") is torch.float32
+    if is_slow_in_half and check_dtype(cfg.policy.dtype) is not torch.float32:
         told = "policy.dtype=%s: this processor has no unit for it; policy.dtype=auto is faster"
         log.warning(told, cfg.policy.dtype)
     folder = str(Path(model).expanduser()) if model.startswith("~") else model

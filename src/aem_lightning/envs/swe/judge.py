@@ -83,7 +83,7 @@ class Judge:
     def read(self, path: str, source: bytes) -> None:
         """The file of a test was read, and none of it has run yet."""
         self.emptied[path] = source
-        write(path, b"")  # before the tested code, which may read what is expected
+        fill(path, b"")  # before the tested code, which may read what is expected
         folders = [os.path.dirname(path)]
         while folders[-1] != (above := os.path.dirname(folders[-1])):
             folders.append(above)
@@ -111,10 +111,10 @@ class Judge:
         path, code = os.path.abspath(str(item.path)), body(item)
         is_whole = path in self.emptied and isinstance(code, CodeType) and names_its_file(code)
         if is_whole:
-            write(path, self.emptied[path])
+            fill(path, self.emptied[path])
         yield
         if is_whole:
-            write(path, b"")
+            fill(path, b"")
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
@@ -204,7 +204,7 @@ def names_its_file(code: CodeType) -> bool:
     return "__file__" in code.co_names or any(map(names_its_file, inner))
 
 
-def write(path: str, content: bytes) -> None:
+def fill(path: str, content: bytes) -> None:
     """Make this all that a file holds."""
     with open(path, "wb") as file:
         file.write(content)
