@@ -19,7 +19,7 @@ from aem_lightning.modules.attention import (
     packed_attention,
 )
 from aem_lightning.modules.scoring import MicroBatch
-from aem_lightning.rollout import micro_batches
+from aem_lightning.rollout import micro_batches, varlen
 
 LENGTHS = (9, 9, 4, 1)
 CPU = torch.device("cpu")
@@ -158,7 +158,7 @@ def test_the_kernel_is_called_with_other_shapes_than_its_own(gqa):
 
 @pytest.mark.gpu
 def test_the_kernel_differs_from_a_loop_over_segments_on_a_gpu():
-    assert attention.variable_length_attention() is not None
+    assert varlen.variable_length_attention() is not None
     segments = Segments.of(LENGTHS, torch.device("cuda"))
     inputs = [x.to("cuda", torch.bfloat16).requires_grad_() for x in projections()]
     results = []
@@ -227,12 +227,10 @@ def test_a_gpu_without_the_kernel_gets_one_call_for_each_row(monkeypatch):
     on_gpu.device, on_gpu.dtype = torch.device("cuda"), torch.bfloat16
     capability = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    monkeypatch.setattr(attention, "variable_length_attention", lambda: None)
+    monkeypatch.setattr(varlen, "variable_length_attention", lambda: None)
     on_gpu.config.head_dim = 64
     assert not is_packed("auto", on_gpu)
-    monkeypatch.setattr(
-        attention, "variable_length_attention", lambda: scaled_dot_product_attention
-    )
+    monkeypatch.setattr(varlen, "variable_length_attention", lambda: scaled_dot_product_attention)
     assert is_packed("auto", on_gpu)
     capability[0] = (7, 5)  # Turing: FlashAttention would refuse it in the middle of an update
     assert not is_packed("auto", on_gpu)

@@ -14,7 +14,7 @@ from test_slot_engine import (
     tokens,
 )
 
-from aem_lightning.rollout import slot_cache, slot_model
+from aem_lightning.rollout import slot_attention, slot_cache
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
 from aem_lightning.rollout.slot_cache import SlotCache, block_shape, bytes_of_token
 
@@ -104,21 +104,21 @@ def test_growth_that_a_gpu_has_no_room_for_is_a_bare_out_of_memory(policy, monke
 
 
 def test_every_row_of_a_step_reads_as_far_as_the_longest(policy, monkeypatch):
-    attention, reads = slot_model.scaled_dot_product_attention, []
+    attention, reads = slot_attention.scaled_dot_product_attention, []
 
     def counted(query, key, value, **options):
         if query.shape[2] == 2:  # a token of two query heads a key-value head: a decode step
             reads.append(key.shape[0] * key.shape[2])
         return attention(query, key, value, **options)
 
-    monkeypatch.setattr(slot_model, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(slot_attention, "scaled_dot_product_attention", counted)
     lengths = [40] * 5 + [1500] + [90] * 6
     played = episodes(make_engine(policy, slots=12, max_length=4096), lengths)
     own, few = sum(reads), len(reads)
     for prompt, result in played.values():
         assert_scores_match(policy, prompt, result, 0.8)
     reads.clear()
-    monkeypatch.setattr(slot_model, "pieces_of", lambda ends, read: [])
+    monkeypatch.setattr("aem_lightning.rollout.slot_model.pieces_of", lambda ends, read: [])
     whole = episodes(make_engine(policy, slots=12, max_length=4096), lengths)
     assert sum(reads) > 1.5 * own
     assert few < 3 * len(reads)

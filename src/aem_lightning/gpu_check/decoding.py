@@ -41,10 +41,13 @@ def graphs(check: Check) -> Figures:
         for batch in batches:
             for read in reads:
                 case = f"{batch} rows, {read} read"
+                starts = [read - 1] * batch
                 steps[case] = {
-                    "eager_ms": 1000 * seconds_a_step(eager, batch, read, check),
-                    "graph_ms": 1000 * seconds_a_step(captured, batch, read, check),
+                    "eager_ms": 1000 * seconds_a_step(eager, starts, check),
+                    "graph_ms": 1000 * seconds_a_step(captured, starts, check),
                 }
+        taken = len(captured.graphs), (reserved(check) - before) / MIB
+        ragged = ragged_steps(captured, max(batches), max(reads), check)
     apart = float((logprobs - logprobs_of_graphs).abs().max())
     same = bool(torch.equal(ids, ids_of_graphs))
     wrong = captured.graphs.is_broken and "the decode step cannot be captured: see the log"
@@ -59,9 +62,10 @@ def graphs(check: Check) -> Figures:
         "red": wrong or None,
         "same_ids": same,
         "max_logprob_difference": apart,
-        "graphs": len(captured.graphs),
-        "reserved_mib_of_graphs": (reserved(check) - before) / MIB,
+        "graphs": taken[0],
+        "reserved_mib_of_graphs": taken[1],
         "steps": steps,
+        "ragged": ragged,
         "weights_gib": weights / 2**30,
         "roof_ms": 1000 * weights / rate,
         "engines": {
@@ -123,16 +127,32 @@ def decode(
     return torch.stack(ids, 1), torch.stack(logprobs, 1)
 
 
-def seconds_a_step(model: SlotModel, rows: int, read: int, check: Check) -> float:
-    """Wall seconds of a decode step of ``rows`` that read so far, the first ones left out."""
+def ragged_steps(model: SlotModel, rows: int, read: int, check: Check) -> Figures:
+    """A step of which one row holds ``read`` tokens and the others an eighth of that.
+
+    By the kernel that stops at a row's own end, where there is one, and under a mask, by which all
+    read as far as the longest.
+    """
+    starts = [read - 1] + [read // 8] * (rows - 1)
+    found: Figures = {"by_a_kernel": model.kernel is not None}
+    for name in ("used_ms", "masked_ms"):
+        found[name] = 1000 * seconds_a_step(model, starts, check)
+        model.kernel = None
+        if model.graphs is not None:
+            model.graphs.clear()
+    return found
+
+
+def seconds_a_step(model: SlotModel, starts: list[int], check: Check) -> float:
+    """Wall seconds of a decode step of rows that hold ``starts``, the first ones left out."""
     count = 2 if check.small else 20
-    starts, chunks = [read - 1] * rows, [[1]] * rows
+    rows, chunks = range(len(starts)), [[1]] * len(starts)
     for _ in range(2):
-        model.forward(range(rows), starts, chunks)
+        model.forward(rows, starts, chunks)
     wait(check)
     start = time.perf_counter()
     for _ in range(count):
-        model.forward(range(rows), starts, chunks)
+        model.forward(rows, starts, chunks)
     wait(check)
     return (time.perf_counter() - start) / count
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,13 +20,13 @@ from aem_lightning.modules.settings import Packing
 from aem_lightning.rollout.head import decoder_of, probe_rows
 from aem_lightning.rollout.sampling import evaluated
 from aem_lightning.rollout.slot_cache import compute_dtype
+from aem_lightning.rollout.varlen import Kernel, grouped, has_windows, head_size, kernel_for
 
 PACKED = "aem_packed"
 CAUSAL: object = _causal
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Models of which it is known that packed rows come out right.
 TRIED: WeakSet[nn.Module] = WeakSet()
-_KERNEL_SIZES = range(8, 257, 8)  # of a head, for FlashAttention
 
 
 @dataclass(frozen=True)
@@ -100,18 +98,11 @@ def is_packed(packing: Packing, model: PreTrainedModel) -> bool:
         raise ValueError(f"This model cannot be packed: {obstacle}. Type packing=padded.")
     if packing == "auto" and obstacle is None and model.device.type != "cpu":
         config = decoder_of(model).config
-        if _has_windows(config):  # those layers would take a call for each row
+        if has_windows(config):  # those layers would take a call for each row
             return False
-        size = getattr(config, "head_dim", None)
-        size = size or config.hidden_size // config.num_attention_heads
         kind = compute_dtype(model.device, model.dtype)
-        return _kernel(model.device, kind, size) is not None
+        return kernel_for(model.device, kind, head_size(config)) is not None
     return packing != "padded" and obstacle is None
-
-
-def _has_windows(config: Any) -> bool:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds != {"full_attention"} or bool(getattr(config, "sliding_window", None))
 
 
 def packing_obstacle(model: PreTrainedModel) -> str | None:
@@ -219,7 +210,7 @@ def packed_attention(
     if kind in HALF:
         # Under autocast, rotary embeddings leave float32 queries and keys beside half values.
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    varlen = _kernel(query.device, kind, query.shape[-1])
+    varlen = kernel_for(query.device, kind, query.shape[-1])
     if varlen is not None and attention_mask is None:
         return attend_in_one_kernel(varlen, query, key, value, segments, scaling), None
     return attend_by_segment(query, key, value, segments, scaling, attention_mask), None
@@ -262,7 +253,7 @@ def attend_by_segment(
 
 
 def attend_in_one_kernel(
-    varlen: Callable[..., Any],
+    varlen: Kernel,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -271,12 +262,8 @@ def attend_in_one_kernel(
 ) -> Tensor:
     """All sequences in one call of FlashAttention, [1, T, heads, size]; half precision on CUDA."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, h, s]
-    options: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen).parameters:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    k, v = grouped(varlen, q, k, v)
+    options = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
     longest = max(segments.lengths)
     attended: Tensor = varlen(
         q,
@@ -291,23 +278,3 @@ def attend_in_one_kernel(
         **options,
     )
     return attended[None]
-
-
-@functools.cache
-def variable_length_attention() -> Callable[..., Any] | None:
-    """``torch.nn.attention.varlen.varlen_attn``; ``None`` in a torch without it (before 2.11)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    # The first releases had another way to say causal, and no scale.
-    wanted = {"scale", "window_size"}
-    return varlen_attn if wanted <= set(inspect.signature(varlen_attn).parameters) else None
-
-
-def _kernel(device: torch.device, kind: torch.dtype, size: int) -> Callable[..., Any] | None:
-    """FlashAttention for heads of ``size``, where there is one: not on GPUs before Ampere."""
-    if device.type != "cuda" or kind not in HALF or size not in _KERNEL_SIZES:
-        return None
-    is_new = torch.cuda.get_device_capability(device) >= (8, 0)
-    return variable_length_attention() if is_new else None

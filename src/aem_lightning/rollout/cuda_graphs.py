@@ -62,6 +62,10 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def clear(self) -> None:
+        """Forget what was captured."""
+        self._graphs.clear()
+
     def step(
         self,
         model: SlotModel,
@@ -110,6 +114,9 @@ class DecodeGraphs:
         try:
             run = self._capture(step)
         except Exception as error:  # whatever a model does that a graph cannot hold
+            if model.kernel is not None:
+                model.drop_kernel(error)
+                return self._captured(model, count, read, trash)
             self.is_broken = True
             logger.warning(
                 "engine.cuda_graphs: the decode step cannot be captured and runs without (%s)",

@@ -24,17 +24,25 @@ class SlotCache:
     on, without holes. The last position is a bin: no row gets there, or, of the full length, as the
     last token of a response is never fed; only padding lands there, where no valid query looks.
 
+    Args:
+        slots: Rows at most.
+        length: Tokens of a row at most, the bin among them.
+        tokens_first: In memory the tokens of a row come before its heads, as `attend_used` reads.
+
     Attributes:
         shape: Rows and tokens of every block; zeros before the first.
         moves: How often blocks have changed their place.
         pieces: Rows of the pass under way that read less than others; none where all read the same.
+        used: [b] int32, tokens that each row of the pass under way reads, where attention stops
+            there by itself: it is handed whole rows then.
     """
 
     is_compileable = False
 
-    def __init__(self, slots: int, length: int) -> None:
+    def __init__(self, slots: int, length: int, *, tokens_first: bool = False) -> None:
         self.slots = slots
         self.length = length
+        self.tokens_first = tokens_first
         self.shape = (0, 0)
         self.moves = 0
         self._need = (0, 0)  # rows and tokens since the last `forget`
@@ -45,6 +53,7 @@ class SlotCache:
         self._positions = self._rows
         self._read = 0
         self.pieces: Sequence[Piece] = ()
+        self.used: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -87,6 +96,7 @@ class SlotCache:
         self._positions = positions
         self._read = read
         self.pieces = pieces
+        self.used = None
 
     def aim_first(self, count: int, positions: Tensor, read: int) -> None:
         """`aim` at the rows 0 to ``count`` - 1, without a number that comes from the host."""
@@ -95,6 +105,16 @@ class SlotCache:
         self._positions = positions
         self._read = read
         self.pieces = ()
+        self.used = None
+
+    def stop_at_own(self, positions: Tensor) -> None:
+        """Let each row of the pass that was aimed read no further than its ``positions`` [b, q].
+
+        These ascend by one and end in the row. Rows that begin in the bin have nothing to read.
+        """
+        first, width = positions[:, 0], positions.shape[1]
+        in_bin = first == self.tokens - 1
+        self.used = torch.where(in_bin, width, first + width).to(torch.int32)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -153,8 +173,8 @@ class SlotCache:
             kind, _, layer = name.partition(".")
             store = self._keys if kind == "keys" else self._values
             if int(layer) not in store:
-                shape = self.shape[0], heads, self.tokens, width
-                store[int(layer)] = tensor.new_zeros(shape, device=device)
+                like = tensor.new_empty(0, device=device)
+                store[int(layer)] = self._zeros(like, self.shape[0], heads, self.tokens, width)
             store[int(layer)][:slots, :, :tokens] = tensor.to(store[int(layer)].device)
 
     def _resize(self, rows: int, tokens: int) -> None:
@@ -170,7 +190,7 @@ class SlotCache:
         for store in stores:
             for layer, block in store.items():  # one at a time: the old and the new one together
                 kept = block[:rows, :, :tokens]
-                new = block.new_zeros(rows, block.shape[1], tokens, block.shape[3])
+                new = self._zeros(block, rows, block.shape[1], tokens, block.shape[3])
                 new[: kept.shape[0], :, : kept.shape[2]] = kept
                 store[layer] = new
         self.shape = rows, tokens  # last: where memory runs out, no block is smaller than it says
@@ -179,16 +199,21 @@ class SlotCache:
         block = store.get(layer_idx)
         if block is None:
             _, heads, _, width = new.shape
-            # Zeros, not empty: a masked NaN would still be a NaN after the attention's matrix
-            # product.
-            kind = compute_dtype(new.device, new.dtype)
-            block = new.new_zeros(self.shape[0], heads, self.tokens, width, dtype=kind)
+            like = new.new_empty(0, dtype=compute_dtype(new.device, new.dtype))
+            block = self._zeros(like, self.shape[0], heads, self.tokens, width)
             store[layer_idx] = block
         rows, positions = self._rows.to(block.device), self._positions.to(block.device)
         block[rows, :, positions] = new.transpose(1, 2).to(block.dtype)
         if self._span is not None:
-            return block[self._span, :, : self._read]
+            span = block[self._span]
+            return span if self.used is not None else span[:, :, : self._read]
         return block[rows[:, 0], :, : self._read]
+
+    def _zeros(self, like: Tensor, rows: int, heads: int, tokens: int, width: int) -> Tensor:
+        """A block; zeros, as a masked NaN would still be one after attention's matrix product."""
+        if self.tokens_first:
+            return like.new_zeros(rows, tokens, heads, width).transpose(1, 2)
+        return like.new_zeros(rows, heads, tokens, width)
 
 
 def block_shape(rows: int, tokens: int, slots: int, length: int) -> tuple[int, int]:

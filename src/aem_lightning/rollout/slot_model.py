@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from aem_lightning.functional.logprob import HALF
 from aem_lightning.rollout.adapters import AdapterCopies
@@ -27,6 +25,7 @@ from aem_lightning.rollout.padding import (
     widened,
 )
 from aem_lightning.rollout.sampling import evaluated
+from aem_lightning.rollout.slot_attention import PASS, Pass, slot_attention, slot_mask
 from aem_lightning.rollout.slot_cache import (
     SlotCache,
     block_shape,
@@ -35,6 +34,9 @@ from aem_lightning.rollout.slot_cache import (
     compute_dtype,
     free_bytes,
 )
+from aem_lightning.rollout.varlen import cache_kernel_for
+
+logger = logging.getLogger(__name__)
 
 _ATTENTION = "aem_slots"
 # A wave of prompts is padded to its longest. Its padding may reach a quarter of its tokens, or this
@@ -43,6 +45,8 @@ _FREE_PADDING = 256
 _WAVE_TOKENS = 8192
 # Models of which it is known that their logits come out right.
 TRIED: WeakSet[nn.Module] = WeakSet()
+# Models that the kernel for rows of unlike lengths does not do.
+WITHOUT_KERNEL: WeakSet[nn.Module] = WeakSet()
 
 
 class SlotModel:
@@ -62,7 +66,6 @@ class SlotModel:
         # A PEFT wrapper hands out the model inside, whose layers still carry the adapters.
         base: Any = getattr(causal_lm, "get_base_model", lambda: causal_lm)()
         self.causal_lm = causal_lm
-        self.cache = SlotCache(slots, max_length)
         self._base = base
         self._head = Head(base)
         self._config = self._head.decoder.config  # what its layers read
@@ -71,6 +74,9 @@ class SlotModel:
         weight = base.get_input_embeddings().weight
         self.device: torch.device = weight.device
         self._kind = compute_dtype(weight.device, weight.dtype)
+        kernel = cache_kernel_for(self.device, self._kind, self._config)
+        self.kernel = None if causal_lm in WITHOUT_KERNEL else kernel
+        self.cache = SlotCache(slots, max_length, tokens_first=self.kernel is not None)
         # The mask's row of a query at position p begins max_length - 1 - p further on: p + 1 zeros
         # (what it sees), then -inf.
         band = torch.zeros(2 * max_length, dtype=self._kind, device=self.device)
@@ -101,6 +107,7 @@ class SlotModel:
         self._head = earlier._head
         if self._kind == earlier._kind:
             self.cache = earlier.cache
+            self.kernel = earlier.kernel
             if self._addresses == earlier._addresses and earlier.graphs is not None:
                 self.graphs = earlier.graphs
                 self._band = earlier._band
@@ -123,7 +130,24 @@ class SlotModel:
         rows, tokens = block_shape(slots, 0, slots, self._max_length)
         check_room(bytes_of_token(self._config, self._kind), rows, tokens, free)
 
+    def drop_kernel(self, error: Exception) -> None:
+        """From now on every row of a step reads as far as the longest, under a mask."""
+        told = "engine=hf: attention under a mask, the kernel for unlike lengths will not do (%s)"
+        logger.warning(told, str(error).partition("\n")[0])
+        WITHOUT_KERNEL.add(self.causal_lm)
+        self.kernel = None
+
     def _try(self) -> None:
+        """Raise unless `_trial` is passed, if need be without the kernel."""
+        try:
+            self._trial()
+        except ValueError as error:
+            if self.kernel is None:
+                raise
+            self.drop_kernel(error)
+            self._trial()
+
+    def _trial(self) -> None:
         """Raise unless two short rows, each fed in two pieces, get the model's own logits."""
         rows = probe_rows(self._base, 2, self._max_length - 1)
         cuts = [len(rows[0]) // 2, 1]
@@ -160,8 +184,8 @@ class SlotModel:
         from transformers import AttentionInterface, AttentionMaskInterface
 
         attention = self._config._attn_implementation
-        AttentionInterface.register(_ATTENTION, _slot_attention)
-        AttentionMaskInterface.register(_ATTENTION, _slot_mask)
+        AttentionInterface.register(_ATTENTION, slot_attention)
+        AttentionMaskInterface.register(_ATTENTION, slot_mask)
         with evaluated(self.causal_lm), self.adapters.in_place():
             self._config._attn_implementation = _ATTENTION
             try:
@@ -206,7 +230,12 @@ class SlotModel:
         padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
         start = torch.tensor(starts, device=self.device)
         positions = start[:, None] + torch.arange(width, device=self.device)
+        end = max(start for start in starts if start < self.cache.tokens - 1) + width
+        stops = self.kernel is not None and end <= self.cache.tokens
+        read = max(read, end) if stops else read
         self.cache.aim(rows, positions.clamp(max=self.cache.tokens - 1), read, pieces)
+        if stops:  # else some padding would lie behind the end of a row
+            self.cache.stop_at_own(positions)
         ids = torch.tensor(padded, device=self.device)
         last = torch.tensor(counts, device=self.device) - 1
         logits = self._run(ids, positions, last, read)
@@ -224,11 +253,13 @@ class SlotModel:
         Everything that changes from step to step comes in by the two tensors: this can be captured.
         """
         self.cache.aim_first(len(tokens), positions[:, None], read)
+        if self.kernel is not None:
+            self.cache.stop_at_own(positions[:, None])
         return self._run(tokens[:, None], positions[:, None], torch.zeros_like(tokens), read)
 
     def _run(self, ids: Tensor, positions: Tensor, last: Tensor, read: int) -> Tensor:
         """Logits after position ``last`` [b] of every row of ``ids`` [b, q]."""
-        where = _MASK.set(_Mask(positions.clamp(max=self._max_length - 1), read, self))
+        where = PASS.set(Pass(positions.clamp(max=self._max_length - 1), read, self))
         try:
             hidden = self._head.decoder(
                 input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True
@@ -236,12 +267,14 @@ class SlotModel:
             rows = torch.arange(len(ids), device=self.device)
             return self._head.logits(hidden[rows, last]).float()  # it may make masks once more
         finally:
-            _MASK.reset(where)
+            PASS.reset(where)
 
-    def mask(self, positions: Tensor, read: int, sees: Callable[..., Tensor] | None) -> Tensor:
+    def mask(
+        self, positions: Tensor, read: int, sees: Callable[..., Tensor] | None
+    ) -> Tensor | None:
         """What queries at ``positions`` [b, q] see of the first ``read`` keys, [b, 1, q', read].
 
-        As it is added to the scores, with a row for every folded query (`_slot_attention`). Made
+        As it is added to the scores, with a row for every folded query (`slot_attention`). Made
         of True and False, or without the fold, it would be made anew in every layer.
 
         Args:
@@ -249,7 +282,12 @@ class SlotModel:
             read: A number of keys.
             sees: transformers' function of the layer, from row, head, query and key; ``None`` for
                 plain causal attention.
+
+        Returns:
+            ``None`` where attention stops at the end of every row by itself.
         """
+        if sees is None and self.cache.used is not None:
+            return None
         if sees is None:
             queries = positions.repeat(1, self._shared)
             return self._band.unfold(0, read, 1)[self._max_length - 1 - queries][:, None]
@@ -259,33 +297,6 @@ class SlotModel:
         shape = (len(positions), 1, positions.shape[1], read)
         hidden = torch.zeros(shape, dtype=self._kind, device=self.device)
         return hidden.masked_fill_(~allowed, -torch.inf).repeat(1, 1, self._shared, 1)
-
-
-@dataclass(frozen=True)
-class _Mask:
-    """What the masks of the forward pass under way are made for."""
-
-    positions: Tensor
-    read: int
-    model: SlotModel
-
-
-_MASK: ContextVar[_Mask] = ContextVar("mask")
-
-
-def _slot_mask(*, mask_function: Callable[..., Tensor], use_vmap: bool, **kwargs: object) -> Tensor:
-    """The mask of a kind of layer, by its own rule: full, sliding or chunked attention.
-
-    transformers asks for it; the rule speaks of positions, which lie in the slots from 0 on.
-    """
-    from transformers import masking_utils
-
-    causal: object = masking_utils.causal_mask_function
-    if use_vmap:  # a rule that is no function of indices
-        raise ValueError("its attention has a mask of its own kind")
-    wanted = _MASK.get()
-    rule = None if mask_function is causal else mask_function
-    return wanted.model.mask(wanted.positions, wanted.read, rule)
 
 
 def waves(lengths: dict[int, int]) -> list[list[int]]:
@@ -322,39 +333,3 @@ def _query_heads_per_key(base: Any) -> int:
     keys = getattr(base.config, "num_key_value_heads", None)
     known = isinstance(heads, int) and isinstance(keys, int) and base._supports_attention_backend
     return heads // keys if known and keys else 1
-
-
-def _slot_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """Attention that never repeats keys and values over the query heads that share them.
-
-    The query heads of a key-value head are laid one after the other along the query axis: they see
-    the same keys under the same mask. Repeating instead would copy the cache a few times over in
-    every layer and step.
-    """
-    if softcap is not None or s_aux is not None:
-        raise ValueError("its attention has a soft cap or sinks")
-    batch, heads, width, size = query.shape
-    shared = heads // key.shape[1]
-    folded = query.reshape(batch, key.shape[1], shared * width, size)
-    if attention_mask.shape[2] != shared * width:  # of other layers than this
-        attention_mask = attention_mask[:, :, :width].repeat(1, 1, shared, 1)
-    mask = attention_mask.to(query.dtype)
-    parts = [
-        (folded[rows], key[rows, :, :read], value[rows, :, :read], mask[rows, :, :, :read])
-        for rows, read in _MASK.get().model.cache.pieces
-    ] or [(folded, key, value, mask)]
-    outputs = [
-        scaled_dot_product_attention(q, k, v, attn_mask=m, scale=scaling) for q, k, v, m in parts
-    ]
-    attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return attended.reshape(batch, heads, width, -1).transpose(1, 2).contiguous(), None
