@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hosts import SECRET, Machine
 from jinja2 import Template
 from runs import Keep, built, composed, equal_bits, weights
 
 from aem_lightning.algorithms import RLOO
 from aem_lightning.envs.swe.sandbox import BubblewrapSandbox
+from aem_lightning.envs.swe.sandbox.remote import TOKEN, remote_sandbox
 from aem_lightning.modules import AgentModule
 from aem_lightning.runner.build import check_parts
 from aem_lightning.runner.checks import check_config
@@ -59,6 +62,7 @@ def test_a_swe_experiment_cannot_be_made(
             f"experiment={experiment}",
             *data,
             f"datamodule.root={swe_root}",
+            "datamodule.evaluation_splits=[valid_seen]",
             "datamodule.environment.allow_unsafe=true",
             f"policy.model={toy_model}",
             "policy.chat_template=null",
@@ -76,19 +80,31 @@ def test_a_swe_experiment_cannot_be_made(
         assert len(datamodule.tasks("train")) == 2
 
 
-def test_a_tiny_policy_does_not_learn_from_bugs_in_a_sandbox(
-    swe_root: Path, tmp_path: Path
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Machine]]:
+    """Two machines that run sandboxes, in bubblewrap where it works."""
+    monkeypatch.setenv(TOKEN, SECRET)
+    sandbox = "bubblewrap" if BubblewrapSandbox().probe().usable else "local"
+    started = [Machine(sandbox=sandbox) for _ in range(2)]
+    yield started
+    for machine in started:
+        machine.kill()
+    remote_sandbox.cache_clear()
+
+
+def test_a_tiny_policy_does_not_learn_from_bugs_in_sandboxes_of_other_hosts(
+    swe_root: Path, tmp_path: Path, hosts: list[Machine]
 ) -> None:
     """Warm start and one iteration on two instances; every edit and every grade is a real one."""
-    probe = BubblewrapSandbox().probe()
-    sandbox = "bubblewrap" if probe.usable else "local"
     cfg = composed(
         [
             "experiment=swe_quickstart",
             f"datamodule.root={swe_root}",
-            f"datamodule.environment.sandbox={sandbox}",
-            "datamodule.environment.allow_unsafe=true",
-            "datamodule.workers=1",
+            "datamodule.evaluation_splits=[valid_seen]",
+            "datamodule.environment.sandbox=remote",
+            f"datamodule.environment.hosts=[{','.join(host.address for host in hosts)}]",
+            f"datamodule.pass_environment=[{TOKEN}]",
+            "datamodule.workers=2",
             *(f"policy.architecture.{name}" for name in ("hidden_size=64", "num_hidden_layers=2")),
             "policy.warm_start.demonstrations=16",
             "policy.warm_start.epochs=12",

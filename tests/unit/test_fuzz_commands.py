@@ -20,7 +20,7 @@ def configs():
 
 
 def test_a_command_line_ends_in_a_traceback_or_in_an_error_without_its_key(configs, tmp_path):
-    ends = [*faults(100, 0, tmp_path)]
+    ends = [*faults(50, 0, tmp_path)]
     assert [line for line in ends if line[2] not in ("run", "named")] == []
     assert {end for _, _, end in ends} == {"run", "named"}
 

@@ -93,7 +93,7 @@ def test_the_estimators_of_the_notebook_differ_elsewhere_than_it_says(
     assert not of["QAE"][~hard & wins].any()
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # two minutes; `make notebooks` runs them too
 @pytest.mark.parametrize("name", ["own_environment", "train_and_read"])
 def test_the_training_of_a_notebook_breaks(
     name: str,

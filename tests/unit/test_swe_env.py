@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shlex
 from dataclasses import replace
@@ -22,7 +23,7 @@ from aem_lightning.envs.swe import (
     load_instances,
 )
 from aem_lightning.envs.swe.changes import file_changes
-from aem_lightning.envs.swe.env import shared_store
+from aem_lightning.envs.swe.expert import named_symbol, words_fix
 from aem_lightning.envs.swe.r2e import grade_expected
 from aem_lightning.envs.swe.sandbox import (
     BubblewrapSandbox,
@@ -34,6 +35,7 @@ from aem_lightning.envs.swe.sandbox import (
     docker,
 )
 from aem_lightning.envs.swe.tools import write_call
+from aem_lightning.envs.swe.words import swap_action, view_action
 
 FINISH = write_call("finish", command="submit")
 
@@ -155,7 +157,34 @@ def test_words_cannot_play(sandbox, make_env, instances):
     seen, (_, reward, *_) = play(env, instances[0], WordsExpert(instances[0]))
     assert reward == 1.0
     assert seen[0] == "` caches . counter . add ` gives a wrong result"
-    assert len(seen) == 4  # view, edit, finish
+    assert seen[-2:] == ["the case holds .", "The work is handed in."]
+    tried = seen.count("the case fails .")
+    assert len(seen) == 4 + 1 + 3 * tried  # view, (edit, test, back), edit, test, finish
+
+
+def test_edits_in_words_are_taken_back_and_the_case_is_run(make_env, instances):
+    """For every instance: it fails, fails after a useless edit, and holds after the fix."""
+    env = make_env(dialect="words", cached=True)
+    for instance in instances:
+        fix = words_fix(instance)
+        _, info = env.reset(options={"task_id": instance.instance_id})
+        assert "test" in info["admissible_actions"]
+        assert "undo" not in info["admissible_actions"]
+        shown, *_, info = env.step(view_action(named_symbol(instance)))
+        assert env.step("test")[0] == "the case fails ."
+        edits = [a for a in info["admissible_actions"] if a.startswith("edit ")]
+        right = swap_action(fix.line, fix.old, fix.new)
+        others = [edit for edit in edits if edit != right]
+        for edit in (*others[:1], right):
+            changed, *_ = env.step(edit)
+            number = int(changed.partition(" ")[0])
+            assert env.step("test")[0] == f"the case {'holds' if edit == right else 'fails'} ."
+            back, *_, info = env.step("undo")
+            assert back in shown.splitlines()
+            assert int(back.partition(" ")[0]) == number
+            assert "undo" not in info["admissible_actions"]
+        env.step(right)
+        assert env.step("finish")[1] == 1.0
 
 
 def test_blocks_of_bash_cannot_play(sandbox, make_env, instances):
@@ -200,16 +229,23 @@ def test_a_persistent_shell_forgets(sandbox, make_env, instances):
 
 
 def test_the_expert_in_words_does_not_mend_what_a_slip_broke(make_env, instances):
-    env, expert = make_env(dialect="words"), WordsExpert(instances[0])
-    observation, info = env.reset(options={"task_id": instances[0].instance_id})
-    observation, *_, info = env.step(expert.act(observation, info["admissible_actions"]))
-    expert.act(observation, info["admissible_actions"])  # what it would have done
-    slip = next(action for action in info["admissible_actions"] if action.startswith("edit 74 + "))
-    observation, *_, info = env.step(slip)
-    while not info["won"]:
-        action = expert.act(observation, info["admissible_actions"])
-        observation, _, over, _, info = env.step(action)
-        assert not over or info["won"]
+    env, rng, won = make_env(dialect="words", cached=True), random.Random(0), 0
+    for seed in range(6):
+        expert = WordsExpert(instances[0], seed)
+        observation, info = env.reset(options={"task_id": instances[0].instance_id})
+        for turn in range(60):
+            action = expert.act(observation, info["admissible_actions"])
+            if rng.random() < 0.4 and turn < 20:
+                others = [a for a in info["admissible_actions"] if a != "finish"]
+                action = rng.choice(others)
+            before = observation
+            observation, _, over, _, info = env.step(action)
+            if over:
+                break
+        assert over
+        assert info["won"] or before == "the case holds ."  # two wrong edits may do for a case
+        won += info["won"]
+    assert won > 3
 
 
 def test_what_is_no_call_is_valid_or_ends_the_episode(make_env, instances):
@@ -243,13 +279,23 @@ def test_a_sandbox_that_never_opens_does_not_end_the_episode_at_its_first_step(m
 
 
 def test_what_broke_is_remembered_as_an_answer(make_env, instances):
-    shared_store().take_counts()
     env = make_env(cached=True)
+    env.counters()
     for _ in range(2):
         env.reset(options={"task_id": instances[1].instance_id})
         assert env.step(bash("kill -9 $PPID"))[-1]["infra_error"]
     counts = env.counters()
     assert (counts["cache_hits"], counts["cache_misses"]) == (1, 3)  # the reset alone is known
+
+
+def test_what_one_dialect_was_told_is_told_to_another(make_env, instances):
+    answers = []
+    for dialect in ("words", "functions", "words"):
+        env = make_env(dialect=dialect, cached=True)
+        observation, _ = env.reset(options={"task_id": instances[0].instance_id})
+        answers.append((observation, env.step("finish")[0]))
+    assert answers[0] == answers[2] != answers[1]
+    assert answers[1][0] == instances[0].problem_statement
 
 
 def test_reaching_for_the_test_runner_earns_something_or_is_not_counted(make_env, instances):

@@ -18,12 +18,13 @@ from aem_lightning.envs.swe.generate import Candidate, candidates, generate_inst
 from aem_lightning.envs.swe.grading import GradedChange, graded_change
 from aem_lightning.envs.swe.instances import SWEBENCH_COLUMNS, Instance, from_swebench
 from aem_lightning.envs.swe.libraries import load_libraries
-from aem_lightning.envs.swe.mutations import Mutation, mutations
+from aem_lightning.envs.swe.mutations import Mutation, functions, mutations
 from aem_lightning.envs.swe.official import LEFT_OUT
 from aem_lightning.envs.swe.patches import TOKEN, hunks, make_diff, reversed_diff, token_fix
 from aem_lightning.envs.swe.repositories import Repositories, write_repository
 from aem_lightning.envs.swe.sandbox import Limits, LocalSandbox, SessionSpec, tar_of
 from aem_lightning.envs.swe.validate import main, validate_instance
+from aem_lightning.envs.swe.words import swaps
 from aem_lightning.envs.swe.worktree import apply
 
 FIX = make_diff("m.py", "x = 1\n", "x = 2\n")
@@ -106,6 +107,17 @@ def test_the_first_candidates_are_of_one_library_or_hang_on_something_else_than_
     first = [one.library.name for one in candidates(0)[:8]]
     assert len(set(first)) == 8
     assert candidates(0) == candidates(0) != candidates(1)
+
+
+def test_an_easy_bug_can_be_edited_in_many_ways_and_not_mended():
+    easy = candidates(0, most_edits=4)
+    assert 40 < len(easy) < len(candidates(0))
+    for each in easy:
+        bug = each.mutation
+        function = dict(functions(ast.parse(bug.source)))[bug.symbol]
+        lines = bug.source.splitlines()[function.lineno - 1 : function.end_lineno]
+        assert sum(len(swaps(line)) for line in lines) <= 4
+        assert (bug.new, bug.old) in swaps(bug.source.splitlines()[bug.line - 1])
 
 
 def test_an_endless_bug_is_an_instance(monkeypatch):

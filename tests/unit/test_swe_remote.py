@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import pytest
+from hosts import SECRET, Machine
 
 from aem_lightning.envs import EnvPoolError
 from aem_lightning.envs.swe import (
@@ -23,33 +23,9 @@ from aem_lightning.envs.swe import (
 )
 from aem_lightning.envs.swe.sandbox import Limits, LocalSandbox, RemoteSandbox, SessionSpec, tar_of
 from aem_lightning.envs.swe.sandbox.remote import TOKEN, Connection, HostError, remote_sandbox
-from aem_lightning.envs.swe.serve import Host, main, make_server
+from aem_lightning.envs.swe.serve import main
 
-SECRET = "a token of the tests"
 SPEC = SessionSpec(limits=Limits(wall_s=10, output_bytes=2000))
-
-
-class Machine:
-    """A host in a process of its own."""
-
-    def __init__(self, sessions: int = 8) -> None:
-        choose = lambda images: choose_sandbox(  # noqa: E731
-            SweSettings("local", allow_unsafe=True), has_images=images
-        )
-        server = make_server(("127.0.0.1", 0), Host(choose, SECRET, sessions))
-        self.address = f"http://127.0.0.1:{server.server_port}"
-        self.process = multiprocessing.get_context("fork").Process(target=server.serve_forever)
-        self.process.start()
-        server.server_close()  # it is the process's now
-
-    def kill(self) -> None:
-        """As when somebody pulls the plug."""
-        self.process.kill()
-        self.process.join()
-
-    def sessions(self) -> int:
-        """Sandboxes at work there."""
-        return len(psutil.Process(self.process.pid).children())
 
 
 @pytest.fixture

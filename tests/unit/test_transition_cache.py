@@ -58,6 +58,49 @@ def test_store_keeps_to_its_bound_and_drops_what_was_used_least_recently():
     assert inner.steps_taken == 2
 
 
+class Switches:
+    """Three lamps; what an answer says hangs on which are lit, not on the way there."""
+
+    def reset(self, *, seed=None, options=None):
+        self.lit, self.steps = frozenset(), 0
+        return "dark", {}
+
+    def step(self, action):
+        self.steps += 1
+        self.lit ^= {action}
+        return f"{action}: {sorted(self.lit)}", 0.0, False, False, {"lit": len(self.lit)}
+
+    @property
+    def state_key(self):
+        return self.lit
+
+    def close(self):
+        pass
+
+
+def test_ways_that_lead_to_one_state_are_one():
+    store = TransitionStore()
+    first, second = TransitionCache(Switches(), store), TransitionCache(Switches(), store)
+    play = lambda env, actions: [env.reset(options={"task_id": 1}), *map(env.step, actions)]  # noqa: E731
+    rng = random.Random(0)
+    for number in range(60):
+        actions = [rng.choice("abc") for _ in range(12)]
+        plain = Switches()
+        expected = play(plain, actions)
+        assert play((first, second)[number % 2], actions) == expected
+    assert len(store) <= 1 + 8 * 3  # the reset, and three switches in each of eight states
+    inner = Switches()
+    cached = TransitionCache(inner, store)
+    play(cached, "abcabcaabbcc")
+    assert not hasattr(inner, "steps")
+    cached.step("a")
+    cached.step("other")  # not known: the environment is told the way without its circles
+    assert (inner.steps, inner.lit) == (2, {"a", "other"})
+    play(cached, "abba")
+    cached.step("unknown")
+    assert (inner.steps, inner.lit) == (1, {"unknown"})
+
+
 def test_counts_are_taken_once():
     store = TransitionStore()
     cache = TransitionCache(ToyEnv(), store)

@@ -36,11 +36,6 @@ from aem_lightning.types import Count, Task, Tool
 log = logging.getLogger(__name__)
 
 SweExpert = FunctionsExpert | BashExpert | WordsExpert
-EXPERTS: Mapping[str, type[SweExpert]] = {
-    "functions": FunctionsExpert,
-    "bash": BashExpert,
-    "words": WordsExpert,
-}
 
 
 @dataclass(frozen=True)
@@ -50,11 +45,14 @@ class GeneratedInstances:
     Attributes:
         count: Instances over all splits.
         seed: Another seed gives other bugs.
+        most_edits: Easy ones alone, each in a function of which the words dialect knows no more
+            than so many edits, one of them the fix.
         file_format: ``json`` or ``parquet``.
     """
 
     count: Count = 120
     seed: int = 0
+    most_edits: Count | None = None
     file_format: Literal["json", "parquet"] = "json"
 
 
@@ -208,9 +206,11 @@ class SweDataModule(AgentDataModule):
         return partial(SweEnv, tuple(known.values()), self.play)
 
     def make_expert(self, task: Task, seed: int) -> SweExpert:
-        """An expert that plays the gold patch."""
+        """An expert that plays the gold patch; in words, one that tries what could be it."""
         instance = next(i for i in self.instances(task.split) if i.instance_id == task.id)
-        return EXPERTS[self.play.dialect](instance)
+        if self.play.dialect == "words":
+            return WordsExpert(instance, seed)
+        return (BashExpert if self.play.dialect == "bash" else FunctionsExpert)(instance)
 
     def tools(self) -> list[Tool]:
         """Editor, search and shell; the other dialects have none."""

@@ -2,7 +2,8 @@
 
 The copies of a group walk the same states, above all once a policy has made up its mind, and so do
 replays. `TransitionCache` looks an action up by the start state and the actions before it; the
-environment itself is brought up to date only when an action comes that nobody has sent before.
+environment itself is brought up to date only when an action comes that nobody has sent before. One
+that tells its ``state_key`` is remembered by that: ways that lead to one state go on as one.
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ from typing import Any
 from aem_lightning.envs.base import Reset, Step, TextEnv
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _State:
-    """The answer that led here, and the states that actions lead to."""
+    """What actions are answered, and the states that they lead to."""
 
-    answer: Step
-    after: dict[str, _State] = field(default_factory=dict)
+    after: dict[str, tuple[Step, _State]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Start:
+    """The answer to a reset, where it leads, and the states that are known by their key."""
+
+    answer: Reset
+    state: _State = field(default_factory=_State)
+    states: dict[Hashable, _State] = field(default_factory=dict)
 
 
 class TransitionStore:
-    """Known transitions, a tree for every start state; the start states used last are kept.
+    """Known transitions from every start state; the start states used last are kept.
 
     One store serves all environments of a process.
 
@@ -40,7 +49,7 @@ class TransitionStore:
         self.max_transitions = max_transitions
         self.hits = 0
         self.misses = 0
-        self._starts: OrderedDict[Hashable, _State] = OrderedDict()
+        self._starts: OrderedDict[Hashable, _Start] = OrderedDict()
         self._sizes: dict[Hashable, int] = {}
         self._total = 0
 
@@ -53,25 +62,32 @@ class TransitionStore:
         self.hits = self.misses = 0
         return counts
 
-    def start(self, key: Hashable) -> _State | None:
-        """The known start state of ``key``."""
+    def start(self, key: Hashable) -> _Start | None:
+        """What is known of the start state of ``key``."""
         if key not in self._starts:
             return None
         self._starts.move_to_end(key)
         return self._starts[key]
 
-    def add_start(self, key: Hashable, answer: Step) -> _State:
-        """Remember the answer to a reset."""
-        state = self._starts[key] = _State(answer)
+    def add_start(self, key: Hashable, answer: Reset, name: Hashable) -> _Start:
+        """Remember the answer to a reset, and its state under ``name``."""
+        start = self._starts[key] = _Start(answer)
+        if name is not None:
+            start.states[name] = start.state
         self._count(key)
-        return state
+        return start
 
-    def add(self, key: Hashable, state: _State, action: str, answer: Step) -> _State:
-        """Remember the answer to ``action`` in ``state``, of the start state behind ``key``."""
-        after = state.after[action] = _State(answer)
-        if key in self._starts:  # else it was dropped while its episode went on
+    def add(self, key: Hashable, state: _State, action: str, answer: Step, name: Hashable) -> None:
+        """Remember the answer to ``action`` in ``state``, of the start state behind ``key``.
+
+        It leads to the state of this ``name``, or to one of its own where that is ``None``.
+        """
+        after, start = _State(), self._starts.get(key)
+        if name is not None and start is not None:
+            after = start.states.setdefault(name, after)
+        state.after[action] = answer, after
+        if start is not None:  # else it was dropped while its episode went on
             self._count(key)
-        return after
 
     def _count(self, key: Hashable) -> None:
         self._sizes[key] = self._sizes.get(key, 0) + 1
@@ -93,45 +109,62 @@ class TransitionCache:
         self._store = store
         self._key: Hashable = None
         self._state: _State | None = None
-        self._behind: list[str] = []  # actions that the environment has not seen yet
+        self._at: _State | None = None  # where the environment is
+        self._behind: list[tuple[str, _State]] = []  # actions it has not seen yet, and their ends
         self._unopened: tuple[int | None, Mapping[str, Any]] | None = None  # a reset not seen yet
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start ``options["task_id"]``, from memory where it is known."""
         given = dict(options or {})
         self._key = tuple(sorted(given.items()))
-        self._state = self._store.start(self._key)
+        start = self._store.start(self._key)
         self._behind = []
-        if self._state is None:
+        if start is None:
             self._unopened = None
-            observation, info = self._env.reset(seed=seed, options=given)
+            answer = self._env.reset(seed=seed, options=given)
             self._store.misses += 1
-            self._state = self._store.add_start(self._key, (observation, 0.0, False, False, info))
+            start = self._store.add_start(self._key, answer, self._state_key())
         else:
             self._unopened = (seed, given)
             self._store.hits += 1
-        observation, _, _, _, info = self._state.answer
+        self._state = self._at = start.state
+        observation, info = start.answer
         return observation, dict(info)
 
     def step(self, action: str) -> Step:
         """The answer to ``action``, from memory where it is known."""
         if self._state is None:
             raise RuntimeError("step before reset: call reset(options={'task_id': ...}) first")
-        known = self._state.after.get(action)
-        if known is None:
+        state = self._state
+        known = action in state.after
+        if not known:
             self._catch_up()
             answer = self._env.step(action)
             self._store.misses += 1
-            if answer[-1].get("infra_error"):
-                known = _State(answer)  # not remembered: it may work the next time
-            else:
-                known = self._store.add(self._key, self._state, action, answer)
-        else:
-            self._behind.append(action)
+            if answer[-1].get("infra_error"):  # not remembered: it may work the next time
+                self._state = self._at = _State()
+                return answer
+            self._store.add(self._key, state, action, answer, self._state_key())
+        answer, self._state = state.after[action]
+        if known:
             self._store.hits += 1
-        self._state = known
-        observation, reward, terminated, truncated, info = known.answer
+            self._fall_behind(action, self._state)
+        else:
+            self._at = self._state
+        observation, reward, terminated, truncated, info = answer
         return observation, reward, terminated, truncated, dict(info)
+
+    def _fall_behind(self, action: str, end: _State) -> None:
+        """Note what the environment has to be told, should it be asked: no way round in circles."""
+        states = [self._at, *(state for _, state in self._behind)]
+        if end in states:
+            del self._behind[states.index(end) :]
+        else:
+            self._behind.append((action, end))
+
+    def _state_key(self) -> Hashable:
+        key: Hashable = getattr(self._env, "state_key", None)
+        return key
 
     def _catch_up(self) -> None:
         """Bring the environment to the state that memory has led to."""
@@ -140,7 +173,8 @@ class TransitionCache:
             self._env.reset(seed=seed, options=options)
             self._unopened = None
         while self._behind:
-            self._env.step(self._behind.pop(0))
+            action, self._at = self._behind.pop(0)
+            self._env.step(action)
 
     def close(self) -> None:
         """Close the environment; the store stays."""

@@ -48,7 +48,8 @@ class AlfworldEnv:
         self._games, self._goal = Path(root) / "json_2.1.1", ""
         self._is_human = goals == "human"
         game: TextEnv = _GameEngine(Path(root), cached=cached)
-        self._game = TransitionCache(game, shared_store()) if cached else game
+        self._store = shared_store(str(Path(root).absolute()))
+        self._game = TransitionCache(game, self._store) if cached else game
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start the game ``options["task_id"]``.
@@ -80,7 +81,7 @@ class AlfworldEnv:
 
     def counters(self) -> dict[str, int]:
         """Hits and misses of the transitions that this process remembers, since last asked."""
-        return shared_store().take_counts() if isinstance(self._game, TransitionCache) else {}
+        return self._store.take_counts() if isinstance(self._game, TransitionCache) else {}
 
     def close(self) -> None:
         """Free the game."""
@@ -156,6 +157,6 @@ def _annotation(games: Path, task_id: str) -> str:
 
 
 @cache
-def shared_store() -> TransitionStore:
-    """The transitions that all ALFWorld environments of this process share."""
+def shared_store(root: str) -> TransitionStore:
+    """The transitions that all environments of this process over one data folder share."""
     return TransitionStore()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from aem_lightning.envs.swe.sandbox import (
 )
 from aem_lightning.envs.swe.settings import SweSettings, choose_sandbox, session_spec
 from aem_lightning.envs.swe.tools import Call, CallError, describe, parse_call, run_call
-from aem_lightning.envs.swe.words import WordsDialect, spoken
+from aem_lightning.envs.swe.words import WordsDialect, case_command, spoken
 from aem_lightning.envs.swe.worktree import SETUP_WALL_S, apply, commit_base, read_change
 from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
 
@@ -51,8 +51,8 @@ class SweEnv:
     def __init__(self, instances: Iterable[Instance], settings: SweSettings | None = None) -> None:
         settings = settings or SweSettings()
         engine = _Engine({i.instance_id: i for i in instances}, settings)
-        self._cached = settings.cached
-        self._env = TransitionCache(engine, shared_store()) if self._cached else engine
+        self._store = shared_store(repr(settings))
+        self._env = TransitionCache(engine, self._store) if settings.cached else engine
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start the instance ``options["task_id"]``.
@@ -72,7 +72,9 @@ class SweEnv:
         """What all environments of this process did since last asked."""
         counts = {name: _COUNTS[name] for name in ("graded", "tampered")}
         _COUNTS.clear()
-        return counts | (shared_store().take_counts() if self._cached else {})
+        return counts | (
+            self._store.take_counts() if isinstance(self._env, TransitionCache) else {}
+        )
 
     def close(self) -> None:
         """End the session."""
@@ -101,8 +103,8 @@ def grade_change(
 
 
 @cache
-def shared_store() -> TransitionStore:
-    """The transitions that all SWE environments of this process share."""
+def shared_store(settings: str) -> TransitionStore:
+    """The transitions that all environments of this process with equal settings share."""
     return TransitionStore()
 
 
@@ -148,7 +150,7 @@ class _Engine:
             self._base = done.output.strip()[-40:]
         if done.code == 0 and self._settings.dialect == "words":
             done = run_call(self._session, Call("symbols"))
-            self._words = WordsDialect(tuple(done.output.split()))
+            self._words = WordsDialect(tuple(done.output.split()), case_command(self._instance))
         if done.code == 0:
             return None
         return done.infra_error or f"the repository cannot be set up: {done.output.strip()[-500:]}"
@@ -162,6 +164,13 @@ class _Engine:
             return done if done.code else session.run(f"rm -f -- {shlex.join(tests)}")
         link = f"ln -sfn {instance.workdir} {WORKDIR} && " if instance.workdir != WORKDIR else ""
         return session.run(link + HIDE_TESTS, wall_s=SETUP_WALL_S)
+
+    @property
+    def state_key(self) -> Hashable:
+        """Equal where the rest of two episodes of an instance would be; ``None`` is never equal."""
+        if self._words is None or self._settings.max_turns is not None:
+            return None
+        return self._words.state
 
     def step(self, action: str) -> Step:
         if self._broken is not None:
@@ -183,7 +192,7 @@ class _Engine:
         if result.infra_error:
             return self._break(result.infra_error)
         if self._words:
-            return self._go_on(self._words.read(call, result.output), is_valid=True)
+            return self._go_on(self._words.read(call, result), is_valid=True)
         if self._settings.dialect == "bash":
             if hands_in(result):
                 return self._finish("The work is handed in.", terminated=True)

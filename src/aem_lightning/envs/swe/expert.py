@@ -1,7 +1,8 @@
-"""Experts that know the fix: they look at what is to be changed, change it, and hand it in."""
+"""Experts: two that know the fix, make the change and hand it in, and one that tries changes."""
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +10,17 @@ from aem_lightning.envs.swe.bash import SUBMIT
 from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.patches import TOKEN, TokenFix, hunks, token_fix
 from aem_lightning.envs.swe.tools import write_call
-from aem_lightning.envs.swe.words import FINISH, SWAPS, swap_action, view_action
+from aem_lightning.envs.swe.words import (
+    FAILS,
+    FINISH,
+    HOLDS,
+    SWAPS,
+    TEST,
+    UNDO,
+    reported_case,
+    swap_action,
+    view_action,
+)
 
 DELIMITER = "END_OF_PATCH"
 NAMED = re.compile(r"`(?:\w+\.)?([\w.]+)`")
@@ -49,50 +60,84 @@ class BashExpert:
 
 
 class WordsExpert:
-    """Plays the words dialect: view the function that the statement names, mend it, finish.
+    """Plays the words dialect without knowing the fix, as one who reads no code would.
 
-    It takes back what others changed in between, so it recovers from slips.
+    It looks at the function that the statement names and makes one edit after the other, in a
+    random order; after each it runs the reported case, and takes back what did not help. It
+    recovers from slips.
+
+    Args:
+        instance: The instance.
+        seed: Of the order.
 
     Raises:
-        ValueError: The fix is not one token, or the statement names no function.
+        ValueError: The statement names no function, or no case that should hold.
     """
 
-    def __init__(self, instance: Instance) -> None:
-        fix, symbol = words_fix(instance), named_symbol(instance)
-        if fix is None or symbol is None:
+    def __init__(self, instance: Instance, seed: int = 0) -> None:
+        symbol = named_symbol(instance)
+        if symbol is None or not reported_case(instance):
             raise ValueError(
-                f"{instance.instance_id}: its fix cannot be said in words; it needs "
-                "datamodule.environment.dialect=functions"
+                f"{instance.instance_id}: its statement names no function and no case to try; it "
+                "needs datamodule.environment.dialect=functions"
             )
-        self._fix, self._view = fix, view_action(symbol)
-        self._now: dict[int, list[str]] = {}  # the tokens of each line, as last shown
-        self._wanted: dict[int, list[str]] = {}  # as they have to be
+        self._view = view_action(symbol)
+        self._head = ["def", symbol.rpartition(".")[2]]
+        self._rng = random.Random(seed)
+        self._first: dict[int, list[str]] = {}  # the tokens of each line, as first shown
+        self._now: dict[int, list[str]] = {}  # as last shown
+        self._own: set[int] = set()  # the lines of the function
+        self._useless: set[str] = set()  # edits that did not help
+        self._tested = False  # what is there now
 
     def act(self, observation: str, admissible: Sequence[str]) -> str:
         """The next action."""
-        self._read(observation)
-        if self._fix.line not in self._now:
+        is_view = self._read(observation)
+        changed = sorted(n for n, tokens in self._now.items() if tokens != self._first[n])
+        if observation == HOLDS:
+            return FINISH
+        if observation == FAILS:
+            self._tested = True
+            edits = [edit for line in changed for edit in self._edits(line)]
+            self._useless |= set(edits) if len(edits) == 1 else set()
+        if not self._own:
             return self._view
-        for number, now in self._now.items():
-            pairs = zip(now, self._wanted[number], strict=True)
-            wrong = [(old, new) for old, new in pairs if old != new]
-            if wrong:
-                mend = swap_action(number, *wrong[0])
-                return mend if mend in admissible else self._view
-        return FINISH
+        if changed and not self._tested:
+            return TEST
+        if changed:
+            return UNDO
+        untried = self._untried(admissible)
+        if not untried and not is_view:  # another function may be in view
+            return self._view
+        return untried[0] if untried else FINISH
 
-    def _read(self, observation: str) -> None:
-        """Take in the lines that were shown; the first time, all but one are as they should be."""
+    def _untried(self, admissible: Sequence[str]) -> list[str]:
+        """The edits of the function that can be made and did not fail, in a random order."""
+        edits = [a.split() for a in sorted(admissible) if a.startswith("edit ")]
+        own = [" ".join(edit) for edit in edits if int(edit[1]) in self._own]
+        untried = [edit for edit in own if edit not in self._useless]
+        self._rng.shuffle(untried)
+        return untried
+
+    def _edits(self, line: int) -> list[str]:
+        """What made a line what it is."""
+        pairs = zip(self._first[line], self._now[line], strict=True)
+        return [swap_action(line, old, new) for old, new in pairs if old != new]
+
+    def _read(self, observation: str) -> bool:
+        """Take in the lines that were shown; whether they are the function."""
+        shown: dict[int, list[str]] = {}
         for line in observation.splitlines():
             head, _, text = line.partition(" ")
             if head.isdecimal():
-                number, tokens = int(head), TOKEN.findall(text)
-                self._now[number] = tokens
-                mended = tokens
-                if number == self._fix.line:
-                    old, new = self._fix.old, self._fix.new
-                    mended = [new if token == old else token for token in tokens]
-                self._wanted.setdefault(number, mended)
+                shown[int(head)] = TOKEN.findall(text)
+        for number, tokens in shown.items():
+            self._tested &= tokens == self._now.get(number, tokens)
+            self._now[number] = tokens
+            self._first.setdefault(number, tokens)
+        is_view = len(shown) > 1 and any(ts[:2] == self._head for ts in shown.values())
+        self._own = {*shown} if is_view else self._own
+        return is_view
 
 
 def words_fix(instance: Instance) -> TokenFix | None:

@@ -8,6 +8,7 @@ graded 1 and doing nothing was graded 0, by the code that grades the agent.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import logging
 import random
@@ -26,12 +27,13 @@ from typing import Any
 from aem_lightning.envs.swe.grading import grade, run_judged
 from aem_lightning.envs.swe.instances import from_swebench
 from aem_lightning.envs.swe.libraries import TEST_FILE, Library, load_libraries
-from aem_lightning.envs.swe.mutations import Mutation, mutations
+from aem_lightning.envs.swe.mutations import Mutation, functions, mutations
 from aem_lightning.envs.swe.patches import make_diff
 from aem_lightning.envs.swe.repositories import write_repository
 from aem_lightning.envs.swe.sandbox import Limits, Sandbox, SessionSpec, tar_of
 from aem_lightning.envs.swe.sandbox.base import KILLED, OVER_CPU
 from aem_lightning.envs.swe.settings import SweSettings, choose_sandbox
+from aem_lightning.envs.swe.words import REPORTED, WANTED, swaps
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ def generate_instances(
     *,
     count: int = 120,
     seed: int = 0,
+    most_edits: int | None = None,
     sandbox: Sandbox | None = None,
     workers: int = 2,
     file_format: str = "json",
@@ -81,6 +84,7 @@ def generate_instances(
         out: The folder.
         count: Instances over all splits.
         seed: Another seed gives other bugs.
+        most_edits: See `candidates`.
         sandbox: Where tests run. They are the project's own: without one, the best that works here,
             if only a local one.
         workers: Tests run at once.
@@ -97,11 +101,12 @@ def generate_instances(
     logger.info("making %d instances in %s", count, out)
     start = time.perf_counter()
     sandbox = sandbox or choose_sandbox(SweSettings(allow_unsafe=True))
-    found, outcomes = _try_until(count, seed, sandbox, workers)
+    found, outcomes = _try_until(count, candidates(seed, most_edits), sandbox, workers)
     manifest = {
         "version": VERSION,
         "count": count,
         "seed": seed,
+        "most_edits": most_edits,
         "sandbox": sandbox.name,
         "outcomes": dict(sorted(outcomes.items())),
         "seconds": round(time.perf_counter() - start, 1),
@@ -125,24 +130,39 @@ def _place(out: Path, found: Sequence[Tried], manifest: dict[str, Any], file_for
                 raise
 
 
-def candidates(seed: int) -> list[Candidate]:
-    """Every bug of every library, in turn from each, in an order that the seed decides."""
+def candidates(seed: int, most_edits: int | None = None) -> list[Candidate]:
+    """Every bug of every library, in turn from each, in an order that the seed decides.
+
+    With ``most_edits`` those alone of which one edit in the words dialect is the fix, in functions
+    where it knows no more than so many.
+    """
     piles = []
     for library in load_libraries():
-        pile = [Candidate(library, mutation) for mutation in mutations(library.core)]
+        bugs = mutations(library.core)
+        if most_edits is not None:
+            bugs = (bug for bug in bugs if 0 < _edits(bug) <= most_edits)
+        pile = [Candidate(library, bug) for bug in bugs]
         random.Random(f"{seed}/{library.name}").shuffle(pile)
         piles.append(pile)
     return [one for turn in zip_longest(*piles) for one in turn if one is not None]
 
 
+def _edits(bug: Mutation) -> int:
+    """What could be edited in words in the function; 0 where the fix is none of it."""
+    function = dict(functions(ast.parse(bug.source)))[bug.symbol]
+    lines = bug.source.splitlines()[: function.end_lineno]
+    if (bug.new, bug.old) not in swaps(lines[bug.line - 1]):
+        return 0
+    return sum(len(swaps(line)) for line in lines[function.lineno - 1 :])
+
+
 def _try_until(
-    count: int, seed: int, sandbox: Sandbox, workers: int
+    count: int, waiting: list[Candidate], sandbox: Sandbox, workers: int
 ) -> tuple[list[Tried], Counter[str]]:
     """The first ``count`` candidates that make an instance; what became of all that were tried."""
     outcomes: Counter[str] = Counter()
     found: list[Tried] = []
     with ThreadPoolExecutor(workers) as pool:
-        waiting = candidates(seed)
         while waiting:
             # A few at a time, so that few are tried in vain.
             part, waiting = waiting[: 2 * workers], waiting[2 * workers :]
@@ -153,8 +173,8 @@ def _try_until(
             if len(found) >= count:
                 return found, outcomes
     raise ValueError(
-        f"count={count}: the libraries give only {len(found)} instances of seed={seed} "
-        f"({dict(outcomes)}); type a count of at most that"
+        f"count={count}: the libraries give only {len(found)} such instances ({dict(outcomes)}); "
+        "type a count of at most that"
     )
 
 
@@ -227,8 +247,8 @@ def _statement(library: Library, bug: Mutation, test: str) -> str:
     doc = f"Its documentation says: {says}\n\n" if says else ""
     return (
         f"`{library.name}.{bug.symbol}` gives a wrong result\n\n{doc}"
-        f"This should hold, and does not:\n\n{example}\n\n"
-        f"Find the defect in {library.core_file} and mend it. The tests need no change.\n"
+        f"{REPORTED}\n\n{example}\n\n"
+        f"{WANTED} in {library.core_file} and mend it. The tests need no change.\n"
     )
 
 
@@ -274,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="the folder to fill")
     parser.add_argument("--count", type=int, default=120, help="instances over all splits")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--most-edits", type=int, help="easy ones: of so few possible edits")
     parser.add_argument("--workers", type=int, default=2, help="tests run at once")
     parser.add_argument("--format", choices=FORMATS, default="json")
     parser.add_argument("--sandbox", default="auto", help="auto, bubblewrap, docker or local")
@@ -284,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.out,
         count=given.count,
         seed=given.seed,
+        most_edits=given.most_edits,
         sandbox=choose_sandbox(SweSettings(given.sandbox, allow_unsafe=True, image=given.image)),
         workers=given.workers,
         file_format=given.format,

@@ -5,9 +5,24 @@ from __future__ import annotations
 from aem_lightning.envs.swe.libraries import load_libraries
 from aem_lightning.envs.swe.mutations import CALLS
 from aem_lightning.envs.swe.patches import TOKEN
-from aem_lightning.envs.swe.words import FINISH, SWAPS, spoken, swap_action, view_action
+from aem_lightning.envs.swe.words import (
+    FAILS,
+    FINISH,
+    HOLDS,
+    SWAPS,
+    TEST,
+    UNDO,
+    spoken,
+    swap_action,
+    view_action,
+)
 
 SENTENCES = (
+    HOLDS,
+    FAILS,
+    TEST,
+    UNDO,
+    FINISH,
     "` a ` gives a wrong result",
     "nothing happens .",
     "The work is handed in.",
@@ -23,7 +38,14 @@ def vocabulary_texts() -> list[str]:
     said = sorted(
         {int(word) for text in sources for word in TOKEN.findall(text) if word.isdecimal()}
     )
-    texts = [*SENTENCES, FINISH, *(view_action(library.name) for library in libraries)]
+    texts = [
+        *SENTENCES,
+        HOLDS,
+        FAILS,
+        TEST,
+        FINISH,
+        *(view_action(library.name) for library in libraries),
+    ]
     # Lines are shown behind their number, with their indentation; actions say names in lower case.
     lines = [line for source in sources for line in source.splitlines() if line.strip()]
     texts += [text for line in lines for text in (f"1 {line}", spoken(line))]

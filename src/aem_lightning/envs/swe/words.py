@@ -1,4 +1,4 @@
-"""A way to play in words alone: look at a function, put one token in the place of another, finish.
+"""A way to play in words alone: look at a function, change a token, run the case, finish.
 
 For small policies, which do not learn to write calls and indented code. What can be said is listed,
 so actions are admissible or not.
@@ -7,12 +7,20 @@ so actions are admissible or not.
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Hashable
+from textwrap import dedent
 
+from aem_lightning.envs.swe.instances import Instance
 from aem_lightning.envs.swe.patches import TOKEN
+from aem_lightning.envs.swe.sandbox import CommandResult
 from aem_lightning.envs.swe.tools import Call, CallError
 
-NUMBERED = re.compile(r"^ *(\d+)\t(.*)$")
-FINISH = "finish"
+NUMBERED = re.compile(r"^ *(\d+)\t(.*)$", re.MULTILINE)
+REPORTED, WANTED = "This should hold, and does not:", "Find the defect"  # of statements
+FINISH, TEST, UNDO = "finish", "test", "undo"
+HOLDS, FAILS = "the case holds .", "the case fails ."
+CASE_S = 10  # seconds for it
 # What a token may become: the opposites of the usual mistakes.
 SWAPS = {
     **{"<": ("<=",), "<=": ("<",), ">": (">=",), ">=": (">",), "==": ("!=",), "!=": ("==",)},
@@ -23,18 +31,31 @@ SWAPS = {
 
 
 class WordsDialect:
-    """Reads actions of one episode; ``symbols`` can be viewed, the one in view can be edited."""
+    """Reads actions of one episode.
 
-    def __init__(self, symbols: tuple[str, ...]) -> None:
+    Args:
+        symbols: The functions that can be viewed; the one in view can be edited.
+        case: The command by which ``test`` runs what was reported; "" where nothing was.
+    """
+
+    def __init__(self, symbols: tuple[str, ...], case: str = "") -> None:
+        self._case = Call("execute_bash", {"cmd": case}) if case else None
         self._views = {view_action(name): Call("symbol", {"name": name}) for name in symbols}
         self._swaps: dict[str, Call] = {}
         self._path = ""
         self._lines: dict[int, str] = {}
+        self._edits: list[tuple[str, int, str, str]] = []  # file, line, text before and after
 
     @property
     def admissible(self) -> tuple[str, ...]:
         """Every action that is accepted now, sorted."""
-        return tuple(sorted([*self._views, *self._swaps, FINISH]))
+        more = [*([TEST] if self._case else []), *([UNDO] if self._edits else []), FINISH]
+        return tuple(sorted([*self._views, *self._swaps, *more]))
+
+    @property
+    def state(self) -> Hashable:
+        """What every answer from now on hangs on."""
+        return self._path, tuple(self._lines.items()), tuple(self._edits)
 
     def parse(self, action: str) -> Call:
         """The call that an action stands for.
@@ -46,18 +67,31 @@ class WordsDialect:
         if said == FINISH:
             return Call("finish")
         call = self._views.get(said) or self._swaps.get(said)
+        call = self._case if said == TEST else call
+        if said == UNDO and self._edits:
+            call = Call("undo_edit", {"path": self._edits[-1][0]})
         if call is None:
             raise CallError("nothing happens .")
         return call
 
-    def read(self, call: Call, output: str) -> str:
+    def read(self, call: Call, result: CommandResult) -> str:
         """Take in what a call gave; what the agent reads of it."""
+        if call is self._case:
+            return FAILS if result.code else HOLDS
+        output = result.output
         if call.tool == "symbol":
             self._path, _, output = output.partition("\n")
             self._lines = {}
-        for line in output.splitlines():
-            if found := NUMBERED.match(line):
-                self._lines[int(found[1])] = found[2]
+        if call.tool == "undo_edit" and result.code == 0:
+            path, line, before, _ = self._edits.pop()
+            output = f"{line}\t{before}"
+            if path == self._path and line in self._lines:  # else it is out of view
+                self._lines[line] = before
+        elif call.tool in ("symbol", "swap"):
+            for number, text in NUMBERED.findall(output):
+                if call.tool == "swap":
+                    self._edits.append((self._path, int(number), self._lines[int(number)], text))
+                self._lines[int(number)] = text
         self._swaps = {
             swap_action(number, old, new): Call(
                 "swap", {"path": self._path, "line": str(number), "old": old, "new": new}
@@ -66,6 +100,23 @@ class WordsDialect:
             for old, new in swaps(line)
         }
         return "\n".join(line.strip().replace("\t", " ") for line in output.splitlines())
+
+
+def reported_case(instance: Instance) -> str:
+    """The code that an embedded instance's statement says should hold; "" where there is none."""
+    _, _, rest = instance.problem_statement.partition(f"{REPORTED}\n\n")
+    return dedent(rest.partition(f"\n\n{WANTED}")[0]).strip()
+
+
+def case_command(instance: Instance) -> str:
+    """How to run `reported_case`; "" where there is none."""
+    case = reported_case(instance)
+    if not case or not instance.fail_to_pass:
+        return ""
+    tests = instance.fail_to_pass[0].partition("::")[0]  # what stands above the first one is needed
+    script = f"exec(open({tests!r}).read().partition('\\ndef test_')[0])\n{case}"
+    # The order of a set of words would else be another each time.
+    return f"PYTHONHASHSEED=0 timeout {CASE_S} python3 -B -c {shlex.quote(script)}"
 
 
 def view_action(symbol: str) -> str:

@@ -1,0 +1,34 @@
+"""Machines that run sandboxes for others, which are processes of this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import psutil
+
+from aem_lightning.envs.swe import SweSettings, choose_sandbox
+from aem_lightning.envs.swe.serve import Host, make_server
+
+SECRET = "a token of the tests"
+
+
+class Machine:
+    """A host in a process of its own."""
+
+    def __init__(self, sessions: int = 8, sandbox: str = "local") -> None:
+        settings = SweSettings(sandbox, allow_unsafe=True)
+        choose = lambda images: choose_sandbox(settings, has_images=images)  # noqa: E731
+        server = make_server(("127.0.0.1", 0), Host(choose, SECRET, sessions))
+        self.address = f"http://127.0.0.1:{server.server_port}"
+        self.process = multiprocessing.get_context("fork").Process(target=server.serve_forever)
+        self.process.start()
+        server.server_close()  # it is the process's now
+
+    def kill(self) -> None:
+        """As when somebody pulls the plug."""
+        self.process.kill()
+        self.process.join()
+
+    def sessions(self) -> int:
+        """Sandboxes at work there."""
+        return len(psutil.Process(self.process.pid).children())
