@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 import tempfile
 from importlib.metadata import version
@@ -23,11 +24,13 @@ from aem_lightning.runner.build import build_datamodule, instantiate
 ROOT = Path(__file__).parents[2]
 TARGET, KNOWN = ROOT / "docs" / "adapters.md", ROOT / "logs" / "adapters.jsonl"
 PACKAGES = {"textarena": ("textarena", "env_id"), "reasoning_gym": ("reasoning-gym", "name")}
+LIMIT_S = 90  # of a name
 SMALL = (
     *("prompt=plain", "rewards=passthrough", "memory=window", "policy.lora.r=4"),
     *("iterations=1", "iterations_per_epoch=1", "tasks_per_iteration=2", "group_size=2"),
     *("max_turns=4", "max_new_tokens=8", "max_context=4096", "concurrency=4", "evaluate=false"),
     *("datamodule.sizes={train: 8, valid: 4}", "datamodule.validation_tasks=1"),
+    "datamodule.timeout_s=20",
     *("datamodule.workers=1", "callbacks=null", "logger=null", "trainer.accelerator=cpu"),
 )
 
@@ -62,9 +65,11 @@ def tried(package: str, name: str, model: Path) -> dict[str, str]:
         cfg = composed(words)
         verdict = {"package": package, "name": name, "check": "kept", "trained": ""}
         try:
-            check_env(build_datamodule(cfg), prompt=instantiate(cfg.prompt))
+            check_env(build_datamodule(cfg), prompt=instantiate(cfg.prompt), resets=20)
         except EnvContractError as error:
             verdict["check"] = str(error).splitlines()[1]
+        except TimeoutError as error:
+            return verdict | {"check": str(error), "trained": "not tried"}
         keep = Keep()
         try:
             with built(cfg) as (trainer, module, datamodule):
@@ -93,8 +98,8 @@ def page(verdicts: list[dict[str, str]]) -> str:
             "# Games and data sets of other packages",
             "",
             f"Written by `make test-adapters`, with {versions}: {kept} of {len(verdicts)} keep the",
-            "contract (`stage=check`). Trained: the episodes of one iteration that were whole; the",
-            "others are masked.",
+            "contract (`stage=check`, with 20 resets in search of leaks). Trained: the episodes of",
+            "one iteration that were whole; the others are masked.",
             "",
             "| package | name | `stage=check` | trained |",
             "|---|---|---|---|",
@@ -102,6 +107,11 @@ def page(verdicts: list[dict[str, str]]) -> str:
             "",
         ]
     )
+
+
+def give_up(*_: object) -> None:
+    """As where a game takes a minute to make its first position."""
+    raise TimeoutError(f"no verdict in {LIMIT_S} s")
 
 
 def main() -> None:
@@ -114,12 +124,15 @@ def main() -> None:
     lines = KNOWN.read_text(encoding="utf-8").splitlines() if KNOWN.is_file() else []
     verdicts = [json.loads(line) for line in lines]
     known = {(verdict["package"], verdict["name"]) for verdict in verdicts}
+    signal.signal(signal.SIGALRM, give_up)
     model = Path(tempfile.mkdtemp()) / "model"
     make_policy(lora=False).save_model(model)
     for package in PACKAGES:
         for name in names(package):
             if (package, name) not in known and (name in only or only == [""]):
+                signal.alarm(LIMIT_S)
                 verdicts.append(tried(package, name, model))
+                signal.alarm(0)
                 with KNOWN.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(verdicts[-1]) + "\n")
                 sys.stdout.write(f"{json.dumps(verdicts[-1], ensure_ascii=False)}\n")

@@ -209,19 +209,6 @@ def test_search_finds_no_line(repository):
     assert toolbox.search("nowhere").startswith("No line holds 'nowhere'")
 
 
-def test_swap_changes_another_token(repository):
-    assert toolbox.swap("pack/core.py", "2", "<", "<=") == "     2\t    return a <= 1"
-    with pytest.raises(toolbox.ToolError, match="< occurs 0 times in line 2"):
-        toolbox.swap("pack/core.py", "2", "<", ">")
-
-
-def test_a_function_is_not_found_by_its_name(repository):
-    assert toolbox.symbols() == "Box.open\nf"
-    assert toolbox.symbol("box . open") == (
-        "pack/core.py\n     6\t    def open(self):\n     7\t        return 2"
-    )
-
-
 @pytest.mark.parametrize(
     ("path", "said"),
     [

@@ -6,6 +6,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,11 +27,27 @@ from aem_lightning.envs.swe.sandbox import (
     Sandbox,
     Session,
     SessionSpec,
+    tar_of,
 )
 from aem_lightning.envs.swe.settings import SweSettings, choose_sandbox, session_spec
 from aem_lightning.envs.swe.tools import Call, CallError, describe, parse_call, run_call
-from aem_lightning.envs.swe.words import WordsDialect, case_command, spoken
-from aem_lightning.envs.swe.worktree import SETUP_WALL_S, apply, commit_base, read_change
+from aem_lightning.envs.swe.words import (
+    FAILS,
+    FINISH,
+    HOLDS,
+    TEST,
+    WordsDialect,
+    case_command,
+    reported_case,
+    spoken,
+)
+from aem_lightning.envs.swe.worktree import (
+    SETUP_WALL_S,
+    Change,
+    apply,
+    commit_base,
+    read_change,
+)
 from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
 
 
@@ -119,6 +136,7 @@ class _Engine:
         self._repositories = Repositories(settings.repositories)
         self._instances = {i: self._repositories.located(instances[i]) for i in instances}
         self._session: Session | None = None
+        self._is_over = True
 
     @cached_property
     def _sandbox(self) -> Sandbox:
@@ -135,7 +153,8 @@ class _Engine:
         self._files = self._repositories.base(self._instance)
         self._turns, self._start = 0, time.monotonic()
         self._words: WordsDialect | None = None
-        self._broken = self._open()
+        self._is_over = False
+        self._broken = self._open_words() if self._settings.dialect == "words" else self._open()
         return self._observation(), self._info()
 
     def _open(self) -> str | None:
@@ -148,12 +167,17 @@ class _Engine:
         if done.code == 0:
             done = commit_base(self._session, ignored_too=bool(self._files))
             self._base = done.output.strip()[-40:]
-        if done.code == 0 and self._settings.dialect == "words":
-            done = run_call(self._session, Call("symbols"))
-            self._words = WordsDialect(tuple(done.output.split()), case_command(self._instance))
         if done.code == 0:
             return None
         return done.infra_error or f"the repository cannot be set up: {done.output.strip()[-500:]}"
+
+    def _open_words(self) -> str | None:
+        """Be ready to play in words; a sandbox is opened where code runs."""
+        if not self._files:
+            return "it is an image; type datamodule.environment.dialect=functions"
+        _ = self._sandbox  # where there is none, it is told now
+        self._words = WordsDialect(self._files, bool(reported_case(self._instance)))
+        return None
 
     def _set_up_image(self, session: Session) -> CommandResult:
         """Hide the tests of an image, and give it the bug where it has none."""
@@ -175,13 +199,16 @@ class _Engine:
     def step(self, action: str) -> Step:
         if self._broken is not None:
             return self._break(self._broken)
-        if self._session is None:
+        if self._is_over:
             raise RuntimeError("step: the episode is over; call reset(options={'task_id': ...})")
         if time.monotonic() - self._start > self._settings.episode_s:
             self._end_session()
             said = "The time of this episode is up."
             return said, 0.0, False, True, self._info(reason=said)
         self._turns += 1
+        if self._words is not None:
+            return self._step_in_words(self._words, spoken(action))
+        assert self._session is not None
         try:
             call = self._parse(action)
         except CallError as error:
@@ -191,17 +218,37 @@ class _Engine:
         result = run_call(self._session, call, self._settings.shell)
         if result.infra_error:
             return self._break(result.infra_error)
-        if self._words:
-            return self._go_on(self._words.read(call, result), is_valid=True)
         if self._settings.dialect == "bash":
             if hands_in(result):
                 return self._finish("The work is handed in.", terminated=True)
             return self._go_on(describe_output(result), is_valid=True)
         return self._go_on(describe(call, result), is_valid=True)
 
+    def _step_in_words(self, words: WordsDialect, said: str) -> Step:
+        if said == FINISH:
+            return self._finish("The work is handed in.", terminated=True)
+        if said == TEST and TEST in words.admissible:
+            result = self._run_case(words)
+            if result.infra_error:
+                return self._break(result.infra_error)
+            return self._go_on(FAILS if result.code else HOLDS, is_valid=True)
+        try:
+            return self._go_on(words.act(said), is_valid=True)
+        except CallError as error:
+            return self._go_on(str(error), is_valid=False)
+
+    def _run_case(self, words: WordsDialect) -> CommandResult:
+        """Run what was reported, on the tree as it is now, in a sandbox of its own."""
+        with closing(self._sandbox.open(self._spec(self._settings.limits))) as session:
+            done = session.put_tar(self._files)
+            if done.code == 0 and words.changed:
+                done = session.put_tar(tar_of({p: t.encode() for p, t in words.changed.items()}))
+            if done.code or done.infra_error:
+                said = done.infra_error or f"the repository cannot be set up: {done.output[-500:]}"
+                return replace(done, infra_error=said)
+            return session.run(case_command(self._instance))
+
     def _parse(self, action: str) -> Call:
-        if self._words:
-            return self._words.parse(action)
         return parse_block(action) if self._settings.dialect == "bash" else parse_call(action)
 
     def close(self) -> None:
@@ -210,7 +257,7 @@ class _Engine:
         self.__dict__.pop("_sandbox", None)
 
     def _end_session(self) -> None:
-        session, self._session = self._session, None
+        session, self._session, self._is_over = self._session, None, True
         if session is not None:
             session.close()
 
@@ -236,8 +283,11 @@ class _Engine:
         return observation, float(grade.resolved), terminated, not terminated, info
 
     def _grade(self) -> Grade:
-        assert self._session is not None
-        changed = read_change(self._session, self._base)
+        if self._words is not None:
+            changed = Change(self._words.diff)
+        else:
+            assert self._session is not None
+            changed = read_change(self._session, self._base)
         if changed.infra_error or changed.problem:
             return Grade(infra_error=changed.infra_error, report=changed.problem)
         found = grade_change(

@@ -7,7 +7,6 @@ request cannot be done and the text says why.
 
 from __future__ import annotations
 
-import ast
 import codecs
 import hashlib
 import io
@@ -21,7 +20,6 @@ SHOWN = 10000  # characters of a file
 LONGEST = 16 << 20  # bytes of one
 MATCHES = 100
 DEPTH = 2
-TOKEN = re.compile(r"\w+|[^\w\s]+")
 CODING = re.compile(rb"(?:[ \t\f]*(?:#[^\n]*)?\r?\n)?[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -42,26 +40,6 @@ def view(path: str = ".", view_range: str = "", root: str = ".") -> str:
     lines = lines_of(read(place, path))
     first, last = numbers(view_range, len(lines))
     return numbered(lines, first, last)
-
-
-def symbol(name: str, root: str = ".") -> str:
-    """The lines of a function, found by its name anywhere in the repository."""
-    wanted = "".join(name.split()).casefold()
-    for place in python_files("."):
-        source = read(place, place)
-        for found, start, end in definitions(source):
-            if found.casefold() == wanted:
-                return place[2:] + "\n" + numbered(lines_of(source), start, end)
-    raise ToolError(f"there is no function {name}")
-
-
-def symbols(root: str = ".") -> str:
-    """The name of every function of the repository, tests aside."""
-    found = []
-    for place in python_files("."):
-        if not os.path.basename(place).startswith("test"):
-            found += [name for name, _, _ in definitions(read(place, place))]
-    return "\n".join(sorted(set(found)))
 
 
 def create(path: str, file_text: str = "", root: str = ".") -> str:
@@ -104,22 +82,6 @@ def insert(path: str, insert_line: str, new_str: str = "", root: str = ".") -> s
     new = with_ends(new_str if new_str.endswith("\n") else new_str + "\n", end)
     head = "".join(lines[:after])
     return change(place, path, head + new + "".join(lines[after:]), head, new)
-
-
-def swap(path: str, line: str, old: str, new: str, root: str = ".") -> str:
-    """Put one token of a line in the place of another, which has to occur there exactly once."""
-    place = locate(path, root)
-    lines = lines_of(read(place, path), keep_ends=True)
-    number = whole_number(line, "line")
-    if not 1 <= number <= len(lines):
-        raise ToolError(f"line={number}; the file has {len(lines)} lines")
-    found = [m for m in TOKEN.finditer(lines[number - 1]) if m.group() == old]
-    if len(found) != 1:
-        raise ToolError(f"{old} occurs {len(found)} times in line {number}")
-    text = lines[number - 1]
-    lines[number - 1] = text[: found[0].start()] + new + text[found[0].end() :]
-    write(place, encoded(place, "".join(lines)))
-    return numbered([part.rstrip("\r\n") for part in lines], number, number)
 
 
 def undo_edit(path: str, root: str = ".") -> str:
@@ -334,26 +296,7 @@ def python_files(place: str) -> list[str]:
     return [name for name in found if os.path.isfile(name)]
 
 
-def definitions(source: str) -> list[tuple[str, int, int]]:
-    """Functions with their first and last line; those of a class as ``Class.name``."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):  # or no text that Python can be in
-        return []
-    found = []
-    for node in tree.body:
-        inner = node.body if isinstance(node, ast.ClassDef) else [node]
-        prefix = node.name + "." if isinstance(node, ast.ClassDef) else ""
-        for part in inner:
-            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                found.append((prefix + part.name, part.lineno, part.end_lineno or part.lineno))
-    return found
-
-
-TOOLS = {
-    f.__name__: f
-    for f in (view, symbol, symbols, create, str_replace, insert, swap, undo_edit, search)
-}
+TOOLS = {f.__name__: f for f in (view, create, str_replace, insert, undo_edit, search)}
 
 
 def main() -> int:

@@ -1,22 +1,23 @@
 """A way to play in words alone: look at a function, change a token, run the case, finish.
 
 For small policies, which do not learn to write calls and indented code. What can be said is listed,
-so actions are admissible or not.
+so actions are admissible or not. Looking and editing run no code and need no sandbox.
 """
 
 from __future__ import annotations
 
-import re
+import ast
+import io
 import shlex
-from collections.abc import Hashable
+import tarfile
+from collections.abc import Hashable, Iterator
 from textwrap import dedent
 
 from aem_lightning.envs.swe.instances import Instance
-from aem_lightning.envs.swe.patches import TOKEN
-from aem_lightning.envs.swe.sandbox import CommandResult
-from aem_lightning.envs.swe.tools import Call, CallError
+from aem_lightning.envs.swe.mutations import functions
+from aem_lightning.envs.swe.patches import TOKEN, make_diff
+from aem_lightning.envs.swe.tools import CallError
 
-NUMBERED = re.compile(r"^ *(\d+)\t(.*)$", re.MULTILINE)
 REPORTED, WANTED = "This should hold, and does not:", "Find the defect"  # of statements
 FINISH, TEST, UNDO = "finish", "test", "undo"
 HOLDS, FAILS = "the case holds .", "the case fails ."
@@ -31,75 +32,90 @@ SWAPS = {
 
 
 class WordsDialect:
-    """Reads actions of one episode.
+    """One episode in words: what is in view, and what was edited; no code is run here.
 
     Args:
-        symbols: The functions that can be viewed; the one in view can be edited.
-        case: The command by which ``test`` runs what was reported; "" where nothing was.
+        files: The base tree, as a tar archive. Its functions can be viewed, those of tests aside;
+            the one in view can be edited.
+        has_case: Whether there is something to `TEST`.
     """
 
-    def __init__(self, symbols: tuple[str, ...], case: str = "") -> None:
-        self._case = Call("execute_bash", {"cmd": case}) if case else None
-        self._views = {view_action(name): Call("symbol", {"name": name}) for name in symbols}
-        self._swaps: dict[str, Call] = {}
-        self._path = ""
-        self._lines: dict[int, str] = {}
+    def __init__(self, files: bytes, has_case: bool) -> None:
+        self._base = {path: text.splitlines(keepends=True) for path, text in _sources(files)}
+        self._now = {path: [*lines] for path, lines in self._base.items()}
+        self._views: dict[str, tuple[str, range]] = {}
+        for path, lines in self._base.items():
+            for name, node in functions(ast.parse("".join(lines))):
+                place = path, range(node.lineno, (node.end_lineno or node.lineno) + 1)
+                self._views.setdefault(view_action(name), place)
+        self._has_case = has_case
+        self._in_view: tuple[str, range] = "", range(0)
         self._edits: list[tuple[str, int, str, str]] = []  # file, line, text before and after
 
     @property
     def admissible(self) -> tuple[str, ...]:
         """Every action that is accepted now, sorted."""
-        more = [*([TEST] if self._case else []), *([UNDO] if self._edits else []), FINISH]
-        return tuple(sorted([*self._views, *self._swaps, *more]))
+        more = [*([TEST] if self._has_case else []), *([UNDO] if self._edits else []), FINISH]
+        return tuple(sorted({*self._views, *self._swaps(), *more}))
 
     @property
     def state(self) -> Hashable:
         """What every answer from now on hangs on."""
-        return self._path, tuple(self._lines.items()), tuple(self._edits)
+        return self._in_view, tuple(self._edits)
 
-    def parse(self, action: str) -> Call:
-        """The call that an action stands for.
+    @property
+    def changed(self) -> dict[str, str]:
+        """The files that are not as they were."""
+        return {p: "".join(lines) for p, lines in self._now.items() if lines != self._base[p]}
+
+    @property
+    def diff(self) -> str:
+        """The change, as git writes it."""
+        return "".join(
+            make_diff(p, "".join(self._base[p]), text) for p, text in self.changed.items()
+        )
+
+    def act(self, said: str) -> str:
+        """The answer to a view, an edit or an undo.
 
         Raises:
-            CallError: It is not admissible.
+            CallError: It is none that is admissible.
         """
-        said = spoken(action)
-        if said == FINISH:
-            return Call("finish")
-        call = self._views.get(said) or self._swaps.get(said)
-        call = self._case if said == TEST else call
+        if said in self._views:
+            path, lines = self._in_view = self._views[said]
+            return "\n".join(f"{n} {self._now[path][n - 1].rstrip()}".rstrip() for n in lines)
         if said == UNDO and self._edits:
-            call = Call("undo_edit", {"path": self._edits[-1][0]})
-        if call is None:
+            path, number, text, _ = self._edits.pop()
+        elif swap := self._swaps().get(said):
+            path, number, text = swap
+            self._edits.append((path, number, self._now[path][number - 1], text))
+        else:
             raise CallError("nothing happens .")
-        return call
+        self._now[path][number - 1] = text
+        return f"{number} {text.rstrip()}"
 
-    def read(self, call: Call, result: CommandResult) -> str:
-        """Take in what a call gave; what the agent reads of it."""
-        if call is self._case:
-            return FAILS if result.code else HOLDS
-        output = result.output
-        if call.tool == "symbol":
-            self._path, _, output = output.partition("\n")
-            self._lines = {}
-        if call.tool == "undo_edit" and result.code == 0:
-            path, line, before, _ = self._edits.pop()
-            output = f"{line}\t{before}"
-            if path == self._path and line in self._lines:  # else it is out of view
-                self._lines[line] = before
-        elif call.tool in ("symbol", "swap"):
-            for number, text in NUMBERED.findall(output):
-                if call.tool == "swap":
-                    self._edits.append((self._path, int(number), self._lines[int(number)], text))
-                self._lines[int(number)] = text
-        self._swaps = {
-            swap_action(number, old, new): Call(
-                "swap", {"path": self._path, "line": str(number), "old": old, "new": new}
-            )
-            for number, line in self._lines.items()
-            for old, new in swaps(line)
-        }
-        return "\n".join(line.strip().replace("\t", " ") for line in output.splitlines())
+    def _swaps(self) -> dict[str, tuple[str, int, str]]:
+        """What can be edited: the file, the line and its new text, by the action."""
+        path, numbers = self._in_view
+        found = {}
+        for number in numbers:
+            line = self._now[path][number - 1]
+            for old, new in swaps(line):
+                at = next(m.start() for m in TOKEN.finditer(line) if m.group() == old)
+                text = line[:at] + new + line[at + len(old) :]
+                found[swap_action(number, old, new)] = path, number, text
+        return found
+
+
+def _sources(files: bytes) -> Iterator[tuple[str, str]]:
+    """The Python files of an archive that are no tests, sorted by their paths."""
+    with tarfile.open(fileobj=io.BytesIO(files)) as tar:
+        for member in sorted(tar, key=lambda each: each.name):
+            name = member.name.rpartition("/")[2]
+            if member.isfile() and name.endswith(".py") and not name.startswith("test"):
+                content = tar.extractfile(member)
+                assert content is not None
+                yield member.name, content.read().decode()
 
 
 def reported_case(instance: Instance) -> str:
