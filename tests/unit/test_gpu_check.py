@@ -27,8 +27,8 @@ def test_cheap_pieces_are_not_green_or_are_measured_again(tmp_path, capsys, monk
     assert graphs["max_logprob_difference"] < 1e-3
     assert set(graphs["steps"]) == {f"{b} rows, {r} read" for b in (2, 4) for r in (64, 128)}
     assert set(graphs["engines"]) == set(graphs["steps"])
-    assert graphs["ragged"].pop("by_a_kernel") is False
-    assert min(graphs["ragged"].values()) > 0
+    assert not graphs["ragged"]["by_a_kernel"]  # nor is there one on a CPU
+    assert min(graphs["ragged"]["used_ms"], graphs["ragged"]["masked_ms"]) > 0
     assert "2 rows, 64 read: engine=hf" in said
     assert memory["micro_batch_tokens"] == 50_000
     assert "concurrency=32 or max_context=16" in memory["told"]

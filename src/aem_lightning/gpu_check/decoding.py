@@ -29,10 +29,11 @@ def graphs(check: Check) -> Figures:
     tokenizer: Any = None  # nothing is read or written
     model = random_model("tiny" if check.small else "1.5b", check.device)
     causal_lm = Policy(model, tokenizer, Lora(r=64, alpha=128)).causal_lm
-    eager, captured = (SlotModel(causal_lm, max(batches), max(reads), 64) for _ in range(2))
+    length = max(reads) + 1  # the last place is the bin
+    eager, captured = (SlotModel(causal_lm, max(batches), length, 64) for _ in range(2))
     captured.cache = eager.cache  # the block is big
     eager.few_shapes = captured.few_shapes = False  # graphs have shapes of their own
-    captured.graphs = DecodeGraphs(max(batches), max(reads) - 1, repeat if check.small else None)
+    captured.graphs = DecodeGraphs(max(batches), length - 1, repeat if check.small else None)
     before = reserved(check)
     with torch.autocast(check.device, torch.bfloat16), captured.sampling_mode():
         ids, logprobs = decode(eager, rows, prompt, new)

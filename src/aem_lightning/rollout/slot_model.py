@@ -230,7 +230,8 @@ class SlotModel:
         padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
         start = torch.tensor(starts, device=self.device)
         positions = start[:, None] + torch.arange(width, device=self.device)
-        end = max(start for start in starts if start < self.cache.tokens - 1) + width
+        in_bin = self.cache.tokens - 1
+        end = max((start for start in starts if start < in_bin), default=0) + width
         stops = self.kernel is not None and end <= self.cache.tokens
         read = max(read, end) if stops else read
         self.cache.aim(rows, positions.clamp(max=self.cache.tokens - 1), read, pieces)
