@@ -174,7 +174,7 @@ def test_the_plan_names_no_setting_to_lower(monkeypatch, paper, caplog):
     assert "Should it run out: lower" in caplog.text
 
 
-def test_the_supervised_stage_is_planned_as_if_it_sampled(monkeypatch, paper, caplog):
+def test_the_supervised_stage_is_planned_as_if_it_sampled(monkeypatch, paper, caplog, tmp_path):
     caplog.set_level("INFO")
     on(monkeypatch, 24)
     cfg = paper("alfworld_aem", stage="warm_start", concurrency="auto")
@@ -191,7 +191,8 @@ def test_the_supervised_stage_is_planned_as_if_it_sampled(monkeypatch, paper, ca
     assert 0 < int(fewer) < 90_000
     with pytest.raises(MemoryError, match=r"(?s)does not fit.*batch_tokens=4096.*1.5B"):
         planned(paper("swe", stage="warm_start"))
-    tiny = composed(["experiment=quickstart", "stage=warm_start"])
+    elsewhere = f"paths.root_dir={tmp_path}"  # not where a warm start may be there already
+    tiny = composed(["experiment=quickstart", "stage=warm_start", elsewhere])
     made = footprint_of(tiny)  # trains whole, without adapters
     assert made.weights == 0
     assert plan_of(tiny, made, 1, 2048).always["weights"] == made.adapters > 0
