@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+from collections.abc import Callable, Iterator
 
 import psutil
+import pytest
 
 from aem_lightning.envs.swe import SweSettings, choose_sandbox
+from aem_lightning.envs.swe.sandbox.remote import TOKEN, remote_sandbox
 from aem_lightning.envs.swe.serve import Host, make_server
 
 SECRET = "a token of the tests"
@@ -32,3 +36,20 @@ class Machine:
     def sessions(self) -> int:
         """Sandboxes at work there."""
         return len(psutil.Process(self.process.pid).children())
+
+
+@contextlib.contextmanager
+def some_machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Machine]]:
+    """Starts machines that share a token, and ends them."""
+    monkeypatch.setenv(TOKEN, SECRET)
+    remote_sandbox.cache_clear()
+    started: list[Machine] = []
+
+    def start(**more: int | str) -> Machine:
+        started.append(Machine(**more))
+        return started[-1]
+
+    yield start
+    for machine in started:
+        machine.kill()
+    remote_sandbox.cache_clear()

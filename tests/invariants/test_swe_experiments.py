@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts import SECRET, Machine
+from hosts import Machine, some_machines
 from jinja2 import Template
 from runs import Keep, built, composed, equal_bits, weights
 
 from aem_lightning.algorithms import RLOO
 from aem_lightning.envs.swe.sandbox import BubblewrapSandbox
-from aem_lightning.envs.swe.sandbox.remote import TOKEN, remote_sandbox
+from aem_lightning.envs.swe.sandbox.remote import TOKEN
 from aem_lightning.modules import AgentModule
 from aem_lightning.runner.build import check_parts
 from aem_lightning.runner.checks import check_config
@@ -83,13 +83,9 @@ def test_a_swe_experiment_cannot_be_made(
 @pytest.fixture
 def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Machine]]:
     """Two machines that run sandboxes, in bubblewrap where it works."""
-    monkeypatch.setenv(TOKEN, SECRET)
     sandbox = "bubblewrap" if BubblewrapSandbox().probe().usable else "local"
-    started = [Machine(sandbox=sandbox) for _ in range(2)]
-    yield started
-    for machine in started:
-        machine.kill()
-    remote_sandbox.cache_clear()
+    with some_machines(monkeypatch) as start:
+        yield [start(sandbox=sandbox) for _ in range(2)]
 
 
 def test_a_tiny_policy_does_not_learn_from_bugs_in_sandboxes_of_other_hosts(

@@ -183,8 +183,13 @@ def test_edits_in_words_are_taken_back_and_the_case_is_run(make_env, instances):
             assert back in shown.splitlines()
             assert int(back.partition(" ")[0]) == number
             assert "undo" not in info["admissible_actions"]
-        env.step(right)
-        assert env.step("finish")[1] == 1.0
+        for _ in range(2):  # asked, then remembered
+            env.step(right)
+            assert env.step("finish")[1] == 1.0
+            with pytest.raises(RuntimeError, match="the episode is over"):
+                env.step("test")
+            env.reset(options={"task_id": instance.instance_id})
+            env.step(view_action(named_symbol(instance)))
 
 
 def test_blocks_of_bash_cannot_play(sandbox, make_env, instances):

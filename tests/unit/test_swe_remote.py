@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hosts import SECRET, Machine
+from hosts import SECRET, Machine, some_machines
 
 from aem_lightning.envs import EnvPoolError
 from aem_lightning.envs.swe import (
@@ -30,18 +30,8 @@ SPEC = SessionSpec(limits=Limits(wall_s=10, output_bytes=2000))
 
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Machine]]:
-    monkeypatch.setenv(TOKEN, SECRET)
-    remote_sandbox.cache_clear()
-    started: list[Machine] = []
-
-    def start(**more: int) -> Machine:
-        started.append(Machine(**more))
-        return started[-1]
-
-    yield start
-    for machine in started:
-        machine.kill()
-    remote_sandbox.cache_clear()
+    with some_machines(monkeypatch) as start:
+        yield start
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

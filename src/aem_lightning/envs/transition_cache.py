@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from aem_lightning.envs.base import Reset, Step, TextEnv
@@ -34,8 +35,6 @@ class _Start:
 
 class TransitionStore:
     """Known transitions from every start state; the start states used last are kept.
-
-    One store serves all environments of a process.
 
     Args:
         max_transitions: Answers kept at most (a few hundred bytes to a few kilobytes each).
@@ -95,6 +94,12 @@ class TransitionStore:
         while self._total > self.max_transitions and len(self._starts) > 1:
             dropped, _ = self._starts.popitem(last=False)
             self._total -= self._sizes.pop(dropped)
+
+
+@cache
+def shared_store(*equal: str) -> TransitionStore:
+    """The store of all environments of this process of which ``equal`` is the same."""
+    return TransitionStore()
 
 
 class TransitionCache:
@@ -175,6 +180,10 @@ class TransitionCache:
         while self._behind:
             action, self._at = self._behind.pop(0)
             self._env.step(action)
+
+    def counters(self) -> dict[str, int]:
+        """Hits and misses of all that share the store, since last asked."""
+        return self._store.take_counts()
 
     def close(self) -> None:
         """Close the environment; the store stays."""

@@ -13,6 +13,7 @@ from aem_lightning.gpu_check.piece import Check, Figures
 from aem_lightning.gpu_check.shapes import random_model
 from aem_lightning.modules import Lora, Policy
 from aem_lightning.rollout.cuda_graphs import DecodeGraphs
+from aem_lightning.rollout.slot_cache import bytes_of_token
 from aem_lightning.rollout.slot_model import SlotModel
 
 # |Δ log-prob| that rounding to bfloat16 in kernels of other shapes may leave; a wrong position or
@@ -47,7 +48,7 @@ def graphs(check: Check) -> Figures:
                     "eager_ms": 1000 * seconds_a_step(eager, starts, check),
                     "graph_ms": 1000 * seconds_a_step(captured, starts, check),
                 }
-        taken = len(captured.graphs), (reserved(check) - before) / MIB
+        number, taken = len(captured.graphs), reserved(check) - before
         ragged = ragged_steps(captured, max(batches), max(reads), check)
     apart = float((logprobs - logprobs_of_graphs).abs().max())
     same = bool(torch.equal(ids, ids_of_graphs))
@@ -56,15 +57,13 @@ def graphs(check: Check) -> Figures:
     wrong = wrong or (apart > TOLERANCE and f"log-probabilities differ by {apart:.3f}")
     weights = sum(parameter.nbytes for parameter in causal_lm.parameters())
     rate = bytes_a_second(check)
-    config: Any = model.config
-    width = config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * 2  # bfloat16
+    token = bytes_of_token(model.config, torch.bfloat16)
     return {
         "red": wrong or None,
         "same_ids": same,
         "max_logprob_difference": apart,
-        "graphs": taken[0],
-        "reserved_mib_of_graphs": taken[1],
+        "graphs": number,
+        "reserved_mib_of_graphs": taken / MIB,
         "steps": steps,
         "ragged": ragged,
         "weights_gib": weights / 2**30,

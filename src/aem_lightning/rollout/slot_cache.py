@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aem_lightning.rollout.padding import Piece, doubled, halved
+from aem_lightning.rollout.varlen import head_size
 
 PAGE = 256  # tokens that a row has room for at first
 SPARE = 4  # times the last need: more is given back
@@ -81,40 +82,42 @@ class SlotCache:
             self._resize(rows, tokens)
 
     def aim(
-        self, rows: Sequence[int], positions: Tensor, read: int, pieces: Sequence[Piece] = ()
+        self,
+        rows: Sequence[int],
+        positions: Tensor,
+        read: int,
+        pieces: Sequence[Piece] = (),
+        *,
+        stops: bool = False,
     ) -> None:
         """Say where the next forward pass writes and how far it reads.
 
         The tokens of a batch row go to ``positions``, [b, q], of its slot, one of the ascending
-        ``rows``; queries may look at the first ``read`` positions, or those of their piece.
+        ``rows``; queries may look at the first ``read`` positions, or those of their piece. Where
+        attention ``stops``, a row reads up to its own last position.
         """
-        self._rows = torch.tensor(rows, device=positions.device)[:, None]
         first, last = rows[0], rows[-1]
         # Neighbouring rows are read as a view; a gather would copy every key and value once a layer
         # and step.
-        self._span = slice(first, last + 1) if last - first + 1 == len(rows) else None
-        self._positions = positions
-        self._read = read
+        span = slice(first, last + 1) if last - first + 1 == len(rows) else None
+        self._aim(torch.tensor(rows, device=positions.device), span, positions, read, stops)
         self.pieces = pieces
-        self.used = None
 
-    def aim_first(self, count: int, positions: Tensor, read: int) -> None:
+    def aim_first(self, count: int, positions: Tensor, read: int, *, stops: bool = False) -> None:
         """`aim` at the rows 0 to ``count`` - 1, without a number that comes from the host."""
-        self._rows = torch.arange(count, device=positions.device)[:, None]
-        self._span = slice(0, count)
-        self._positions = positions
-        self._read = read
-        self.pieces = ()
-        self.used = None
+        rows = torch.arange(count, device=positions.device)
+        self._aim(rows, slice(0, count), positions, read, stops)
 
-    def stop_at_own(self, positions: Tensor) -> None:
-        """Let each row of the pass that was aimed read no further than its ``positions`` [b, q].
-
-        These ascend by one and end in the row. Rows that begin in the bin have nothing to read.
-        """
-        first, width = positions[:, 0], positions.shape[1]
-        in_bin = first == self.tokens - 1
-        self.used = torch.where(in_bin, width, first + width).to(torch.int32)
+    def _aim(
+        self, rows: Tensor, span: slice | None, positions: Tensor, read: int, stops: bool
+    ) -> None:
+        self._rows, self._span = rows[:, None], span
+        self._positions, self._read = positions, read
+        self.pieces, self.used = (), None
+        if stops:  # rows that begin in the bin have nothing to read
+            first, width = positions[:, 0], positions.shape[1]
+            in_bin = first == self.tokens - 1
+            self.used = torch.where(in_bin, width, first + width).to(torch.int32)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -230,10 +233,8 @@ def block_shape(rows: int, tokens: int, slots: int, length: int) -> tuple[int, i
 
 def bytes_of_token(config: Any, kind: torch.dtype) -> int:
     """Bytes of the keys and values of a token, over all layers; ``config`` is transformers'."""
-    queries = config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or queries
-    width = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return int(2 * config.num_hidden_layers * heads * width * kind.itemsize)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_size(config) * kind.itemsize)
 
 
 def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:

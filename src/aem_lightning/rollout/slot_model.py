@@ -230,13 +230,12 @@ class SlotModel:
         padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
         start = torch.tensor(starts, device=self.device)
         positions = start[:, None] + torch.arange(width, device=self.device)
-        in_bin = self.cache.tokens - 1
-        end = max((start for start in starts if start < in_bin), default=0) + width
-        stops = self.kernel is not None and end <= self.cache.tokens
-        read = max(read, end) if stops else read
-        self.cache.aim(rows, positions.clamp(max=self.cache.tokens - 1), read, pieces)
-        if stops:  # else some padding would lie behind the end of a row
-            self.cache.stop_at_own(positions)
+        in_bin, stops = self.cache.tokens - 1, False
+        if self.kernel is not None:
+            end = max((start for start in starts if start < in_bin), default=0) + width
+            stops = end <= self.cache.tokens  # else some padding would lie behind the end of a row
+            read = max(read, end) if stops else read
+        self.cache.aim(rows, positions.clamp(max=in_bin), read, pieces, stops=stops)
         ids = torch.tensor(padded, device=self.device)
         last = torch.tensor(counts, device=self.device) - 1
         logits = self._run(ids, positions, last, read)
@@ -253,9 +252,8 @@ class SlotModel:
 
         Everything that changes from step to step comes in by the two tensors: this can be captured.
         """
-        self.cache.aim_first(len(tokens), positions[:, None], read)
-        if self.kernel is not None:
-            self.cache.stop_at_own(positions[:, None])
+        stops = self.kernel is not None
+        self.cache.aim_first(len(tokens), positions[:, None], read, stops=stops)
         return self._run(tokens[:, None], positions[:, None], torch.zeros_like(tokens), read)
 
     def _run(self, ids: Tensor, positions: Tensor, last: Tensor, read: int) -> Tensor:

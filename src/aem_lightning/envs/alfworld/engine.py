@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from aem_lightning.envs.alfworld.cache import apply_engine_caches
 from aem_lightning.envs.alfworld.goals import GOAL, GOALS, Goals, human_goal
 from aem_lightning.envs.alfworld.package import import_optional
 from aem_lightning.envs.base import Reset, Step, TextEnv
-from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
+from aem_lightning.envs.transition_cache import TransitionCache, shared_store
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,9 @@ class AlfworldEnv:
         self._games, self._goal = Path(root) / "json_2.1.1", ""
         self._is_human = goals == "human"
         game: TextEnv = _GameEngine(Path(root), cached=cached)
-        self._store = shared_store(str(Path(root).absolute()))
-        self._game = TransitionCache(game, self._store) if cached else game
+        if cached:
+            game = TransitionCache(game, shared_store("alfworld", str(Path(root).absolute())))
+        self._game = game
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start the game ``options["task_id"]``.
@@ -81,7 +82,7 @@ class AlfworldEnv:
 
     def counters(self) -> dict[str, int]:
         """Hits and misses of the transitions that this process remembers, since last asked."""
-        return self._store.take_counts() if isinstance(self._game, TransitionCache) else {}
+        return self._game.counters() if isinstance(self._game, TransitionCache) else {}
 
     def close(self) -> None:
         """Free the game."""
@@ -154,9 +155,3 @@ def _annotation(games: Path, task_id: str) -> str:
     """The human goal of a game."""
     about = (games / task_id / "traj_data.json").read_text(encoding="utf-8")
     return human_goal(json.loads(about), task_id)
-
-
-@cache
-def shared_store(root: str) -> TransitionStore:
-    """The transitions that all environments of this process over one data folder share."""
-    return TransitionStore()

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from aem_lightning.envs.base import Reset, Step
+from aem_lightning.envs.base import Reset, Step, TextEnv
 from aem_lightning.envs.swe.bash import describe_output, hands_in, parse_block
 from aem_lightning.envs.swe.grading import Grade, grade
 from aem_lightning.envs.swe.instances import Instance
@@ -38,7 +38,6 @@ from aem_lightning.envs.swe.words import (
     TEST,
     WordsDialect,
     case_command,
-    reported_case,
     spoken,
 )
 from aem_lightning.envs.swe.worktree import (
@@ -48,7 +47,7 @@ from aem_lightning.envs.swe.worktree import (
     commit_base,
     read_change,
 )
-from aem_lightning.envs.transition_cache import TransitionCache, TransitionStore
+from aem_lightning.envs.transition_cache import TransitionCache, shared_store
 
 
 class SweEnv:
@@ -67,9 +66,9 @@ class SweEnv:
 
     def __init__(self, instances: Iterable[Instance], settings: SweSettings | None = None) -> None:
         settings = settings or SweSettings()
-        engine = _Engine({i.instance_id: i for i in instances}, settings)
-        self._store = shared_store(repr(settings))
-        self._env = TransitionCache(engine, self._store) if settings.cached else engine
+        self._env: TextEnv = _Engine({i.instance_id: i for i in instances}, settings)
+        if settings.cached:
+            self._env = TransitionCache(self._env, shared_store("swe", repr(settings)))
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Reset:
         """Start the instance ``options["task_id"]``.
@@ -89,9 +88,7 @@ class SweEnv:
         """What all environments of this process did since last asked."""
         counts = {name: _COUNTS[name] for name in ("graded", "tampered")}
         _COUNTS.clear()
-        return counts | (
-            self._store.take_counts() if isinstance(self._env, TransitionCache) else {}
-        )
+        return counts | (self._env.counters() if isinstance(self._env, TransitionCache) else {})
 
     def close(self) -> None:
         """End the session."""
@@ -117,12 +114,6 @@ def grade_change(
     if is_official(instance):
         return grade_official(sandbox, instance, diff, spec)
     return grade(sandbox, instance, files, diff, spec)
-
-
-@cache
-def shared_store(settings: str) -> TransitionStore:
-    """The transitions that all environments of this process with equal settings share."""
-    return TransitionStore()
 
 
 _COUNTS: Counter[str] = Counter()
@@ -169,14 +160,14 @@ class _Engine:
             self._base = done.output.strip()[-40:]
         if done.code == 0:
             return None
-        return done.infra_error or f"the repository cannot be set up: {done.output.strip()[-500:]}"
+        return _why_not_set_up(done)
 
     def _open_words(self) -> str | None:
         """Be ready to play in words; a sandbox is opened where code runs."""
         if not self._files:
             return "it is an image; type datamodule.environment.dialect=functions"
         _ = self._sandbox  # where there is none, it is told now
-        self._words = WordsDialect(self._files, bool(reported_case(self._instance)))
+        self._words = WordsDialect(self._files, case_command(self._instance))
         return None
 
     def _set_up_image(self, session: Session) -> CommandResult:
@@ -192,7 +183,7 @@ class _Engine:
     @property
     def state_key(self) -> Hashable:
         """Equal where the rest of two episodes of an instance would be; ``None`` is never equal."""
-        if self._words is None or self._settings.max_turns is not None:
+        if self._is_over or self._words is None or self._settings.max_turns is not None:
             return None
         return self._words.state
 
@@ -227,7 +218,7 @@ class _Engine:
     def _step_in_words(self, words: WordsDialect, said: str) -> Step:
         if said == FINISH:
             return self._finish("The work is handed in.", terminated=True)
-        if said == TEST and TEST in words.admissible:
+        if said == TEST and words.case:
             result = self._run_case(words)
             if result.infra_error:
                 return self._break(result.infra_error)
@@ -240,13 +231,12 @@ class _Engine:
     def _run_case(self, words: WordsDialect) -> CommandResult:
         """Run what was reported, on the tree as it is now, in a sandbox of its own."""
         with closing(self._sandbox.open(self._spec(self._settings.limits))) as session:
-            done = session.put_tar(self._files)
-            if done.code == 0 and words.changed:
-                done = session.put_tar(tar_of({p: t.encode() for p, t in words.changed.items()}))
-            if done.code or done.infra_error:
-                said = done.infra_error or f"the repository cannot be set up: {done.output[-500:]}"
-                return replace(done, infra_error=said)
-            return session.run(case_command(self._instance))
+            changed = {path: text.encode() for path, text in words.changed.items()}
+            for archive in (self._files, tar_of(changed)) if changed else (self._files,):
+                done = session.put_tar(archive)
+                if done.code:
+                    return replace(done, infra_error=_why_not_set_up(done))
+            return session.run(words.case)
 
     def _parse(self, action: str) -> Call:
         return parse_block(action) if self._settings.dialect == "bash" else parse_call(action)
@@ -323,3 +313,7 @@ class _Engine:
             "score": 0.0,
         }
         return info | more
+
+
+def _why_not_set_up(done: CommandResult) -> str:
+    return done.infra_error or f"the repository cannot be set up: {done.output.strip()[-500:]}"

@@ -99,7 +99,8 @@ class WordsExpert:
         if observation == FAILS:
             self._tested = True
             edits = [edit for line in changed for edit in self._edits(line)]
-            self._useless |= set(edits) if len(edits) == 1 else set()
+            if len(edits) == 1:
+                self._useless.add(edits[0])
         if not self._own:
             return self._view
         if changed and not self._tested:

@@ -38,14 +38,7 @@ def vocabulary_texts() -> list[str]:
     said = sorted(
         {int(word) for text in sources for word in TOKEN.findall(text) if word.isdecimal()}
     )
-    texts = [
-        *SENTENCES,
-        HOLDS,
-        FAILS,
-        TEST,
-        FINISH,
-        *(view_action(library.name) for library in libraries),
-    ]
+    texts = [*SENTENCES, *(view_action(library.name) for library in libraries)]
     # Lines are shown behind their number, with their indentation; actions say names in lower case.
     lines = [line for source in sources for line in source.splitlines() if line.strip()]
     texts += [text for line in lines for text in (f"1 {line}", spoken(line))]

@@ -37,10 +37,11 @@ class WordsDialect:
     Args:
         files: The base tree, as a tar archive. Its functions can be viewed, those of tests aside;
             the one in view can be edited.
-        has_case: Whether there is something to `TEST`.
+        case: The command by which `TEST` runs what was reported; "" where nothing was.
     """
 
-    def __init__(self, files: bytes, has_case: bool) -> None:
+    def __init__(self, files: bytes, case: str) -> None:
+        self.case = case
         self._base = {path: text.splitlines(keepends=True) for path, text in _sources(files)}
         self._now = {path: [*lines] for path, lines in self._base.items()}
         self._views: dict[str, tuple[str, range]] = {}
@@ -48,14 +49,13 @@ class WordsDialect:
             for name, node in functions(ast.parse("".join(lines))):
                 place = path, range(node.lineno, (node.end_lineno or node.lineno) + 1)
                 self._views.setdefault(view_action(name), place)
-        self._has_case = has_case
         self._in_view: tuple[str, range] = "", range(0)
         self._edits: list[tuple[str, int, str, str]] = []  # file, line, text before and after
 
     @property
     def admissible(self) -> tuple[str, ...]:
         """Every action that is accepted now, sorted."""
-        more = [*([TEST] if self._has_case else []), *([UNDO] if self._edits else []), FINISH]
+        more = [*([TEST] if self.case else []), *([UNDO] if self._edits else []), FINISH]
         return tuple(sorted({*self._views, *self._swaps(), *more}))
 
     @property
