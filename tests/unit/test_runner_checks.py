@@ -390,3 +390,15 @@ def test_a_warm_start_is_made_anew_when_what_it_depends_on_changes(warm_start_fo
 )
 def test_a_warm_start_is_kept_when_only_the_reinforcement_changes(warm_start_folder, changes):
     assert warm_start_folder(**changes) == warm_start_folder()
+
+
+def test_a_warm_start_is_kept_wherever_code_runs_and_whatever_is_kept_of_it():
+    cfg = composed(["experiment=swe_quickstart"])
+
+    def folder(**environment):
+        return build._warm_start_folder(changed(cfg, **environment))
+
+    where = {"sandbox": "remote", "hosts": ["http://first:8700"], "records": "a", "images_gb": 3}
+    nested = {f"datamodule__environment__{key}": value for key, value in where.items()}
+    assert folder(**nested, name="another") == folder()
+    assert folder(datamodule__environment__dialect="functions") != folder()

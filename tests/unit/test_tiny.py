@@ -10,7 +10,7 @@ from local_coin import LocalCoin
 from tiny_play import PLAIN, SMALL, TAGGED, word_tokenizer
 from tokenizers import normalizers
 
-from aem_lightning.modules import build_tiny_model, build_tokenizer
+from aem_lightning.modules import build_tiny_model, build_tokenizer, tiny
 from aem_lightning.modules.settings import Architecture, WarmStartSettings
 from aem_lightning.rollout import Prompt, PromptEncoder, RewardShaping
 from aem_lightning.rollout.expert import check_round_trip
@@ -47,6 +47,19 @@ def test_blanks_and_line_breaks_before_a_known_word_cost_no_token():
     tokenizer = build_tokenizer(["desk", "the shelf\n\nholds a cup 12."])
     for text in ("desk desk desk", "the desk 12.", "the shelf\n\nholds"):
         assert len(tokenizer(text).input_ids) == len(text.replace(".", " .").split()), text
+
+
+def test_a_shop_s_words_do_not_make_a_head_that_is_most_of_the_model(monkeypatch):
+    monkeypatch.setattr(tiny, "MOST_TOKENS", 400)
+    shop = [f"click[product {name}{number}]" for name in ("Shoe", "Hat") for number in range(400)]
+    tokenizer, again = build_tokenizer(shop), build_tokenizer(shop)
+    assert 300 < len(tokenizer) <= 400 + len(tiny.TAGS)
+    assert tokenizer.get_vocab() == again.get_vocab()
+    for text in (*TEXTS, shop[7]):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert len(tokenizer("click[product Shoe").input_ids) == 4, "frequent words are one token"
+    assert tokenizer.tokenize("<think>")[0] == "<think>"
+    assert tokenizer("<|end|>").input_ids == [tokenizer.eos_token_id]
 
 
 def test_a_message_that_spells_the_end_does_not_end():

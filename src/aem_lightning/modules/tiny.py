@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from aem_lightning.modules.settings import Architecture
@@ -25,14 +25,18 @@ CHAT_TEMPLATE = (
 )
 # A word, or a run of other marks, with the blanks before it: so blanks cost no tokens.
 SPACED_WORD = r"\s*\w+|\s*[^\w\s]+|\s+"
+# More would make a small model's head most of its work: a catalogue of products has 38,000 words.
+MOST_TOKENS = 8192
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with a chat template: ``decode(encode(x)) == x`` for every text.
 
     What it knows as one token are the words of ``texts``, with the blanks before them; any other
-    word is spelled in bytes.
+    word is spelled in bytes. Where these would be more than `MOST_TOKENS`, it is BPE trained on
+    ``texts``, and rare words are pieces.
     """
+    texts = [*texts]
     known = set(texts)
     known |= {text.strip() for text in known}  # as messages are
     # Texts may be bare lists of words, which sentences have behind a blank.
@@ -47,10 +51,23 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     special = [PAD, UNKNOWN, END, *ROLES]
     names = [*special, *sorted(alphabet), *sorted(words - alphabet)]
-    vocabulary = {name: number for number, name in enumerate(names)}
-    # Without merges: a word is one token, or bytes.
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = cut
+    if len(names) <= MOST_TOKENS:
+        vocabulary = {name: number for number, name in enumerate(names)}
+        # Without merges: a word is one token, or bytes.
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+        tokenizer.pre_tokenizer = cut
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = cut
+        tokenizer.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=MOST_TOKENS,
+                special_tokens=special,
+                initial_alphabet=sorted(alphabet),
+                show_progress=False,
+            ),
+        )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(list(TAGS))

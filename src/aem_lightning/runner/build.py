@@ -279,7 +279,19 @@ def warm_start_data(cfg: DictConfig) -> dict[str, Any]:
         "seed",
         "cached_engine",
     )
-    return {name: value for name, value in plain(cfg.datamodule).items() if name not in unrelated}
+    of_environment = (  # where code runs and what is kept of it
+        "allow_unsafe",
+        "cached",
+        "hosts",
+        "images_gb",
+        "model_name",
+        "records",
+        "sandbox",
+    )
+    data = {name: value for name, value in plain(cfg.datamodule).items() if name not in unrelated}
+    if environment := data.get("environment"):
+        data["environment"] = {k: v for k, v in environment.items() if k not in of_environment}
+    return data
 
 
 def warn_of_window(policy: Policy, max_context: int) -> None:

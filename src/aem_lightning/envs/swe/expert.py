@@ -63,8 +63,8 @@ class WordsExpert:
     """Plays the words dialect without knowing the fix, as one who reads no code would.
 
     It looks at the function that the statement names and makes one edit after the other, in a
-    random order; after each it runs the reported case, and takes back what did not help. It
-    recovers from slips.
+    random order; after each it runs the reported case, and takes back what did not help: by the
+    opposite edit, so that who imitates it has to read what a line says now. It recovers from slips.
 
     Args:
         instance: The instance.
@@ -106,7 +106,8 @@ class WordsExpert:
         if changed and not self._tested:
             return TEST
         if changed:
-            return UNDO
+            back = [edit for line in changed for edit in self._edits(line, backwards=True)]
+            return next((edit for edit in back if edit in admissible), UNDO)
         untried = self._untried(admissible)
         if not untried and not is_view:  # another function may be in view
             return self._view
@@ -120,9 +121,10 @@ class WordsExpert:
         self._rng.shuffle(untried)
         return untried
 
-    def _edits(self, line: int) -> list[str]:
-        """What made a line what it is."""
-        pairs = zip(self._first[line], self._now[line], strict=True)
+    def _edits(self, line: int, *, backwards: bool = False) -> list[str]:
+        """What made a line what it is, or makes it again what it was."""
+        tokens = self._first[line], self._now[line]
+        pairs = zip(*(reversed(tokens) if backwards else tokens), strict=True)
         return [swap_action(line, old, new) for old, new in pairs if old != new]
 
     def _read(self, observation: str) -> bool:

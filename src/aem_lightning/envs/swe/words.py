@@ -88,7 +88,10 @@ class WordsDialect:
             path, number, text, _ = self._edits.pop()
         elif swap := self._swaps().get(said):
             path, number, text = swap
-            self._edits.append((path, number, self._now[path][number - 1], text))
+            if self._edits and self._edits[-1][:3] == swap:  # the opposite of the last one
+                self._edits.pop()
+            else:
+                self._edits.append((path, number, self._now[path][number - 1], text))
         else:
             raise CallError("nothing happens .")
         self._now[path][number - 1] = text
