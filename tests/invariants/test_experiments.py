@@ -15,6 +15,7 @@ from aem_lightning.modules import AgentModule, check_dtype
 from aem_lightning.rollout import RolloutEngine
 from aem_lightning.runner.build import check_parts, load_policy, lora_of
 from aem_lightning.runner.checks import check_config
+from aem_lightning.runner.trainers import make_trainer
 
 # Those of SWE have their own tests, with their own instances: test_swe_experiments.
 EXPERIMENTS = sorted(
@@ -97,11 +98,23 @@ def test_half_precision_that_a_processor_computes_slowly_is_told(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for dtype, is_told in (("bfloat16", True), ("auto", False), ("float32", False)):
+    where = f"paths.output_dir={tmp_path}"
+    for given, is_told in {
+        "policy.dtype=bfloat16": True,
+        "policy.dtype=auto": False,
+        "policy.dtype=float32": False,
+        "trainer.precision=bf16-mixed": True,
+        "trainer.precision=32-true": False,
+        "trainer=gpu": False,
+    }.items():
         caplog.clear()
-        cfg = composed([f"policy.dtype={dtype}", f"paths.output_dir={tmp_path}"])
+        cfg = composed([given, where])
         load_policy(cfg, toy_model, lora_of(cfg))
-        assert ("policy.dtype=auto is faster" in caplog.text) == is_told
+        assert (f"{given.partition('=')[0]}=" in caplog.text) == is_told
+        assert ("=auto is faster" in caplog.text or "=null is faster" in caplog.text) == is_told
+    assert make_trainer(composed(["trainer=gpu", where])).precision == "32-true"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert make_trainer(composed(["trainer=gpu", where])).precision == "bf16-mixed"
 
 
 def test_the_headline_and_its_base_differ_by_more_than_the_modulation() -> None:

@@ -24,7 +24,7 @@ NEW = (
     *("datamodule.environment.records", "datamodule.environment.model_name"),
     *("datamodule.environment.limits.disk_bytes", "datamodule.environment.images_gb"),
     *("datamodule.goals", "datamodule.validate"),  # of ALFWorld, where WebShop had it; of SWE
-    "datamodule.generate.most_edits",
+    *("datamodule.generate.most_edits", "datamodule.generate.invented"),
     *(
         f"callbacks.{name}."
         for name in ("progress", "hyperparameters", "learning", "trends", "overview")
@@ -35,7 +35,7 @@ NEW = (
         "datamodule.environment.shell",
     ),
 )
-# Its games are others now: easier bugs, `undo` and `test`, a player who tries.
+# Its games are others now: easier bugs of invented functions, `undo` and `test`, a player who tries.
 CHANGED = {
     "swe_quickstart": (
         *("datamodule.root", "datamodule.generate.count", "max_turns", "max_new_tokens"),

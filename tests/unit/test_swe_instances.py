@@ -17,6 +17,7 @@ from aem_lightning.envs.swe.expert import words_fix
 from aem_lightning.envs.swe.generate import Candidate, candidates, generate_instances
 from aem_lightning.envs.swe.grading import GradedChange, graded_change
 from aem_lightning.envs.swe.instances import SWEBENCH_COLUMNS, Instance, from_swebench
+from aem_lightning.envs.swe.invention import CALLS, FUNCTIONS, invent
 from aem_lightning.envs.swe.libraries import load_libraries
 from aem_lightning.envs.swe.mutations import Mutation, functions, mutations
 from aem_lightning.envs.swe.official import LEFT_OUT
@@ -118,6 +119,37 @@ def test_an_easy_bug_can_be_edited_in_many_ways_and_not_mended():
         lines = bug.source.splitlines()[function.lineno - 1 : function.end_lineno]
         assert sum(len(swaps(line)) for line in lines) <= 4
         assert (bug.new, bug.old) in swaps(bug.source.splitlines()[bug.line - 1])
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_bug_of_an_invented_function_passes_its_test(number):
+    library = invent(0, number)
+    assert library == invent(0, number) != invent(1, number)
+    found = list(mutations(library.core))
+    assert len({bug.symbol for bug in found}) == FUNCTIONS
+    assert library.tests.count("assert") == CALLS * FUNCTIONS
+    _run_tests(library.core, library)
+    for bug in found:
+        with pytest.raises((AssertionError, ArithmeticError, LookupError)):
+            _run_tests(bug.source, library, bug.symbol)
+
+
+def _run_tests(core, library, *symbols):
+    space = {}
+    exec(core, space)
+    for symbol in symbols or [name for name, _ in functions(ast.parse(core))]:
+        exec(library.test_body(f"test_{symbol}"), dict(space))
+
+
+def test_a_function_is_invented_twice_or_has_two_bugs():
+    libraries = [invent(0, number) for number in range(60)]
+    bodies = [part for one in libraries for part in one.core.split("\n\n\ndef ")[1:]]
+    assert len(bodies) == 60 * FUNCTIONS
+    assert len(set(bodies)) > 0.99 * len(bodies)
+    chosen = [one.mutation for one in candidates(0, 8, libraries)]
+    assert len({(bug.source, bug.symbol) for bug in chosen}) == len(chosen) > 5 * 60
+    kinds = {(bug.old, bug.new) for bug in chosen}
+    assert {("<", "<="), ("+", "-"), ("min", "max"), ("and", "or"), ("+=", "-=")} <= kinds
 
 
 def test_an_endless_bug_is_an_instance(monkeypatch):

@@ -47,12 +47,15 @@ class GeneratedInstances:
         seed: Another seed gives other bugs.
         most_edits: Easy ones alone, each in a function of which the words dialect knows no more
             than so many edits, one of them the fix.
+        invented: Functions made up at random, each with one bug, in the place of the project's own
+            libraries: no function of an evaluation is one of the training's.
         file_format: ``json`` or ``parquet``.
     """
 
     count: Count = 120
     seed: int = 0
     most_edits: Count | None = None
+    invented: bool = False
     file_format: Literal["json", "parquet"] = "json"
 
 

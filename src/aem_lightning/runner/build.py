@@ -34,7 +34,7 @@ from aem_lightning.runner.early import read_template
 from aem_lightning.runner.parts import check_classes, made
 from aem_lightning.runner.several import is_sharded, problems_of_ranks
 from aem_lightning.runner.trainers import build_trainer as build_trainer
-from aem_lightning.runner.trainers import make_trainer
+from aem_lightning.runner.trainers import make_trainer, precision_of
 from aem_lightning.runner.warm_start import (
     WarmStart,
     finished,
@@ -188,9 +188,15 @@ def load_policy(cfg: DictConfig, model: str, lora: Lora | None, *, sharded: bool
     """A policy from a model folder or the hub; the trainer reads the weights of a sharded one."""
     options = ("dtype", "quantization", "gradient_checkpointing")
     is_slow_in_half = check_dtype("auto") is torch.float32
-    if is_slow_in_half and check_dtype(cfg.policy.dtype) is not torch.float32:
-        told = "policy.dtype=%s: this processor has no unit for it; policy.dtype=auto is faster"
-        log.warning(told, cfg.policy.dtype)
+    halves = {
+        "policy.dtype=auto": check_dtype(cfg.policy.dtype) is not torch.float32,
+        "trainer.precision=null": precision_of(cfg).startswith("bf16"),
+    }
+    for instead, is_half in halves.items():
+        if is_slow_in_half and is_half:
+            name = instead.partition("=")[0]
+            told = "%s=%s: this processor has no unit for it; %s is faster"
+            log.warning(told, name, OmegaConf.select(cfg, name), instead)
     folder = str(Path(model).expanduser()) if model.startswith("~") else model
     with in_stage("loading the policy", "policy.quantization=nf4, or a smaller policy=..."):
         return Policy.from_pretrained(
@@ -245,7 +251,7 @@ def warm_start(
     trainer = {
         "accelerator": cfg.trainer.accelerator,
         "devices": 1,
-        "precision": cfg.trainer.precision,
+        "precision": precision_of(cfg),
         "logger": False,
         "enable_model_summary": False,
         "enable_progress_bar": False,

@@ -178,7 +178,7 @@ _ELSEWHERE = {
     "enable_checkpointing": "type callbacks.last_checkpoint=null callbacks.best_checkpoint=null",
     "use_distributed_sampler": "the DataModule shares tasks out itself: leave it false",
 }
-_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
+_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "None")
 
 
 def check_config(cfg: DictConfig) -> None:

@@ -22,6 +22,7 @@ from aem_lightning.runner.build import instantiate, lora_of, model_to_load, plai
 from aem_lightning.runner.checks import refuse
 from aem_lightning.runner.known_models import config_of, parameters_by_name
 from aem_lightning.runner.next_steps import train_instead
+from aem_lightning.runner.trainers import precision_of
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def device_of(cfg: DictConfig) -> Device:
 def footprint_of(cfg: DictConfig) -> Footprint | None:
     """What the memory of the policy of ``cfg`` goes by; ``None`` where nothing is known of it."""
     stored = check_dtype(cfg.policy.dtype)
-    kind = torch.bfloat16 if str(cfg.trainer.get("precision")).startswith("bf16") else stored
+    kind = torch.bfloat16 if precision_of(cfg).startswith("bf16") else stored
     four_bits = cfg.policy.quantization is not None
     model = model_to_load(cfg)
     if model is None:

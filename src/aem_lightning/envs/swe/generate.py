@@ -1,4 +1,4 @@
-"""Instances made on the spot: the embedded libraries with bugs, in SWE-bench's own columns.
+"""Instances made on the spot: embedded or invented libraries with bugs, in SWE-bench's own columns.
 
 ``python -m aem_lightning.envs.swe.generate --out DIR --count 120`` fills a folder with a file for
 each split, a clone of every library, and a manifest. An instance counts only after its fix was
@@ -26,6 +26,7 @@ from typing import Any
 
 from aem_lightning.envs.swe.grading import grade, run_judged
 from aem_lightning.envs.swe.instances import from_swebench
+from aem_lightning.envs.swe.invention import FUNCTIONS, invent
 from aem_lightning.envs.swe.libraries import TEST_FILE, Library, load_libraries
 from aem_lightning.envs.swe.mutations import Mutation, functions, mutations
 from aem_lightning.envs.swe.patches import make_diff
@@ -46,6 +47,7 @@ HELD_OUT = 5  # of the others' instances, one in so many is for evaluation
 FORMATS = ("json", "parquet")
 # A bug may loop for ever. What it costs the processor ends it: a busy machine spoils no instance.
 TRIAL = Limits(wall_s=120.0, cpu_s=10)
+TELL_S = 30.0  # between two lines of how far it is
 Row = dict[str, Any]
 
 
@@ -72,6 +74,7 @@ def generate_instances(
     count: int = 120,
     seed: int = 0,
     most_edits: int | None = None,
+    invented: bool = False,
     sandbox: Sandbox | None = None,
     workers: int = 2,
     file_format: str = "json",
@@ -85,6 +88,7 @@ def generate_instances(
         count: Instances over all splits.
         seed: Another seed gives other bugs.
         most_edits: See `candidates`.
+        invented: Bugs of invented functions, one of each, in the place of the embedded libraries.
         sandbox: Where tests run. They are the project's own: without one, the best that works here,
             if only a local one.
         workers: Tests run at once.
@@ -101,12 +105,14 @@ def generate_instances(
     logger.info("making %d instances in %s", count, out)
     start = time.perf_counter()
     sandbox = sandbox or choose_sandbox(SweSettings(allow_unsafe=True))
-    found, outcomes = _try_until(count, candidates(seed, most_edits), sandbox, workers)
+    libraries = [invent(seed, n) for n in range(-(-2 * count // FUNCTIONS))] if invented else None
+    found, outcomes = _try_until(count, candidates(seed, most_edits, libraries), sandbox, workers)
     manifest = {
         "version": VERSION,
         "count": count,
         "seed": seed,
         "most_edits": most_edits,
+        "invented": invented,
         "sandbox": sandbox.name,
         "outcomes": dict(sorted(outcomes.items())),
         "seconds": round(time.perf_counter() - start, 1),
@@ -130,20 +136,26 @@ def _place(out: Path, found: Sequence[Tried], manifest: dict[str, Any], file_for
                 raise
 
 
-def candidates(seed: int, most_edits: int | None = None) -> list[Candidate]:
-    """Every bug of every library, in turn from each, in an order that the seed decides.
+def candidates(
+    seed: int, most_edits: int | None = None, invented: Sequence[Library] | None = None
+) -> list[Candidate]:
+    """Every bug of every embedded library, in turn from each, in an order that the seed decides.
 
     With ``most_edits`` those alone of which one edit in the words dialect is the fix, in functions
-    where it knows no more than so many.
+    where it knows no more than so many. Of ``invented`` libraries one bug a function.
     """
     piles = []
-    for library in load_libraries():
-        bugs = mutations(library.core)
-        if most_edits is not None:
-            bugs = (bug for bug in bugs if 0 < _edits(bug) <= most_edits)
-        pile = [Candidate(library, bug) for bug in bugs]
-        random.Random(f"{seed}/{library.name}").shuffle(pile)
-        piles.append(pile)
+    for number, library in enumerate(load_libraries() if invented is None else invented):
+        bugs = [
+            bug
+            for bug in mutations(library.core)
+            if most_edits is None or 0 < _edits(bug) <= most_edits
+        ]
+        key = f"{seed}/{library.name}" if invented is None else f"{seed}/{number}"
+        random.Random(key).shuffle(bugs)
+        if invented is not None:
+            bugs = [*{bug.symbol: bug for bug in bugs}.values()]
+        piles.append([Candidate(library, bug) for bug in bugs])
     return [one for turn in zip_longest(*piles) for one in turn if one is not None]
 
 
@@ -162,6 +174,7 @@ def _try_until(
     """The first ``count`` candidates that make an instance; what became of all that were tried."""
     outcomes: Counter[str] = Counter()
     found: list[Tried] = []
+    told = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:
         while waiting:
             # A few at a time, so that few are tried in vain.
@@ -172,6 +185,9 @@ def _try_until(
                     found += [tried] if tried.row is not None else []
             if len(found) >= count:
                 return found, outcomes
+            if time.monotonic() - told > TELL_S:
+                told = time.monotonic()
+                logger.info("%d of %d instances", len(found), count)
     raise ValueError(
         f"count={count}: the libraries give only {len(found)} such instances ({dict(outcomes)}); "
         "type a count of at most that"
@@ -295,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=120, help="instances over all splits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-edits", type=int, help="easy ones: of so few possible edits")
+    parser.add_argument("--invented", action="store_true", help="functions made up at random")
     parser.add_argument("--workers", type=int, default=2, help="tests run at once")
     parser.add_argument("--format", choices=FORMATS, default="json")
     parser.add_argument("--sandbox", default="auto", help="auto, bubblewrap, docker or local")
@@ -306,6 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         count=given.count,
         seed=given.seed,
         most_edits=given.most_edits,
+        invented=given.invented,
         sandbox=choose_sandbox(SweSettings(given.sandbox, allow_unsafe=True, image=given.image)),
         workers=given.workers,
         file_format=given.format,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aem_lightning.envs.swe.invention import invent
 from aem_lightning.envs.swe.libraries import load_libraries
 from aem_lightning.envs.swe.mutations import CALLS
 from aem_lightning.envs.swe.patches import TOKEN
@@ -32,7 +33,7 @@ SENTENCES = (
 
 def vocabulary_texts() -> list[str]:
     """Texts that hold every word of observations and actions at least once."""
-    libraries = load_libraries()
+    libraries = (*load_libraries(), *(invent(0, number) for number in range(40)))
     sources = [library.core for library in libraries]
     longest = max(source.count("\n") for source in sources)
     said = sorted(
