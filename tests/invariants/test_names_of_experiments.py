@@ -35,7 +35,7 @@ NEW = (
         "datamodule.environment.shell",
     ),
 )
-# Its games are others now: easier bugs of invented functions, `undo` and `test`, a player who tries.
+# Its games are others now: easy bugs of invented functions, `undo` and `test`, who tries them.
 CHANGED = {
     "swe_quickstart": (
         *("datamodule.root", "datamodule.generate.count", "max_turns", "max_new_tokens"),

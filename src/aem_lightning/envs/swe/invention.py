@@ -1,4 +1,4 @@
-"""Libraries made up at random: small functions that nobody knows by heart, with tests that find every bug.
+"""Libraries made up at random: small functions that nobody knows, with tests that find each bug.
 
 The project's own libraries have eighty functions: a policy from nothing learns those, and what it
 learns of one bug of a function is wrong for the next. Here no function comes twice, so what carries
@@ -17,12 +17,16 @@ from aem_lightning.envs.swe.mutations import mutations
 PACKAGE = "sums"  # all are versions of one
 FUNCTIONS = 8  # of a library
 CALLS = 3  # in a test
-NAMES = tuple(
-    "area bill bonus cost count debt depth dose error fare fee gain grade heat height limit load "
-    "loss mark mass measure offer order pay phase pitch point price rate reach reading rent score "
-    "share size slope speed stake stock sum tally tax term toll volume wage weight".split()
+# fmt: off
+NAMES = (
+    "area", "bill", "bonus", "cost", "count", "debt", "depth", "dose", "error", "fare", "fee",
+    "gain", "grade", "heat", "height", "limit", "load", "loss", "mark", "mass", "measure", "offer",
+    "order", "pay", "phase", "pitch", "point", "price", "rate", "reach", "reading", "rent", "score",
+    "share", "size", "slope", "speed", "stake", "stock", "sum", "tally", "tax", "term", "toll",
+    "volume", "wage", "weight",
 )
-VALUES = "a b low high left right start step width x y".split()
+# fmt: on
+VALUES = ("a", "b", "low", "high", "left", "right", "start", "step", "width", "x", "y")
 OPERATORS = ("+", "-", "*", "%", "//")
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 # Bodies: of lists, and of two numbers. What stands in braces is drawn anew for each function.
