@@ -47,8 +47,9 @@ CHANGED = {
 }
 # Loggers got names of their own.
 MOVED = {"logger.tensorboard.": "logger."}
-# A callback that saves decides whether there are checkpoints; the bar is ours.
-TRAINER = ("trainer.enable_checkpointing", "trainer.enable_progress_bar")
+# A callback that saves decides whether there are checkpoints; the bar is ours; half of the
+# precision, on a GPU, is what null comes to.
+TRAINER = ("trainer.enable_checkpointing", "trainer.enable_progress_bar", "trainer.precision")
 
 
 def table() -> dict[str, list[str]]:
