@@ -57,17 +57,15 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
         tokenizer.pre_tokenizer = cut
     else:
+        trainer = trainers.BpeTrainer(
+            vocab_size=MOST_TOKENS,
+            special_tokens=special,
+            initial_alphabet=sorted(alphabet),
+            show_progress=False,
+        )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = cut
-        tokenizer.train_from_iterator(
-            texts,
-            trainers.BpeTrainer(
-                vocab_size=MOST_TOKENS,
-                special_tokens=special,
-                initial_alphabet=sorted(alphabet),
-                show_progress=False,
-            ),
-        )
+        tokenizer.train_from_iterator(texts, trainer)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(list(TAGS))

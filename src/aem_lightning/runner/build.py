@@ -188,15 +188,11 @@ def load_policy(cfg: DictConfig, model: str, lora: Lora | None, *, sharded: bool
     """A policy from a model folder or the hub; the trainer reads the weights of a sharded one."""
     options = ("dtype", "quantization", "gradient_checkpointing")
     is_slow_in_half = check_dtype("auto") is torch.float32
-    halves = {
-        "policy.dtype=auto": check_dtype(cfg.policy.dtype) is not torch.float32,
-        "trainer.precision=null": precision_of(cfg).startswith("bf16"),
-    }
-    for instead, is_half in halves.items():
-        if is_slow_in_half and is_half:
-            name = instead.partition("=")[0]
-            told = "%s=%s: this processor has no unit for it; %s is faster"
-            log.warning(told, name, OmegaConf.select(cfg, name), instead)
+    told = "%s=%s: this processor has no unit for it; %s is faster"
+    if is_slow_in_half and check_dtype(cfg.policy.dtype) is not torch.float32:
+        log.warning(told, "policy.dtype", cfg.policy.dtype, "policy.dtype=auto")
+    if is_slow_in_half and precision_of(cfg).startswith("bf16"):
+        log.warning(told, "trainer.precision", cfg.trainer.precision, "trainer.precision=null")
     folder = str(Path(model).expanduser()) if model.startswith("~") else model
     with in_stage("loading the policy", "policy.quantization=nf4, or a smaller policy=..."):
         return Policy.from_pretrained(

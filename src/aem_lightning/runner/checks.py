@@ -178,7 +178,7 @@ _ELSEWHERE = {
     "enable_checkpointing": "type callbacks.last_checkpoint=null callbacks.best_checkpoint=null",
     "use_distributed_sampler": "the DataModule shares tasks out itself: leave it false",
 }
-_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "None")
+_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -304,7 +304,7 @@ def _trainer_problems(trainer: Any) -> list[str]:
         for name, instead in _ELSEWHERE.items()
         if given.get(name) is not None and given[name] is not False
     ]
-    precision = str(given.get("precision", _PRECISIONS[0]))
+    precision = str(given.get("precision") or _PRECISIONS[0])  # null is one of them, later
     if precision not in _PRECISIONS:
         reason = (
             "needs a scaled loss, and this loop scales none"

@@ -61,7 +61,7 @@ def build_trainer(cfg: DictConfig, start: int = 0) -> L.Trainer:
 
 
 def precision_of(cfg: DictConfig) -> str:
-    """What ``trainer.precision`` comes to: ``null`` is half of it where bfloat16 is fast."""
+    """What ``trainer.precision`` comes to: ``null`` is bf16-mixed where that is fast."""
     if (given := cfg.trainer.get("precision", "32-true")) is not None:
         return str(given)
     return "32-true" if check_dtype("auto") is torch.float32 else "bf16-mixed"

@@ -93,20 +93,19 @@ class WordsExpert:
     def act(self, observation: str, admissible: Sequence[str]) -> str:
         """The next action."""
         is_view = self._read(observation)
-        changed = sorted(n for n, tokens in self._now.items() if tokens != self._first[n])
+        changes = self._changes()
         if observation == HOLDS:
             return FINISH
         if observation == FAILS:
             self._tested = True
-            edits = [edit for line in changed for edit in self._edits(line)]
-            if len(edits) == 1:
-                self._useless.add(edits[0])
+            if len(changes) == 1:
+                self._useless.add(swap_action(*changes[0]))
         if not self._own:
             return self._view
-        if changed and not self._tested:
+        if changes and not self._tested:
             return TEST
-        if changed:
-            back = [edit for line in changed for edit in self._edits(line, backwards=True)]
+        if changes:
+            back = [swap_action(line, new, old) for line, old, new in changes]
             return next((edit for edit in back if edit in admissible), UNDO)
         untried = self._untried(admissible)
         if not untried and not is_view:  # another function may be in view
@@ -121,11 +120,14 @@ class WordsExpert:
         self._rng.shuffle(untried)
         return untried
 
-    def _edits(self, line: int, *, backwards: bool = False) -> list[str]:
-        """What made a line what it is, or makes it again what it was."""
-        tokens = self._first[line], self._now[line]
-        pairs = zip(*(reversed(tokens) if backwards else tokens), strict=True)
-        return [swap_action(line, old, new) for old, new in pairs if old != new]
+    def _changes(self) -> list[tuple[int, str, str]]:
+        """The tokens that are not as they were first shown: line, then and now."""
+        return [
+            (line, old, new)
+            for line in sorted(self._now)
+            for old, new in zip(self._first[line], self._now[line], strict=True)
+            if old != new
+        ]
 
     def _read(self, observation: str) -> bool:
         """Take in the lines that were shown; whether they are the function."""

@@ -21,6 +21,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def generate_instances(
     logger.info("making %d instances in %s", count, out)
     start = time.perf_counter()
     sandbox = sandbox or choose_sandbox(SweSettings(allow_unsafe=True))
-    libraries = [invent(seed, n) for n in range(-(-2 * count // FUNCTIONS))] if invented else None
+    # Twice as many functions as are wanted: some have no easy bug.
+    libraries = [invent(seed, n) for n in range(ceil(2 * count / FUNCTIONS))] if invented else None
     found, outcomes = _try_until(count, candidates(seed, most_edits, libraries), sandbox, workers)
     manifest = {
         "version": VERSION,
@@ -151,8 +153,8 @@ def candidates(
             for bug in mutations(library.core)
             if most_edits is None or 0 < _edits(bug) <= most_edits
         ]
-        key = f"{seed}/{library.name}" if invented is None else f"{seed}/{number}"
-        random.Random(key).shuffle(bugs)
+        which = library.name if invented is None else number  # these share a name
+        random.Random(f"{seed}/{which}").shuffle(bugs)
         if invented is not None:
             bugs = [*{bug.symbol: bug for bug in bugs}.values()]
         piles.append([Candidate(library, bug) for bug in bugs])

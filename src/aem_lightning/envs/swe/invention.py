@@ -8,7 +8,8 @@ over is how to look for a bug.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from textwrap import indent
 from typing import Any
 
 from aem_lightning.envs.swe.libraries import Library
@@ -17,6 +18,7 @@ from aem_lightning.envs.swe.mutations import mutations
 PACKAGE = "sums"  # all are versions of one
 FUNCTIONS = 8  # of a library
 CALLS = 3  # in a test
+TRIES = 60  # of calls, before another function is made up
 # fmt: off
 NAMES = (
     "area", "bill", "bonus", "cost", "count", "debt", "depth", "dose", "error", "fare", "fee",
@@ -59,18 +61,15 @@ def invent(seed: int, number: int) -> Library:
     Each test calls one function and fails for every bug of it that `mutations` makes.
     """
     rng = random.Random(f"{seed}/{number}")
-    cores, tests, names = [], [], rng.sample(NAMES, FUNCTIONS)
-    for name in names:
-        core, test = next(_functions(name, rng))
-        cores.append(core)
-        tests.append(test)
+    names = rng.sample(NAMES, FUNCTIONS)
+    cores, tests = zip(*(_function(name, rng) for name in names), strict=True)
     imported = f"from {PACKAGE} import {', '.join(sorted(names))}\n"
     core = "\n\n".join(['"""Small sums."""\n', *cores])
     return Library(PACKAGE, core, "\n\n".join([imported, *tests]))
 
 
-def _functions(name: str, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Functions of that name and their tests, for ever."""
+def _function(name: str, rng: random.Random) -> tuple[str, str]:
+    """A function of that name, and its test."""
     while True:
         of_lists = rng.random() < len(LISTS) / (len(LISTS) + len(NUMBERS))
         first, second = rng.sample(VALUES, 2)
@@ -86,11 +85,10 @@ def _functions(name: str, rng: random.Random) -> Iterator[tuple[str, str]]:
             s=rng.choice(("+=", "-=")),
         )
         given = "items" if of_lists else f"{first}, {second}"
-        indented = "".join(f"    {line}\n" for line in body.splitlines())
-        core = f"def {name}({given}):\n{indented}"
+        core = f"def {name}({given}):\n{indent(body, '    ')}\n"
         if calls := _telling_calls(name, core, rng, of_lists):
             checks = "".join(f"    assert {call} == {answer!r}\n" for call, answer in calls)
-            yield core, f"def test_{name}():\n{checks}"
+            return core, f"def test_{name}():\n{checks}"
 
 
 def _telling_calls(
@@ -98,22 +96,21 @@ def _telling_calls(
 ) -> list[tuple[str, Any]] | None:
     """Calls with their answers of which each bug changes one; ``None`` where none were found."""
     right = _made(core, name)
-    wrong = [_made(bug.source, name) for bug in mutations(core)]
+    hidden = [_made(bug.source, name) for bug in mutations(core)]  # bugs that no call tells
     chosen: list[tuple[str, Any]] = []
-    for _ in range(60):
-        if len(chosen) == CALLS and not wrong:
-            return chosen
+    for _ in range(TRIES):
         numbers = [rng.randrange(10) for _ in range(rng.randint(4, 5) if of_lists else 2)]
         given = [numbers] if of_lists else numbers
         answer = _answer(right, given)
-        left = [bug for bug in wrong if _answer(bug, given) == answer]
-        room = CALLS - len(chosen)
-        if isinstance(answer, Exception) or room == 0 or (len(left) == len(wrong) and wrong):
+        left = [bug for bug in hidden if _answer(bug, given) == answer]
+        is_useless = len(left) == len(hidden) > 0
+        has_to_tell_all = len(chosen) == CALLS - 1
+        if isinstance(answer, Exception) or is_useless or (has_to_tell_all and left):
             continue
-        if left and room == 1:
-            continue  # the last call has to tell all that are left
         chosen.append((f"{name}({', '.join(map(repr, given))})", answer))
-        wrong = left
+        hidden = left
+        if len(chosen) == CALLS:
+            return chosen
     return None
 
 
