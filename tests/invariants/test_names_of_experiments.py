@@ -39,7 +39,7 @@ NEW = (
 CHANGED = {
     "swe_quickstart": (
         *("datamodule.root", "datamodule.generate.count", "max_turns", "max_new_tokens"),
-        "datamodule.validation_tasks",
+        *("datamodule.validation_tasks", "algorithm", "advantage.", "optimizer.lr"),
         *(
             f"policy.warm_start.{name}"
             for name in ("demonstrations", "epochs", "max_turns", "slip")

@@ -173,7 +173,9 @@ def test_edits_in_words_are_taken_back_and_the_case_is_run(make_env, instances):
         shown, *_, info = env.step(view_action(named_symbol(instance)))
         assert env.step("test")[0] == "the case fails ."
         edits = [a for a in info["admissible_actions"] if a.startswith("edit ")]
-        right = swap_action(fix.line, fix.old, fix.new)
+        [broken] = re.findall(r"^-(?!-- )(.*)$", instance.patch, re.MULTILINE)
+        [line] = [s.partition(" ")[0] for s in shown.splitlines() if s.partition(" ")[2] == broken]
+        right = swap_action(int(line), fix.old, fix.new)
         others = [edit for edit in edits if edit != right]
         for edit in (*others[:1], right):
             changed, *_ = env.step(edit)
@@ -198,6 +200,26 @@ def test_edits_in_words_are_taken_back_and_the_case_is_run(make_env, instances):
                 env.step("test")
             env.reset(options={"task_id": instance.instance_id})
             env.step(view_action(named_symbol(instance)))
+
+
+def test_lines_are_not_counted_from_the_function_or_undo_leaves_it_out_of_view(make_env, instances):
+    env = make_env(dialect="words")
+    *_, info = env.reset(options={"task_id": instances[0].instance_id})
+    views = [action for action in info["admissible_actions"] if action.startswith("view ")]
+    for view in views:
+        shown, *_, info = env.step(view)
+        numbers = [line.partition(" ")[0] for line in shown.splitlines()]
+        assert numbers == [str(n + 1) for n in range(len(numbers))]
+        edits = [action for action in info["admissible_actions"] if action.startswith("edit ")]
+        if edits:
+            break
+    changed, *_ = env.step(edits[0])
+    assert changed not in shown.splitlines()
+    *_, info = env.step(next(other for other in views if other != view))
+    back, *_, info = env.step("undo")
+    assert back == shown
+    assert set(edits) <= set(info["admissible_actions"])
+    assert "undo" not in info["admissible_actions"]
 
 
 def test_blocks_of_bash_cannot_play(sandbox, make_env, instances):

@@ -152,6 +152,14 @@ def test_a_function_is_invented_twice_or_has_two_bugs():
     assert {("<", "<="), ("+", "-"), ("min", "max"), ("and", "or"), ("+=", "-=")} <= kinds
 
 
+def test_what_is_told_of_an_invented_bug_is_not_what_its_tests_say():
+    library, sandbox = invent(0, 0), LocalSandbox(allow_unsafe=True)
+    for candidate in candidates(0, 8, [library])[:2]:
+        tried = generate.try_candidate(sandbox, candidate)
+        assert tried.outcome == "valid"
+        assert generate.told_candidate(candidate) == tried
+
+
 def test_an_endless_bug_is_an_instance(monkeypatch):
     monkeypatch.setattr(generate, "TRIAL", Limits(wall_s=60.0, cpu_s=1))
     library = load_libraries()[0]

@@ -6,7 +6,6 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -144,6 +143,7 @@ class _Engine:
         self._files = self._repositories.base(self._instance)
         self._turns, self._start = 0, time.monotonic()
         self._words: WordsDialect | None = None
+        self._told: tuple[str, CommandResult] | None = None  # the last case, and for which change
         self._is_over = False
         self._broken = self._open_words() if self._settings.dialect == "words" else self._open()
         return self._observation(), self._info()
@@ -229,14 +229,20 @@ class _Engine:
             return self._go_on(str(error), is_valid=False)
 
     def _run_case(self, words: WordsDialect) -> CommandResult:
-        """Run what was reported, on the tree as it is now, in a sandbox of its own."""
-        with closing(self._sandbox.open(self._spec(self._settings.limits))) as session:
-            changed = {path: text.encode() for path, text in words.changed.items()}
-            for archive in (self._files, tar_of(changed)) if changed else (self._files,):
-                done = session.put_tar(archive)
-                if done.code:
-                    return replace(done, infra_error=_why_not_set_up(done))
-            return session.run(words.case)
+        """What was reported, run on the tree as it is now, in the episode's sandbox."""
+        if self._told is not None and self._told[0] == words.diff:
+            return self._told[1]
+        archives = [tar_of({p: text.encode() for p, text in words.touched.items()})]
+        if self._session is None or not self._session.alive():
+            self._close_session()
+            self._session = self._sandbox.open(self._spec(self._settings.limits))
+            archives = [self._files, *archives]
+        for archive in archives:
+            done = self._session.put_tar(archive)
+            if done.code:
+                return replace(done, infra_error=_why_not_set_up(done))
+        self._told = words.diff, self._session.run(words.case)
+        return self._told[1]
 
     def _parse(self, action: str) -> Call:
         return parse_block(action) if self._settings.dialect == "bash" else parse_call(action)
@@ -247,7 +253,11 @@ class _Engine:
         self.__dict__.pop("_sandbox", None)
 
     def _end_session(self) -> None:
-        session, self._session, self._is_over = self._session, None, True
+        self._is_over = True
+        self._close_session()
+
+    def _close_session(self) -> None:
+        session, self._session = self._session, None
         if session is not None:
             session.close()
 
@@ -274,6 +284,11 @@ class _Engine:
 
     def _grade(self) -> Grade:
         if self._words is not None:
+            # It is the body of a hidden test, and quicker; but a record has what the tests wrote.
+            if self._words.case and self._settings.records is None:
+                told = self._run_case(self._words)
+                if told.infra_error or told.code:
+                    return Grade(infra_error=told.infra_error, why="the reported case fails")
             changed = Change(self._words.diff)
         else:
             assert self._session is not None

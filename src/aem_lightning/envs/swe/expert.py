@@ -82,67 +82,63 @@ class WordsExpert:
                 "needs datamodule.environment.dialect=functions"
             )
         self._view = view_action(symbol)
-        self._head = ["def", symbol.rpartition(".")[2]]
+        self._name = symbol.rpartition(".")[2]
         self._rng = random.Random(seed)
-        self._first: dict[int, list[str]] = {}  # the tokens of each line, as first shown
-        self._now: dict[int, list[str]] = {}  # as last shown
-        self._own: set[int] = set()  # the lines of the function
+        self._in_view = ""  # the function that lines are of
+        self._first: dict[tuple[str, int], list[str]] = {}  # the tokens of a line, as first shown
+        self._now: dict[tuple[str, int], list[str]] = {}  # as last shown
         self._useless: set[str] = set()  # edits that did not help
         self._tested = False  # what is there now
 
     def act(self, observation: str, admissible: Sequence[str]) -> str:
         """The next action."""
-        is_view = self._read(observation)
+        self._read(observation)
         changes = self._changes()
         if observation == HOLDS:
             return FINISH
         if observation == FAILS:
             self._tested = True
-            if len(changes) == 1:
-                self._useless.add(swap_action(*changes[0]))
-        if not self._own:
+            if len(changes) == 1 and changes[0][0] == self._name:
+                self._useless.add(swap_action(*changes[0][1:]))
+        if (self._name, 1) not in self._now:
             return self._view
         if changes and not self._tested:
             return TEST
         if changes:
-            back = [swap_action(line, new, old) for line, old, new in changes]
+            back = [
+                swap_action(line, new, old)
+                for name, line, old, new in changes
+                if name == self._in_view
+            ]
             return next((edit for edit in back if edit in admissible), UNDO)
-        untried = self._untried(admissible)
-        if not untried and not is_view:  # another function may be in view
+        if self._in_view != self._name:
             return self._view
-        return untried[0] if untried else FINISH
+        untried = [a for a in sorted(admissible) if a.startswith("edit ")]
+        untried = [edit for edit in untried if edit not in self._useless]
+        return self._rng.choice(untried) if untried else FINISH
 
-    def _untried(self, admissible: Sequence[str]) -> list[str]:
-        """The edits of the function that can be made and did not fail, in a random order."""
-        edits = [a.split() for a in sorted(admissible) if a.startswith("edit ")]
-        own = [" ".join(edit) for edit in edits if int(edit[1]) in self._own]
-        untried = [edit for edit in own if edit not in self._useless]
-        self._rng.shuffle(untried)
-        return untried
-
-    def _changes(self) -> list[tuple[int, str, str]]:
-        """The tokens that are not as they were first shown: line, then and now."""
+    def _changes(self) -> list[tuple[str, int, str, str]]:
+        """The tokens that are not as they were first shown: function, line, then and now."""
         return [
-            (line, old, new)
-            for line in sorted(self._now)
-            for old, new in zip(self._first[line], self._now[line], strict=True)
+            (*place, old, new)
+            for place in sorted(self._now)
+            for old, new in zip(self._first[place], self._now[place], strict=True)
             if old != new
         ]
 
-    def _read(self, observation: str) -> bool:
-        """Take in the lines that were shown; whether they are the function."""
-        shown: dict[int, list[str]] = {}
-        for line in observation.splitlines():
-            head, _, text = line.partition(" ")
-            if head.isdecimal():
-                shown[int(head)] = TOKEN.findall(text)
-        for number, tokens in shown.items():
-            self._tested &= tokens == self._now.get(number, tokens)
-            self._now[number] = tokens
-            self._first.setdefault(number, tokens)
-        is_view = len(shown) > 1 and any(ts[:2] == self._head for ts in shown.values())
-        self._own = {*shown} if is_view else self._own
-        return is_view
+    def _read(self, observation: str) -> None:
+        """Take in the lines that were shown."""
+        for shown in observation.splitlines():
+            head, _, text = shown.partition(" ")
+            if not head.isdecimal():
+                continue
+            tokens = TOKEN.findall(text)
+            if tokens[:1] == ["def"]:
+                self._in_view = tokens[1]
+            place = self._in_view, int(head)
+            self._tested &= tokens == self._now.get(place, tokens)
+            self._now[place] = tokens
+            self._first.setdefault(place, tokens)
 
 
 def words_fix(instance: Instance) -> TokenFix | None:

@@ -2,7 +2,8 @@
 
 ``python -m aem_lightning.envs.swe.generate --out DIR --count 120`` fills a folder with a file for
 each split, a clone of every library, and a manifest. An instance counts only after its fix was
-graded 1 and doing nothing was graded 0, by the code that grades the agent.
+graded 1 and doing nothing was graded 0, by the code that grades the agent. Invented functions are
+made so that it is known; the first few are graded all the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -106,9 +107,9 @@ def generate_instances(
     logger.info("making %d instances in %s", count, out)
     start = time.perf_counter()
     sandbox = sandbox or choose_sandbox(SweSettings(allow_unsafe=True))
-    # Twice as many functions as are wanted: some have no easy bug.
-    libraries = [invent(seed, n) for n in range(ceil(2 * count / FUNCTIONS))] if invented else None
-    found, outcomes = _try_until(count, candidates(seed, most_edits, libraries), sandbox, workers)
+    libraries = _enough(count, seed, most_edits) if invented else None
+    waiting = candidates(seed, most_edits, libraries)
+    found, outcomes = _try_until(count, waiting, sandbox, workers, known=invented)
     manifest = {
         "version": VERSION,
         "count": count,
@@ -161,6 +162,14 @@ def candidates(
     return [one for turn in zip_longest(*piles) for one in turn if one is not None]
 
 
+def _enough(count: int, seed: int, most_edits: int | None) -> list[Library]:
+    """Invented libraries with ``count`` instances, and some more: not every function has one."""
+    libraries: list[Library] = []
+    while len(candidates(seed, most_edits, libraries)) < 1.1 * count:
+        libraries += [invent(seed, len(libraries) + n) for n in range(ceil(count / FUNCTIONS))]
+    return libraries
+
+
 def _edits(bug: Mutation) -> int:
     """What could be edited in words in the function; 0 where the fix is none of it."""
     function = dict(functions(ast.parse(bug.source)))[bug.symbol]
@@ -171,17 +180,22 @@ def _edits(bug: Mutation) -> int:
 
 
 def _try_until(
-    count: int, waiting: list[Candidate], sandbox: Sandbox, workers: int
+    count: int, waiting: list[Candidate], sandbox: Sandbox, workers: int, *, known: bool
 ) -> tuple[list[Tried], Counter[str]]:
-    """The first ``count`` candidates that make an instance; what became of all that were tried."""
+    """The first ``count`` candidates that make an instance; what became of all that were tried.
+
+    Where it is ``known`` which tests find a bug, most are not run.
+    """
     outcomes: Counter[str] = Counter()
     found: list[Tried] = []
     told = time.monotonic()
+    in_sandbox = partial(try_candidate, sandbox)
     with ThreadPoolExecutor(workers) as pool:
         while waiting:
             # A few at a time, so that few are tried in vain.
             part, waiting = waiting[: 2 * workers], waiting[2 * workers :]
-            for tried in pool.map(partial(try_candidate, sandbox), part):
+            is_told = known and len(found) >= 2 * workers
+            for tried in map(told_candidate, part) if is_told else pool.map(in_sandbox, part):
                 if len(found) < count:
                     outcomes[tried.outcome] += 1
                     found += [tried] if tried.row is not None else []
@@ -210,16 +224,32 @@ def try_candidate(sandbox: Sandbox, candidate: Candidate) -> Tried:
         return Tried("survived")
     if not passing:
         return Tried("nothing_passes")
-    visible = library.tests_without({name.partition("::")[2] for name in failing})
-    files = library.tree(bug.source, visible)
-    row = _row(candidate, failing, passing, visible)
-    instance = from_swebench(row)
-    tried = partial(grade, sandbox, instance, _archive(files), spec=SessionSpec(limits=TRIAL))
+    made = _instance(candidate, failing, passing)
+    assert made.row is not None
+    assert made.files is not None
+    instance = from_swebench(made.row)
+    tried = partial(grade, sandbox, instance, _archive(made.files), spec=SessionSpec(limits=TRIAL))
     if not tried(instance.patch).resolved:
         return Tried("fix_fails")
     if tried("").resolved:
         return Tried("nothing_resolves")
-    return Tried("valid", row, files)
+    return made
+
+
+def told_candidate(candidate: Candidate) -> Tried:
+    """The instance of an invented function, without a run: its own test alone finds its bug."""
+    tests = [
+        f"{TEST_FILE}::test_{name}" for name, _ in functions(ast.parse(candidate.library.core))
+    ]
+    failing = f"{TEST_FILE}::test_{candidate.mutation.symbol}"
+    return _instance(candidate, [failing], sorted({*tests} - {failing}))
+
+
+def _instance(candidate: Candidate, failing: list[str], passing: list[str]) -> Tried:
+    library = candidate.library
+    visible = library.tests_without({name.partition("::")[2] for name in failing})
+    files = library.tree(candidate.mutation.source, visible)
+    return Tried("valid", _row(candidate, failing, passing, visible), files)
 
 
 def _archive(files: Mapping[str, str]) -> bytes:
@@ -239,9 +269,8 @@ def _statuses(sandbox: Sandbox, files: Mapping[str, str]) -> dict[str, str] | No
     return None if endless else statuses
 
 
-def _row(candidate: Candidate, failing: Iterable[str], passing: Iterable[str], visible: str) -> Row:
+def _row(candidate: Candidate, failing: list[str], passing: list[str], visible: str) -> Row:
     library, bug = candidate.library, candidate.mutation
-    failing = list(failing)
     return {
         "repo": f"embedded/{library.name}",
         "instance_id": "",
@@ -253,7 +282,7 @@ def _row(candidate: Candidate, failing: Iterable[str], passing: Iterable[str], v
         "created_at": "2020-01-01T00:00:00Z",
         "version": "1",
         "FAIL_TO_PASS": json.dumps(failing),
-        "PASS_TO_PASS": json.dumps(list(passing)),
+        "PASS_TO_PASS": json.dumps(passing),
         "environment_setup_commit": "",
     }
 

@@ -36,7 +36,7 @@ class WordsDialect:
 
     Args:
         files: The base tree, as a tar archive. Its functions can be viewed, those of tests aside;
-            the one in view can be edited.
+            the one in view can be edited. Its lines are counted from its first, which is 1.
         case: The command by which `TEST` runs what was reported; "" where nothing was.
     """
 
@@ -50,7 +50,9 @@ class WordsDialect:
                 place = path, range(node.lineno, (node.end_lineno or node.lineno) + 1)
                 self._views.setdefault(view_action(name), place)
         self._in_view: tuple[str, range] = "", range(0)
-        self._edits: list[tuple[str, int, str, str]] = []  # file, line, text before and after
+        # The view that an edit was made in, the line, and its text before and after.
+        self._edits: list[tuple[tuple[str, range], int, str, str]] = []
+        self._touched: set[str] = set()
 
     @property
     def admissible(self) -> tuple[str, ...]:
@@ -69,6 +71,11 @@ class WordsDialect:
         return {p: "".join(lines) for p, lines in self._now.items() if lines != self._base[p]}
 
     @property
+    def touched(self) -> dict[str, str]:
+        """The files that an edit was ever made in, as they are now."""
+        return {path: "".join(self._now[path]) for path in sorted(self._touched)}
+
+    @property
     def diff(self) -> str:
         """The change, as git writes it."""
         return "".join(
@@ -82,23 +89,34 @@ class WordsDialect:
             CallError: It is none that is admissible.
         """
         if said in self._views:
-            path, lines = self._in_view = self._views[said]
-            return "\n".join(f"{n} {self._now[path][n - 1].rstrip()}".rstrip() for n in lines)
+            self._in_view = self._views[said]
+            return self._shown(self._in_view[1])
         if said == UNDO and self._edits:
-            path, number, text, _ = self._edits.pop()
+            view, number, text, _ = self._edits.pop()
         elif swap := self._swaps().get(said):
-            path, number, text = swap
-            if self._edits and self._edits[-1][:3] == swap:  # the opposite of the last one
+            view, (number, text) = self._in_view, swap
+            if self._edits and self._edits[-1][:3] == (view, *swap):  # the opposite of the last one
                 self._edits.pop()
             else:
-                self._edits.append((path, number, self._now[path][number - 1], text))
+                self._edits.append((view, number, self._now[view[0]][number - 1], text))
         else:
             raise CallError("nothing happens .")
+        path, lines = view
         self._now[path][number - 1] = text
-        return f"{number} {text.rstrip()}"
+        self._touched.add(path)
+        if view != self._in_view:  # undone: it comes into view
+            self._in_view = view
+            return self._shown(lines)
+        return self._shown(range(number, number + 1))
 
-    def _swaps(self) -> dict[str, tuple[str, int, str]]:
-        """What can be edited: the file, the line and its new text, by the action."""
+    def _shown(self, numbers: range) -> str:
+        """Lines of what is in view."""
+        path, lines = self._in_view
+        shown = [(n - lines.start + 1, self._now[path][n - 1].rstrip()) for n in numbers]
+        return "\n".join(f"{number} {text}".rstrip() for number, text in shown)
+
+    def _swaps(self) -> dict[str, tuple[int, str]]:
+        """What can be edited: the line of the file and its new text, by the action."""
         path, numbers = self._in_view
         found = {}
         for number in numbers:
@@ -106,7 +124,7 @@ class WordsDialect:
             for old, new in swaps(line):
                 at = next(m.start() for m in TOKEN.finditer(line) if m.group() == old)
                 text = line[:at] + new + line[at + len(old) :]
-                found[swap_action(number, old, new)] = path, number, text
+                found[swap_action(number - numbers.start + 1, old, new)] = number, text
         return found
 
 
