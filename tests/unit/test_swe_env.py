@@ -33,9 +33,10 @@ from aem_lightning.envs.swe.sandbox import (
     SessionSpec,
     bubblewrap,
     docker,
+    tar_of,
 )
 from aem_lightning.envs.swe.tools import write_call
-from aem_lightning.envs.swe.words import swap_action, view_action
+from aem_lightning.envs.swe.words import FAILS, WordsDialect, swap_action, view_action
 
 FINISH = write_call("finish", command="submit")
 
@@ -281,6 +282,45 @@ def test_the_expert_in_words_does_not_mend_what_a_slip_broke(make_env, instances
         assert info["won"] or before == "the case holds ."  # two wrong edits may do for a case
         won += info["won"]
     assert won > 3
+
+
+def test_the_expert_in_words_takes_one_function_for_another():
+    source = """class First:
+    def add(self, a): return a + 1
+
+
+class Second:
+    def add(self, a, low=2):
+        def inner(b):
+            return b * 3
+        return list(inner(a)) + low
+
+
+class Third:
+    def add(self, a, low=2):
+        return a
+"""
+    instance = Instance(
+        "a",
+        "b",
+        "c",
+        "`core.Second.add` gives a wrong result\n\nThis should hold, and does not:\n\n"
+        "    assert Second().add(1) == 5\n\nFind the defect in core.py and mend it.",
+        fail_to_pass=("tests/test_core.py::test_add",),
+    )
+    for seed in range(20):
+        dialect = WordsDialect(tar_of({"core.py": source.encode()}), "case")
+        expert, rng = WordsExpert(instance, seed), random.Random(seed)
+        observation = ""
+        for turn in range(200):
+            action = expert.act(observation, dialect.admissible)
+            if turn < 40 and rng.random() < 0.5:
+                action = rng.choice([a for a in dialect.admissible if a != "finish"])
+            if action == "finish":
+                break
+            observation = FAILS if action == "test" else dialect.act(action)
+        assert action == "finish", "it ran in circles"
+        assert not dialect.changed
 
 
 def test_what_is_no_call_is_valid_or_ends_the_episode(make_env, instances):

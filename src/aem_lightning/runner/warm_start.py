@@ -51,7 +51,7 @@ from aem_lightning.types import Trajectory
 log = logging.getLogger(__name__)
 
 # Raise it when the stage changes what it makes: older folders are then not taken for new ones.
-FORMAT = 7
+FORMAT = 8
 RESULT = "warm_start.json"
 
 

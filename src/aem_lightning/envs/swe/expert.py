@@ -23,6 +23,7 @@ from aem_lightning.envs.swe.words import (
 )
 
 DELIMITER = "END_OF_PATCH"
+SWAPPED = {*SWAPS, *(new for others in SWAPS.values() for new in others)}
 NAMED = re.compile(r"`(?:\w+\.)?([\w.]+)`")
 
 
@@ -82,9 +83,10 @@ class WordsExpert:
                 "needs datamodule.environment.dialect=functions"
             )
         self._view = view_action(symbol)
-        self._name = symbol.rpartition(".")[2]
+        self._head = ["def", symbol.rpartition(".")[2]]
         self._rng = random.Random(seed)
-        self._in_view = ""  # the function that lines are of
+        self._in_view = ""  # the function that lines are of, without what edits change
+        self._own: str | None = None  # the one to mend, once it was seen
         self._first: dict[tuple[str, int], list[str]] = {}  # the tokens of a line, as first shown
         self._now: dict[tuple[str, int], list[str]] = {}  # as last shown
         self._useless: set[str] = set()  # edits that did not help
@@ -98,20 +100,18 @@ class WordsExpert:
             return FINISH
         if observation == FAILS:
             self._tested = True
-            if len(changes) == 1 and changes[0][0] == self._name:
+            if len(changes) == 1 and changes[0][0] == self._own:
                 self._useless.add(swap_action(*changes[0][1:]))
-        if (self._name, 1) not in self._now:
+        if self._own is None:
             return self._view
+        if any(function != self._in_view for function, *_ in changes):
+            return UNDO  # until nothing is left of it
         if changes and not self._tested:
             return TEST
         if changes:
-            back = [
-                swap_action(line, new, old)
-                for name, line, old, new in changes
-                if name == self._in_view
-            ]
-            return next((edit for edit in back if edit in admissible), UNDO)
-        if self._in_view != self._name:
+            back = [swap_action(line, new, old) for _, line, old, new in changes]
+            return back[0] if {*back} <= {*admissible} else UNDO
+        if self._in_view != self._own:
             return self._view
         untried = [a for a in sorted(admissible) if a.startswith("edit ")]
         untried = [edit for edit in untried if edit not in self._useless]
@@ -128,14 +128,18 @@ class WordsExpert:
 
     def _read(self, observation: str) -> None:
         """Take in the lines that were shown."""
-        for shown in observation.splitlines():
-            head, _, text = shown.partition(" ")
-            if not head.isdecimal():
-                continue
-            tokens = TOKEN.findall(text)
-            if tokens[:1] == ["def"]:
-                self._in_view = tokens[1]
-            place = self._in_view, int(head)
+        heads = [line.partition(" ") for line in observation.splitlines()]
+        shown = {int(head): TOKEN.findall(text) for head, _, text in heads if head.isdecimal()}
+        kept = "\n".join(
+            " ".join("_" if token.isdecimal() or token in SWAPPED else token for token in tokens)
+            for tokens in shown.values()
+        )
+        if len(shown) > 1 or (1 in shown and not self._in_view.startswith(kept)):
+            self._in_view = kept
+            if shown.get(1, [])[:2] == self._head:
+                self._own = self._in_view
+        for number, tokens in shown.items():
+            place = self._in_view, number
             self._tested &= tokens == self._now.get(place, tokens)
             self._now[place] = tokens
             self._first.setdefault(place, tokens)

@@ -238,11 +238,10 @@ def try_candidate(sandbox: Sandbox, candidate: Candidate) -> Tried:
 
 def told_candidate(candidate: Candidate) -> Tried:
     """The instance of an invented function, without a run: its own test alone finds its bug."""
-    tests = [
-        f"{TEST_FILE}::test_{name}" for name, _ in functions(ast.parse(candidate.library.core))
-    ]
-    failing = f"{TEST_FILE}::test_{candidate.mutation.symbol}"
-    return _instance(candidate, [failing], sorted({*tests} - {failing}))
+    names = {name for name, _ in functions(ast.parse(candidate.library.core))}
+    broken = candidate.mutation.symbol
+    passing = [f"{TEST_FILE}::test_{name}" for name in sorted(names - {broken})]
+    return _instance(candidate, [f"{TEST_FILE}::test_{broken}"], passing)
 
 
 def _instance(candidate: Candidate, failing: list[str], passing: list[str]) -> Tried:
