@@ -165,8 +165,11 @@ def candidates(
 def _enough(count: int, seed: int, most_edits: int | None) -> list[Library]:
     """Invented libraries with ``count`` instances, and some more: not every function has one."""
     libraries: list[Library] = []
-    while len(candidates(seed, most_edits, libraries)) < 1.1 * count:
-        libraries += [invent(seed, len(libraries) + n) for n in range(ceil(count / FUNCTIONS))]
+    found = 0
+    while found < 1.1 * count:
+        more = [invent(seed, len(libraries) + n) for n in range(ceil(count / FUNCTIONS))]
+        found += len(candidates(seed, most_edits, more))
+        libraries += more
     return libraries
 
 
