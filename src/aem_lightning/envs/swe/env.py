@@ -143,7 +143,8 @@ class _Engine:
         self._files = self._repositories.base(self._instance)
         self._turns, self._start = 0, time.monotonic()
         self._words: WordsDialect | None = None
-        self._told: tuple[str, CommandResult] | None = None  # the last case, and for which change
+        # What the last case came to, and for which change.
+        self._told: tuple[Mapping[str, str], CommandResult] | None = None
         self._is_over = False
         self._broken = self._open_words() if self._settings.dialect == "words" else self._open()
         return self._observation(), self._info()
@@ -230,9 +231,11 @@ class _Engine:
 
     def _run_case(self, words: WordsDialect) -> CommandResult:
         """What was reported, run on the tree as it is now, in the episode's sandbox."""
-        if self._told is not None and self._told[0] == words.diff:
+        changed = words.changed
+        if self._told is not None and self._told[0] == changed:
             return self._told[1]
-        archives = [tar_of({p: text.encode() for p, text in words.touched.items()})]
+        touched = {path: text.encode() for path, text in words.touched.items()}
+        archives = [tar_of(touched)] if touched else []
         if self._session is None or not self._session.alive():
             self._close_session()
             self._session = self._sandbox.open(self._spec(self._settings.limits))
@@ -241,7 +244,7 @@ class _Engine:
             done = self._session.put_tar(archive)
             if done.code:
                 return replace(done, infra_error=_why_not_set_up(done))
-        self._told = words.diff, self._session.run(words.case)
+        self._told = changed, self._session.run(words.case)
         return self._told[1]
 
     def _parse(self, action: str) -> Call:

@@ -227,16 +227,14 @@ def try_candidate(sandbox: Sandbox, candidate: Candidate) -> Tried:
         return Tried("survived")
     if not passing:
         return Tried("nothing_passes")
-    made = _instance(candidate, failing, passing)
-    assert made.row is not None
-    assert made.files is not None
-    instance = from_swebench(made.row)
-    tried = partial(grade, sandbox, instance, _archive(made.files), spec=SessionSpec(limits=TRIAL))
+    row, files = _instance(candidate, failing, passing)
+    instance = from_swebench(row)
+    tried = partial(grade, sandbox, instance, _archive(files), spec=SessionSpec(limits=TRIAL))
     if not tried(instance.patch).resolved:
         return Tried("fix_fails")
     if tried("").resolved:
         return Tried("nothing_resolves")
-    return made
+    return Tried("valid", row, files)
 
 
 def told_candidate(candidate: Candidate) -> Tried:
@@ -244,14 +242,17 @@ def told_candidate(candidate: Candidate) -> Tried:
     names = {name for name, _ in functions(ast.parse(candidate.library.core))}
     broken = candidate.mutation.symbol
     passing = [f"{TEST_FILE}::test_{name}" for name in sorted(names - {broken})]
-    return _instance(candidate, [f"{TEST_FILE}::test_{broken}"], passing)
+    return Tried("valid", *_instance(candidate, [f"{TEST_FILE}::test_{broken}"], passing))
 
 
-def _instance(candidate: Candidate, failing: list[str], passing: list[str]) -> Tried:
+def _instance(
+    candidate: Candidate, failing: list[str], passing: list[str]
+) -> tuple[Row, Mapping[str, str]]:
+    """Its row without a commit, and its files."""
     library = candidate.library
     visible = library.tests_without({name.partition("::")[2] for name in failing})
     files = library.tree(candidate.mutation.source, visible)
-    return Tried("valid", _row(candidate, failing, passing, visible), files)
+    return _row(candidate, failing, passing, visible), files
 
 
 def _archive(files: Mapping[str, str]) -> bytes:
