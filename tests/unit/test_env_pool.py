@@ -344,6 +344,17 @@ def test_close_leaves_no_process_behind_and_a_later_reset_starts_anew():
     pool.close()
 
 
+def test_a_worker_closes_its_environments_when_the_pool_ends_or_one_breaks(tmp_path):
+    with EnvPool(partial(ToyEnv, closed=tmp_path), workers=1) as pool:
+        pool.reset(_requests(1, 3))
+        (pid,) = pool.worker_pids()
+        pool.step({"0/0": "harm raise"})
+        broken = {f"{number} by {pid}" for number in (1, 4)}  # the second on the replay
+        assert {path.name for path in tmp_path.iterdir()} == broken
+    others = {f"{number} by {pid}" for number in (2, 3)}
+    assert {path.name for path in tmp_path.iterdir()} == broken | others
+
+
 @pytest.mark.parametrize(
     "end",
     [

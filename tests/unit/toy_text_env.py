@@ -21,15 +21,17 @@ class ToyEnv:
 
     Args:
         marks: A folder; "... once" actions do their harm only as long as no file there says so.
+        closed: A folder in which a file says which environment was closed.
     """
 
     made = 0
     counted = 0
 
-    def __init__(self, marks: str | Path = "/nonexistent") -> None:
+    def __init__(self, marks: str | Path = "/nonexistent", closed: Path | None = None) -> None:
         type(self).made += 1
         self.number = type(self).made
         self.marks = Path(marks)
+        self.closed = closed
         self.steps_taken = 0
 
     def reset(
@@ -56,7 +58,8 @@ class ToyEnv:
         return {"toy_steps": counted}
 
     def close(self) -> None:
-        self.closed = True
+        if self.closed is not None:
+            (self.closed / f"{self.number} by {os.getpid()}").touch()
 
     def _harm(self, text: str) -> None:
         if "once" in text:

@@ -17,7 +17,7 @@ from typing import TypeVar
 from aem_lightning.envs.base import EnvContractError, EnvPoolError, TextEnv
 from aem_lightning.envs.episode import PooledEpisode
 from aem_lightning.envs.errors import reraise
-from aem_lightning.envs.orders import Broken, Census, Counted, Outcome, Played, Refused
+from aem_lightning.envs.orders import CLOSE_S, Broken, Census, Counted, Outcome, Played, Refused
 from aem_lightning.envs.process import WorkerHungError, WorkerLostError, WorkerProcess, listen
 from aem_lightning.envs.quarantine import Quarantine
 from aem_lightning.envs.variables import worker_variables
@@ -28,7 +28,7 @@ K = TypeVar("K", bound=Hashable)
 Due = dict[str, str | None]
 """The action of every episode whose answer is still missing; None: its reset."""
 
-GRACE_S = 1.0  # for all workers together, to end by themselves
+GRACE_S = 1.0  # for all workers that are at an order, which nobody waits for
 PROBES = 16  # processes at most in which the episodes of workers that hung are tried, at once
 
 
@@ -88,14 +88,16 @@ class Crew:
             raise
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; idle ones have time to close their environments first."""
         for process in self.processes:
             process.hang_up()
-        end = time.monotonic() + GRACE_S
-        for process in self.processes:
+        start = time.monotonic()
+        for process in sorted(self.processes, key=lambda process: not process.owes):
+            end = start + (GRACE_S if process.owes else CLOSE_S)
+            process.wait(max(0.0, end - time.monotonic()))
             if tail := process.stderr_tail():
                 logger.debug("Worker %d wrote: %s", process.pid, tail)
-            process.kill(max(0.0, end - time.monotonic()))
+            process.kill()
         self.processes.clear()
 
     def counters(self) -> Counter[str]:

@@ -15,6 +15,7 @@ from aem_lightning.envs.answers import STEP, checked_answer
 from aem_lightning.types import EnvStep, ResetRequest
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+CLOSE_S = 5.0  # for a worker that is not at an order, to close its environments and end
 OUTCOME_BYTES = 64 << 20  # a larger outcome is refused, and a longer line no answer at all
 
 

@@ -201,8 +201,7 @@ class WorkerProcess:
 
     def obituary(self) -> str:
         """How the worker ended, and its last words."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(1.0)
+        self.wait(1.0)
         return f"worker {self.pid} ended with exit status {self._popen.returncode}{self.said()}"
 
     def said(self) -> str:
@@ -227,11 +226,14 @@ class WorkerProcess:
         """Close the socket: an idle worker then ends by itself."""
         self._socket.close()
 
-    def kill(self, grace_s: float = 0.0) -> None:
-        """End the process, after ``grace_s`` for certain; a second call does nothing."""
-        self.hang_up()
+    def wait(self, seconds: float) -> None:
+        """Give a process that was hung up on so long to end by itself."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(grace_s)
+            self._popen.wait(seconds)
+
+    def kill(self) -> None:
+        """End the process; a second call does nothing."""
+        self.hang_up()
         self._popen.kill()
         self._popen.wait()
         self._stderr.close()

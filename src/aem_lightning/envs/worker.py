@@ -4,9 +4,9 @@ Started as ``python -m aem_lightning.envs.worker FD [GB]``, where FD is its end 
 GB bounds its memory. The first message is the environment factory; every later one is a list of
 `Order`, each answered by its outcome as soon as it is known (and a `Beat` a second while that takes
 longer), or a `Census`. One thread plays all slots, one after the other: engines need not be thread
-safe. The worker ends when its pool closes the socket or dies. Of the packages that the trainer
-needs it loads none: a DataModule in the environment's file finds `AgentDataModule` without
-Lightning here.
+safe. When its pool closes the socket or dies, the worker closes its environments and ends. Of the
+packages that the trainer needs it loads none: a DataModule in the environment's file finds
+`AgentDataModule` without Lightning here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from aem_lightning.envs.answers import RESET, STEP, BadAnswerError, checked_answer
 from aem_lightning.envs.base import TextEnv
 from aem_lightning.envs.errors import described
 from aem_lightning.envs.orders import (
+    CLOSE_S,
     Beat,
     Broken,
     Census,
@@ -106,10 +107,10 @@ class EnvSlots:
             print(f"MemoryError: {_out_of_memory()}", file=sys.stderr, flush=True)
             os._exit(1)  # whatever threads the environment has
         except BadAnswerError as error:
-            self._slots.pop(order.slot, None)
+            self._drop(order.slot)
             return write_answer(Refused, number, str(error))
         except Exception as error:
-            self._slots.pop(order.slot, None)
+            self._drop(order.slot)
             cause = error.__cause__ if isinstance(error, _CannotMakeError) else None
             fatal = isinstance(error, _CannotMakeError | ImportError)
             return write_answer(Broken, *described(cause or error, number, fatal=fatal))
@@ -118,6 +119,17 @@ class EnvSlots:
         """What the environments count together; nothing where they do not."""
         some = next(iter((*(slot.env for slot in self._slots.values()), *self._spare)), None)
         return dict(getattr(some, "counters", dict)())
+
+    def close(self) -> None:
+        """Free what the environments hold; one that cannot is no reason to leave the others."""
+        for env in (*self._spare, *(slot.env for slot in self._slots.values())):
+            _close(env)
+        self._spare.clear()
+        self._slots.clear()
+
+    def _drop(self, number: int) -> None:
+        if (slot := self._slots.pop(number, None)) is not None:
+            _close(slot.env)
 
     def _play(self, order: Order, beat: Callable[[int], None]) -> Iterator[EnvStep]:
         if order.request is not None:
@@ -141,8 +153,15 @@ class EnvSlots:
         return self._slots[number]
 
 
+def _close(env: TextEnv) -> None:
+    try:
+        env.close()
+    except Exception:  # it is no longer needed
+        traceback.print_exc()
+
+
 def serve(connection: socket.socket) -> None:
-    """Answer orders until the pool closes the socket."""
+    """Answer orders until the pool closes the socket; then close the environments."""
     stream = connection.makefile("rb")
     try:
         with _starting(connection):
@@ -153,6 +172,11 @@ def serve(connection: socket.socket) -> None:
         told_error = MemoryError(_out_of_memory()) if isinstance(error, MemoryError) else error
         connection.sendall(write_answer(Broken, *described(told_error, 0, fatal=True)))
         return
+    with contextlib.closing(slots):
+        _answer(connection, stream, slots)
+
+
+def _answer(connection: socket.socket, stream: BinaryIO, slots: EnvSlots) -> None:
     connection.sendall(write_answer(Ready))
     told, number = time.monotonic(), 0
 
@@ -228,6 +252,7 @@ def _end_with(parent: int) -> None:
     """Poll for the pool's process, so that a slot that hangs does not outlive it."""
     while os.getppid() == parent:
         time.sleep(BEAT_S)
+    time.sleep(CLOSE_S)  # an idle one closes its environments meanwhile, and ends by itself
     os._exit(0)
 
 
