@@ -36,7 +36,8 @@ HEAD = """\
 
 ```bash
 make model                                    # the folder, out of a package
-python train.py experiment=alfworld_smollm2   # games, warm start, GRPO + AEM
+# Games, warm start, GRPO + AEM; two cores, a rank each.
+python train.py experiment=alfworld_smollm2 trainer=ddp trainer.accelerator=cpu trainer.devices=2
 ```
 """
 EDGE = 3  # iterations at either end of a curve that a mean is taken over
@@ -51,6 +52,7 @@ def keep(run: Path) -> None:
     settings = config.policy.warm_start
     names = ("iterations", "seed", "success_before", "success_after", "verdict", "seconds")
     kept = {name: summary[name] for name in names}
+    kept["device"] = json.loads((run / "run.json").read_text(encoding="utf-8"))["device"]
     kept["settings"] = {name: OmegaConf.select(config, name) for name in SETTINGS}
     kept["demonstrations"] = [*imitated_before(settings.base), settings.demonstrations]
     kept["curves"] = {
@@ -96,7 +98,7 @@ def page() -> str:
         "token entropy, nats": ends(curves["aem/entropy"]),
         "expert episodes that it imitated": ", then ".join(map(str, kept["demonstrations"])),
         "iterations, episodes": f"{kept['iterations']}, {played}",
-        "reinforcement, hours": f"{sum(curves['time/total']) / 3600:.2f}",
+        f"reinforcement, hours on {kept['device']}": f"{sum(curves['time/total']) / 3600:.2f}",
         "groups that were mixed": f"{100 * fmean(curves['rollout/mixed_groups']):.0f} %",
         "engine against trainer, mean nats a token": f"{fmean(curves['policy/sampler_gap']):.4f}",
         "`policy/approx_kl`, `policy/clip_fraction`": pair(curves),
@@ -107,8 +109,7 @@ def page() -> str:
         "The model imitates expert play in the paper's format, thoughts included, then "
         "learns from how its own episodes end. Both evaluations play "
         f"{before['episodes']} games that nothing was trained on, at temperature 1. Intervals are "
-        f"Wilson 95 %, and these two {apart}. The machine was shared: on one of its own times are "
-        "shorter.",
+        f"Wilson 95 %, and these two {apart}.",
         "",
         "| what | figure |",
         "|---|---|",
@@ -137,7 +138,8 @@ def pair(curves: Mapping[str, list[float]]) -> str:
 
 def told(record: Mapping[str, Any]) -> Iterable[str]:
     """An episode: what was seen, and what was answered."""
-    when = "Before" if record["iteration"] is None else f"After iteration {record['iteration']}"
+    last = record["iteration"]
+    when = "Before" if last is None else f"After {last + 1} iterations"
     yield f"**{when}: {'won' if record['won'] else 'lost'} in {len(record['turns'])} turns**"
     yield ""
     for turn in record["turns"]:

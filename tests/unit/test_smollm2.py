@@ -123,6 +123,7 @@ def finished(tmp_path: Path) -> Path:
         **{"iterations": 6, "seed": 0, "verdict": None, "seconds": {"training": 60.0}},
     }
     (run / "summary.json").write_text(json.dumps(summary))
+    (run / "run.json").write_text(json.dumps({"device": "2 × CPU, 1 threads"}))
     (run / ".hydra").mkdir()
     cfg = composed(["experiment=alfworld_smollm2", f"policy.warm_start.base={earlier}"])
     OmegaConf.save(cfg, run / ".hydra" / "config.yaml")
@@ -153,9 +154,10 @@ def test_the_page_tells_other_figures_than_the_runs(
     assert "| training episodes won | 0.100 in the first 3 iterations, 0.400 in the last |" in told
     assert "| expert episodes that it imitated | 70, then 450 |" in told
     assert "| iterations, episodes | 6, 288 |" in told
+    assert "| reinforcement, hours on 2 × CPU, 1 threads | " in told
     assert [line for line in told.splitlines() if line.startswith("**")] == [
         "**Before: lost in 1 turns**",
-        *["**After iteration 5: won in 1 turns**"] * 2,
+        *["**After 6 iterations: won in 1 turns**"] * 2,
     ]
     assert "    > <think>a</think>    (malformed)\n" in told
     assert (tmp_path / "kept" / "curve.png").read_bytes().startswith(b"\x89PNG")
