@@ -78,10 +78,12 @@ class Misnamed(Plain):
 
 
 class NoDoor(Plain):
+    is_shut = False
+
     def close(self):
-        if getattr(self, "closed", False):
+        if self.is_shut:
             raise RuntimeError("closed already")
-        super().close()
+        self.is_shut = True
 
 
 class Endless(Plain):
