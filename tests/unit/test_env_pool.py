@@ -355,6 +355,16 @@ def test_a_worker_closes_its_environments_when_the_pool_ends_or_one_breaks(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == broken | others
 
 
+def test_a_process_that_tries_episodes_of_a_worker_that_hung_closes_its_environments(tmp_path):
+    with EnvPool(partial(ToyEnv, closed=tmp_path), workers=1, timeout_s=3.0) as pool:
+        pool.reset(_requests(1, 2))
+        hung = pool.worker_pids()
+        steps = pool.step({"0/0": "harm hang", "0/1": "look"})
+        assert [steps[key].infra_error is None for key in ("0/0", "0/1")] == [False, True]
+        (closed,) = tmp_path.iterdir()
+        assert int(closed.name.split()[-1]) not in {*hung, *pool.worker_pids()}
+
+
 @pytest.mark.parametrize(
     "end",
     [

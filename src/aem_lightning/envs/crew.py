@@ -88,16 +88,8 @@ class Crew:
             raise
 
     def close(self) -> None:
-        """End the workers; idle ones have time to close their environments first."""
-        for process in self.processes:
-            process.hang_up()
-        start = time.monotonic()
-        for process in sorted(self.processes, key=lambda process: not process.owes):
-            end = start + (GRACE_S if process.owes else CLOSE_S)
-            process.wait(max(0.0, end - time.monotonic()))
-            if tail := process.stderr_tail():
-                logger.debug("Worker %d wrote: %s", process.pid, tail)
-            process.kill()
+        """End the workers."""
+        _end(self.processes)
         self.processes.clear()
 
     def counters(self) -> Counter[str]:
@@ -221,10 +213,11 @@ class Crew:
                 probes[place] = self._new_process()
             for probe in probes.values():
                 probe.wait_ready(self._timeout_s)
-            self._replay(probes, {place: episodes[place::number] for place in probes}, due)
+            shares = {place: episodes[place::number] for place in probes}
+            for place in self._replay(probes, shares, due):
+                probes[place].kill()
         finally:
-            for probe in probes.values():
-                probe.kill()
+            _end([*probes.values()])
 
     def _replay(
         self,
@@ -276,3 +269,16 @@ class Crew:
         due.pop(episode.key, None)
         episode.fail(reason, self.log_level)
         self.quarantine.blame(episode.request.task_id, reason)
+
+
+def _end(processes: Sequence[WorkerProcess]) -> None:
+    """End all at once; idle ones have time to close their environments first."""
+    for process in processes:
+        process.hang_up()
+    start = time.monotonic()
+    for process in sorted(processes, key=lambda process: not process.owes):
+        end = start + (GRACE_S if process.owes else CLOSE_S)
+        process.wait(max(0.0, end - time.monotonic()))
+        if tail := process.stderr_tail():
+            logger.debug("Worker %d wrote: %s", process.pid, tail)
+        process.kill()

@@ -124,8 +124,6 @@ class EnvSlots:
         """Free what the environments hold; one that cannot is no reason to leave the others."""
         for env in (*self._spare, *(slot.env for slot in self._slots.values())):
             _close(env)
-        self._spare.clear()
-        self._slots.clear()
 
     def _drop(self, number: int) -> None:
         if (slot := self._slots.pop(number, None)) is not None:

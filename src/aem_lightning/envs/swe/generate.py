@@ -107,8 +107,7 @@ def generate_instances(
     logger.info("making %d instances in %s", count, out)
     start = time.perf_counter()
     sandbox = sandbox or choose_sandbox(SweSettings(allow_unsafe=True))
-    libraries = _enough(count, seed, most_edits) if invented else None
-    waiting = candidates(seed, most_edits, libraries)
+    waiting = _enough(count, seed, most_edits) if invented else candidates(seed, most_edits)
     found, outcomes = _try_until(count, waiting, sandbox, workers, known=invented)
     manifest = {
         "version": VERSION,
@@ -147,30 +146,42 @@ def candidates(
     With ``most_edits`` those alone of which one edit in the words dialect is the fix, in functions
     where it knows no more than so many. Of ``invented`` libraries one bug a function.
     """
-    piles = []
-    for number, library in enumerate(load_libraries() if invented is None else invented):
-        bugs = [
-            bug
-            for bug in mutations(library.core)
-            if most_edits is None or 0 < _edits(bug) <= most_edits
+    if invented is not None:
+        return _in_turn(
+            [_bugs(one, f"{seed}/{n}", most_edits, one_each=True) for n, one in enumerate(invented)]
+        )
+    return _in_turn([_bugs(one, f"{seed}/{one.name}", most_edits) for one in load_libraries()])
+
+
+def _enough(count: int, seed: int, most_edits: int | None) -> list[Candidate]:
+    """Those of ``count`` invented functions, and of some more: not every function has one."""
+    piles: list[list[Candidate]] = []
+    while sum(map(len, piles)) < 1.1 * count:
+        numbers = range(len(piles), len(piles) + ceil(count / FUNCTIONS))
+        piles += [
+            _bugs(invent(seed, number), f"{seed}/{number}", most_edits, one_each=True)
+            for number in numbers
         ]
-        which = library.name if invented is None else number  # these share a name
-        random.Random(f"{seed}/{which}").shuffle(bugs)
-        if invented is not None:
-            bugs = [*{bug.symbol: bug for bug in bugs}.values()]
-        piles.append([Candidate(library, bug) for bug in bugs])
+    return _in_turn(piles)
+
+
+def _bugs(
+    library: Library, key: str, most_edits: int | None, *, one_each: bool = False
+) -> list[Candidate]:
+    """Those of a library in the order that ``key`` decides; where asked, one of each function."""
+    bugs = [
+        bug
+        for bug in mutations(library.core)
+        if most_edits is None or 0 < _edits(bug) <= most_edits
+    ]
+    random.Random(key).shuffle(bugs)
+    if one_each:
+        bugs = [*{bug.symbol: bug for bug in bugs}.values()]
+    return [Candidate(library, bug) for bug in bugs]
+
+
+def _in_turn(piles: Sequence[Sequence[Candidate]]) -> list[Candidate]:
     return [one for turn in zip_longest(*piles) for one in turn if one is not None]
-
-
-def _enough(count: int, seed: int, most_edits: int | None) -> list[Library]:
-    """Invented libraries with ``count`` instances, and some more: not every function has one."""
-    libraries: list[Library] = []
-    found = 0
-    while found < 1.1 * count:
-        more = [invent(seed, len(libraries) + n) for n in range(ceil(count / FUNCTIONS))]
-        found += len(candidates(seed, most_edits, more))
-        libraries += more
-    return libraries
 
 
 def _edits(bug: Mutation) -> int:
