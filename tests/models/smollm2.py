@@ -40,6 +40,7 @@ make model                                    # the folder, out of a package
 python train.py experiment=alfworld_smollm2 trainer=ddp trainer.accelerator=cpu trainer.devices=2
 ```
 """
+TOLD = ("observation", "response", "action", "valid")  # of a turn; its prompt is long
 EDGE = 3  # iterations at either end of a curve that a mean is taken over
 
 
@@ -58,7 +59,10 @@ def keep(run: Path) -> None:
     kept["curves"] = {
         name: [round(y, 5) for y in curve[1]] for name, curve in read_curves(run, CURVES).items()
     }
-    kept["episodes"] = list(chosen(read_episodes(run)))
+    kept["episodes"] = [
+        {**record, "turns": [{name: turn[name] for name in TOLD} for turn in record["turns"]]}
+        for record in chosen(read_episodes(run))
+    ]
     KEPT.mkdir(parents=True, exist_ok=True)
     (KEPT / "run.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     draw([run], KEPT / "curve.png")
