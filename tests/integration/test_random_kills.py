@@ -18,6 +18,7 @@ from aem_lightning.types import Task
 MEMORIES = ("memory=transcript", "memory=window")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_ends_with_other_bits(
     toy_model: str, tmp_path: Path
 ) -> None:

@@ -33,7 +33,6 @@ STEP = (
     "num_minibatches=2",
     "micro_batch_tokens=128",
 )
-# On every number of ranks shares are uneven, and on four of them some have no task.
 CASES = {
     # More tasks than the split has: a task is played in two groups, on two ranks.
     "grpo_aem": (
@@ -53,8 +52,9 @@ CASES = {
         "modulation.direction=shuffled",
     ),
 }
-SIZES = (1, 2, 4)
-BEGUN, RESUMED = 4, 3  # the first case is begun on so many ranks, and continued on so many
+# How many ranks play a case beside one. Shares are uneven, and of four ranks one has no task.
+SIZES = {"grpo_aem": 2, "ppo_and_new_tasks_for_uniform_groups": 4}
+RESUMED = 3  # the first case is begun on two ranks, and continued on so many
 FIRST = "first.ckpt"  # after one iteration
 
 
@@ -127,11 +127,11 @@ def run(case: str, size: int, folder: Path, model: str, checkpoint: Path | None 
 def main(model: str, folder: Path) -> None:
     """Every case with every number of ranks, below ``folder``, and the resumed run."""
     torch.set_num_threads(1)
-    for case in CASES:
-        for size in SIZES:
+    for case, several in SIZES.items():
+        for size in (1, several):
             run(case, size, folder / case / str(size), model)
-    case = next(iter(CASES))
-    first = folder / case / str(BEGUN) / "run" / FIRST
+    case, begun = next(iter(SIZES.items()))
+    first = folder / case / str(begun) / "run" / FIRST
     run(case, RESUMED, folder / case / "resumed", model, first)
 
 

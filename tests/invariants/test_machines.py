@@ -43,6 +43,7 @@ def two_machines(folder: Path, model: str, *overrides: str) -> list[dict[str, to
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_machines_have_a_folder_each_or_uneven_ranks_drift_apart(
     toy_model: str, tmp_path: Path
 ) -> None:

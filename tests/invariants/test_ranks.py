@@ -17,7 +17,7 @@ OWN = ("time/", "hp/", "0_overview/4_")  # curves of one process
 
 @pytest.fixture(scope="module")
 def runs_of_ranks(toy_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of `rank_runs`, of all cases and numbers of ranks."""
+    """The runs of `rank_runs`, of all cases on one rank and on theirs."""
     folder = tmp_path_factory.mktemp("rank_runs")
     paths = f"{COMMAND_ENVIRONMENT['PYTHONPATH']}{os.pathsep}{ROOT / 'tests' / 'unit'}"
     env = COMMAND_ENVIRONMENT | {"PYTHONPATH": paths}
@@ -48,21 +48,21 @@ def test_the_number_of_ranks_changes_what_is_sampled_or_learnt(
     assert len(one["sampled"]) > 15
     assert {"train/success_rate", "aem/alpha_max", "val/return"} < same.keys()
     assert [*same["policy/approx_kl"]] == [0, 1]  # both iterations have an update
-    for size in rank_runs.SIZES[1:]:
-        parts = ranks_of(folder / str(size))
-        assert len(parts) == size
-        sampled = [item for part in parts for item in part["sampled"].items()]
-        assert len(sampled) == len(one["sampled"])
-        assert dict(sampled) == one["sampled"]
-        for part in parts:
-            assert part["tasks_played"] == one["tasks_played"]
-            torch.testing.assert_close(part["weights"], one["weights"], rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(part["weights"], parts[0]["weights"], rtol=0, atol=0)
-        several = curves(folder / str(size) / "run")
-        assert several.keys() == same.keys()
-        for name in same:
-            if not name.startswith(OWN):
-                assert several[name] == pytest.approx(same[name], rel=1e-3, abs=1e-5), name
+    size = rank_runs.SIZES[case]
+    parts = ranks_of(folder / str(size))
+    assert len(parts) == size
+    sampled = [item for part in parts for item in part["sampled"].items()]
+    assert len(sampled) == len(one["sampled"])
+    assert dict(sampled) == one["sampled"]
+    for part in parts:
+        assert part["tasks_played"] == one["tasks_played"]
+        torch.testing.assert_close(part["weights"], one["weights"], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(part["weights"], parts[0]["weights"], rtol=0, atol=0)
+    several = curves(folder / str(size) / "run")
+    assert several.keys() == same.keys()
+    for name in same:
+        if not name.startswith(OWN):
+            assert several[name] == pytest.approx(same[name], rel=1e-3, abs=1e-5), name
 
 
 def test_a_run_resumed_on_another_number_of_ranks_is_another_run(runs_of_ranks: Path) -> None:
@@ -76,6 +76,7 @@ def test_a_run_resumed_on_another_number_of_ranks_is_another_run(runs_of_ranks: 
         torch.testing.assert_close(part["weights"], one["weights"], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_others_wait_for_a_rank_that_is_killed(toy_model: str, tmp_path: Path) -> None:
     kill = [f"+callbacks.kill.{word}" for word in ("_target_=toy.Kill", "epoch=1", "batch=0")]
     typed = (*toy_overrides(tmp_path, toy_model), *DDP, *kill, "+callbacks.kill.rank=1")

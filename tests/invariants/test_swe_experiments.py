@@ -88,6 +88,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Machine]]:
         yield [start(sandbox=sandbox) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_a_tiny_policy_does_not_learn_from_bugs_in_sandboxes_of_other_hosts(
     swe_root: Path, tmp_path: Path, hosts: list[Machine]
 ) -> None:

@@ -89,20 +89,24 @@ def _assert_cached_equals_plain(root, games):
 
 
 # The plain engine takes one to four seconds of a processor for a game, over two minutes for all 84.
-EVERY_TYPE = [("easy", "train", 12), ("medium", "valid_seen", 6)]
+QUICK, SLOW = ("easy", "train", 12), ("medium", "valid_seen", 6)  # a game of every type
 ALL_84 = [("easy", "train", 48), ("medium", "train", 24), ("hard", "train", 12)]
 
 
 @pytest.mark.parametrize(
     ("difficulty", "split", "number"),
-    [*EVERY_TYPE, *(pytest.param(*each, marks=pytest.mark.soak) for each in ALL_84)],
+    [
+        QUICK,
+        pytest.param(*SLOW, marks=pytest.mark.slow),
+        *(pytest.param(*each, marks=pytest.mark.soak) for each in ALL_84),
+    ],
 )
 def test_cached_engine_shows_what_the_plain_one_does_not(difficulty, split, number):
     root = games_root(difficulty, number if split == "train" else 12)
     games = list_games(root, split)
     assert len(games) == number
     assert {game.task_type for game in games} == set(TASK_TYPES)
-    is_brief = (difficulty, split, number) in EVERY_TYPE  # the soak leaves none out of its 84
+    is_brief = (difficulty, split, number) in (QUICK, SLOW)  # the soak leaves none out of its 84
     _assert_cached_equals_plain(root, games[1::2] if is_brief else games)
 
 

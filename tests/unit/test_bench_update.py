@@ -49,6 +49,7 @@ def test_kinds_of_rows_hold_other_responses(bench):
 OPTIONS = argparse.Namespace(device="cpu", dtype="float32", hidden=8, chunk=8, threads=1)
 
 
+@pytest.mark.slow
 def test_the_head_of_trl_is_another_one(bench):
     if not bench.has_trl():
         pytest.skip("trl is not installed")

@@ -164,9 +164,7 @@ def left_behind(before: tuple[int, int], mark: str, folder: Path) -> list[str]:
     return [*found, *os.listdir(folder)]
 
 
-@pytest.mark.parametrize(
-    "episodes", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.soak])]
-)
+@pytest.mark.parametrize("episodes", [20, pytest.param(1000, marks=pytest.mark.soak)])
 def test_episodes_leave_something_behind(
     sandbox: Sandbox, episodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

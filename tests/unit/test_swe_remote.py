@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 from hosts import SECRET, Machine, some_machines
+from runs import COMMAND_ENVIRONMENT
 
 from aem_lightning.envs import EnvPoolError
 from aem_lightning.envs.swe import (
@@ -193,3 +199,28 @@ def test_an_episode_elsewhere_is_graded_otherwise(
                 ended = terminated or truncated
             assert (reward, truncated) == ((0.0, True) if killed else (1.0, False))
             assert (killed is not None) == ("does not answer" in str(info.get("infra_error")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_host_that_is_stopped_leaves_folders_or_processes(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    command = ("-m", "aem_lightning.envs.swe.serve", "--port=0", "--sandbox=local")
+    env = COMMAND_ENVIRONMENT | {TOKEN: SECRET, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, *command, "--allow-unsafe"], env=env, stderr=subprocess.PIPE, text=True
+    ) as host:
+        assert host.stderr is not None
+        address = next(line.split()[-1] for line in host.stderr if "Sandboxes at" in line)
+        session = RemoteSandbox([address], token=SECRET).open(SPEC)
+        assert session.run("echo up").output == "up\n"
+        (sandbox,) = psutil.Process(host.pid).children()
+        assert [*tmp_path.iterdir()] != []
+        with ThreadPoolExecutor(1) as one:  # and a command is at work
+            running = one.submit(session.run, "touch begun; sleep 9")
+            wait_for(lambda: [*tmp_path.rglob("begun")] != [])
+            host.send_signal(number)
+            assert host.wait(timeout=20) == 0
+            assert running.result().infra_error
+    assert [*tmp_path.iterdir()] == []
+    assert not sandbox.is_running()

@@ -62,7 +62,7 @@ ANALYSES = {
         *("compare", check_compare, "compare"),
         "The ablations of AEM as arms of a comparison; each is paired with the first arm.",
         (
-            "arms=[grpo_aem,grpo,reversed,shuffled,trajectory,batch]",
+            "arms=[grpo_aem,grpo,reversed,shuffled,trajectory,batch,entropy_sum,relative_surprisal]",
             # Arms that a comparison has trained are not trained again.
             "folder=${paths.log_dir}/compare/${experiment}",
         ),

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import select
+import signal
 import socket
 import ssl
 import sys
@@ -44,15 +45,22 @@ class Host:
         choose: The sandbox for instances that are images, or not.
         token: What a client has to know.
         sessions: So many at once.
+        opened: Those at work.
     """
 
     choose: Callable[[bool], Sandbox]
     token: str
     sessions: int
     places: threading.Semaphore = field(init=False)
+    opened: set[Session] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.places = threading.Semaphore(self.sessions)
+
+    def close(self) -> None:
+        """End every session."""
+        for session in list(self.opened):
+            session.close()
 
 
 class HostHandler(BaseHTTPRequestHandler):
@@ -76,6 +84,7 @@ class HostHandler(BaseHTTPRequestHandler):
         session, self.session = self.session, None
         if session is not None:
             session.close()
+            self.host.opened.discard(session)
             self.host.places.release()
         super().finish()
 
@@ -124,6 +133,7 @@ class HostHandler(BaseHTTPRequestHandler):
         except BaseException:
             self.host.places.release()
             raise
+        self.host.opened.add(self.session)
         self.connection.settimeout(None)
         self._answer(200, {})
 
@@ -194,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def choose(images: bool) -> Sandbox:
         return choose_sandbox(settings, has_images=images)
 
-    server = make_server((given.address, given.port), Host(choose, token, given.sessions))
+    host = Host(choose, token, given.sessions)
+    server = make_server((given.address, given.port), host)
     if given.certificate:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(given.certificate)
@@ -204,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     scheme = "https" if given.certificate else "http"
     logger.info("Sandboxes at %s://%s:%d", scheme, given.address, server.server_port)
-    with contextlib.suppress(KeyboardInterrupt):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's Ctrl-C
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(host):
         server.serve_forever()
     return 0
 
