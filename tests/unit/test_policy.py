@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 from peft import PeftModel
+from runs import composed
 from tiny_play import CHATML, PLAIN, SMALL, byte_tokenizer, make_policy, word_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
@@ -12,6 +13,7 @@ from aem_lightning.modules.policy import load_tokenizer
 from aem_lightning.modules.sharding import _read, _weight_files
 from aem_lightning.rollout import PromptEncoder
 from aem_lightning.runner.early import read_template
+from aem_lightning.runner.trainers import precision_of, stored_dtype
 
 LORA = {"r": 2, "alpha": 4}
 # bitsandbytes packs blocks of 64 weights.
@@ -279,6 +281,19 @@ def test_auto_stores_bfloat16_where_it_is_multiplied_fast(units, gpu, stored, mo
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert check_dtype("auto") is stored
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_stores_or_computes_as_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = ["paths.output_dir=x", "policy.dtype=auto", "trainer.precision=null"]
+    for accelerator, stored, precision in (
+        ("cpu", torch.float32, "32-true"),
+        ("auto", torch.bfloat16, "bf16-mixed"),
+        ("gpu", torch.bfloat16, "bf16-mixed"),
+    ):
+        cfg = composed([*words, f"trainer.accelerator={accelerator}"])
+        assert (stored_dtype(cfg, cfg.policy.dtype), precision_of(cfg)) == (stored, precision)
 
 
 def test_an_unknown_quantization_names_what_is_allowed(folder):

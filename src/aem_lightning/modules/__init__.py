@@ -11,7 +11,7 @@ from aem_lightning.lazy import lazily
 if TYPE_CHECKING:
     from aem_lightning.modules.agent import AgentModule
     from aem_lightning.modules.journal import RolloutJournal
-    from aem_lightning.modules.policy import Policy, check_dtype
+    from aem_lightning.modules.policy import Policy, check_dtype, uses_gpu
     from aem_lightning.modules.settings import (
         Architecture,
         Lora,
@@ -46,6 +46,7 @@ __all__ = [
     "check_dtype",
     "collate_demonstrations",
     "demonstrations_dataset",
+    "uses_gpu",
 ]
 
 __getattr__ = lazily(
@@ -53,7 +54,7 @@ __getattr__ = lazily(
     {
         "agent": ["AgentModule"],
         "journal": ["RolloutJournal"],
-        "policy": ["Policy", "check_dtype"],
+        "policy": ["Policy", "check_dtype", "uses_gpu"],
         "settings": [
             "Architecture",
             "Lora",

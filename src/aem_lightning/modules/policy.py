@@ -299,8 +299,13 @@ def _without_its_code(model: str) -> Iterator[None]:
         ) from error
 
 
-def check_dtype(name: str) -> torch.dtype:
-    """The storage type of frozen weights that ``name`` means.
+def uses_gpu(accelerator: str | None) -> bool:
+    """Whether a trainer with this ``accelerator`` computes on a GPU of this machine."""
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def check_dtype(name: str, accelerator: str | None = "auto") -> torch.dtype:
+    """The storage type of frozen weights that ``name`` means under the trainer's ``accelerator``.
 
     ``auto`` is bfloat16 on a GPU and on a processor that multiplies it in hardware (AMX, AVX-512's
     bf16), else float32: with AVX2 alone, a product in bfloat16 took three to six times as long.
@@ -313,7 +318,7 @@ def check_dtype(name: str) -> torch.dtype:
     if name == "auto":
         able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.10
         is_fast = any(able.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
-        name = "bfloat16" if torch.cuda.is_available() or is_fast else "float32"
+        name = "bfloat16" if uses_gpu(accelerator) or is_fast else "float32"
     found: torch.dtype = getattr(torch, name)
     return found
 

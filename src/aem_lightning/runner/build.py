@@ -34,7 +34,7 @@ from aem_lightning.runner.early import read_template
 from aem_lightning.runner.parts import check_classes, made
 from aem_lightning.runner.several import is_sharded, problems_of_ranks
 from aem_lightning.runner.trainers import build_trainer as build_trainer
-from aem_lightning.runner.trainers import make_trainer, precision_of
+from aem_lightning.runner.trainers import make_trainer, precision_of, stored_dtype
 from aem_lightning.runner.warm_start import (
     WarmStart,
     finished,
@@ -186,10 +186,11 @@ def lora_of(cfg: DictConfig) -> Lora:
 
 def load_policy(cfg: DictConfig, model: str, lora: Lora | None, *, sharded: bool = False) -> Policy:
     """A policy from a model folder or the hub; the trainer reads the weights of a sharded one."""
-    options = ("dtype", "quantization", "gradient_checkpointing")
-    is_slow_in_half = check_dtype("auto") is torch.float32
+    options = ("quantization", "gradient_checkpointing")
+    dtype = stored_dtype(cfg, cfg.policy.dtype)
+    is_slow_in_half = stored_dtype(cfg, "auto") is torch.float32
     told = "%s=%s: this processor has no unit for it; %s is faster"
-    if is_slow_in_half and check_dtype(cfg.policy.dtype) is not torch.float32:
+    if is_slow_in_half and dtype is not torch.float32:
         log.warning(told, "policy.dtype", cfg.policy.dtype, "policy.dtype=auto")
     if is_slow_in_half and precision_of(cfg).startswith("bf16"):
         log.warning(told, "trainer.precision", cfg.trainer.precision, "trainer.precision=null")
@@ -198,6 +199,7 @@ def load_policy(cfg: DictConfig, model: str, lora: Lora | None, *, sharded: bool
         return Policy.from_pretrained(
             folder,
             lora=lora,
+            dtype=str(dtype).removeprefix("torch."),
             sharded=sharded,
             chat_template=read_template(cfg.policy.chat_template),
             **{name: cfg.policy[name] for name in options},

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config
 
-from aem_lightning.modules import Architecture, check_dtype
+from aem_lightning.modules import Architecture, uses_gpu
 from aem_lightning.modules.footprint import FOUR_BITS, Footprint, optimizer_bytes
 from aem_lightning.runner import ranks
 from aem_lightning.runner.build import instantiate, lora_of, model_to_load, plain
 from aem_lightning.runner.checks import refuse
 from aem_lightning.runner.known_models import config_of, parameters_by_name
 from aem_lightning.runner.next_steps import train_instead
-from aem_lightning.runner.trainers import precision_of
+from aem_lightning.runner.trainers import precision_of, stored_dtype
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +119,7 @@ def planned(cfg: DictConfig, *, trains: bool = True) -> DictConfig:
 
 def device_of(cfg: DictConfig) -> Device:
     """The device of this rank, or the machine."""
-    wants_gpu = cfg.trainer.get("accelerator") in ("auto", "gpu", "cuda")
-    if wants_gpu and torch.cuda.is_available():
+    if uses_gpu(cfg.trainer.get("accelerator")):
         free, total = torch.cuda.mem_get_info()
         return Device("GPU", free, total)
     found = _meminfo()
@@ -130,7 +129,7 @@ def device_of(cfg: DictConfig) -> Device:
 
 def footprint_of(cfg: DictConfig) -> Footprint | None:
     """What the memory of the policy of ``cfg`` goes by; ``None`` where nothing is known of it."""
-    stored = check_dtype(cfg.policy.dtype)
+    stored = stored_dtype(cfg, cfg.policy.dtype)
     kind = torch.bfloat16 if precision_of(cfg).startswith("bf16") else stored
     four_bits = cfg.policy.quantization is not None
     model = model_to_load(cfg)

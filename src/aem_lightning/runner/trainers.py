@@ -64,7 +64,12 @@ def precision_of(cfg: DictConfig) -> str:
     """What ``trainer.precision`` comes to: ``null`` is bf16-mixed where that is fast."""
     if (given := cfg.trainer.get("precision", "32-true")) is not None:
         return str(given)
-    return "32-true" if check_dtype("auto") is torch.float32 else "bf16-mixed"
+    return "32-true" if stored_dtype(cfg, "auto") is torch.float32 else "bf16-mixed"
+
+
+def stored_dtype(cfg: DictConfig, name: str) -> torch.dtype:
+    """What ``policy.dtype=name`` comes to on the device of this run."""
+    return check_dtype(name, cfg.trainer.get("accelerator"))
 
 
 def make_trainer(cfg: DictConfig) -> L.Trainer:

@@ -15,7 +15,6 @@ from string import Formatter
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
@@ -32,6 +31,7 @@ from aem_lightning.modules import (
     build_tokenizer,
     collate_demonstrations,
     demonstrations_dataset,
+    uses_gpu,
 )
 from aem_lightning.modules.self_check import CHECKED, self_check
 from aem_lightning.rollout import (
@@ -174,8 +174,7 @@ def run_warm_start(
     if (done := finished(folder)) is not None:
         return done
     start = time.perf_counter()
-    on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    base.to("cuda" if on_gpu else "cpu")
+    base.to("cuda" if uses_gpu(trainer["accelerator"]) else "cpu")
     if base not in CHECKED:
         self_check(base, packing="padded")
     if settings.demonstrations_from is None:
