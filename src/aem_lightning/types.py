@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+AnchorBy = Literal["observation", "admissible_actions"]
 
 # What errors and warnings refer to, with the heading of their symptom behind it.
 TROUBLESHOOTING = "docs/troubleshooting.md"

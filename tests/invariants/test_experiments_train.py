@@ -44,6 +44,7 @@ OPTIONS = (
     ("modulation.direction=reversed",),
     ("modulation.direction=shuffled",),
     ("modulation.scope=anchor_state", "anchor_similarity=0.8"),
+    ("algorithm=graphgpo", "anchor_by=admissible_actions"),
     ("modulation.scope=trajectory", "modulation.mean=token"),
     ("modulation.tokens=action",),
     ("modulation.proxy=relative_surprisal",),

@@ -18,7 +18,7 @@ NEW = (
     *("rank_timeout_s", "trainer.num_nodes", "rollout.lag"),
     *("profile_decode_steps", "profile_micro_batches"),
     *("engine.cache", "reply_tokens", "optimized_metric", "policy.warm_start.demonstrations_from"),
-    *("filter", "filter_share", "modulation.proxy", "modulation.then.proxy"),
+    *("filter", "filter_share", "anchor_by", "modulation.proxy", "modulation.then.proxy"),
     *("policy.chat_template_kwargs", "policy.thoughts", "policy.warm_start.imitate_losses"),
     *("datamodule.memory_gb", "datamodule.pass_environment", "datamodule.on_bad_answer"),
     *("datamodule.environment.records", "datamodule.environment.model_name"),

@@ -14,6 +14,7 @@ from aem_lightning.algorithms import (
     PPO,
     RLOO,
     GiGPO,
+    GraphGPO,
     NoModulation,
     Overlong,
     ReinforcePP,
@@ -239,3 +240,33 @@ def test_observations_that_are_alike_enough_do_not_share_an_anchor():
     with pytest.raises(ValueError, match=r"anchor_similarity=0"):
         anchor_states(same_group, 0.0)
     assert math.isclose(pack(same_group, anchor_similarity=0.9).anchor.sum().item(), 1)
+
+
+SHELF = "On the shelf 1, you see nothing."
+
+
+def walk(won, *steps):
+    """An episode of what is seen and can be done, turn by turn."""
+    (trajectory,) = make_trajectories([[([0.1], float(won), seen) for seen, _ in steps]], copies=1)
+    for turn, (_, actions) in zip(trajectory.turns, steps, strict=True):
+        turn.admissible_actions = actions
+    return replace(trajectory, won=won, group=0)
+
+
+def test_who_stands_at_the_shelf_without_the_mug_is_taken_for_who_holds_it():
+    """GraphGPO by observations rewards the way to the shelf with empty hands."""
+    room = ("a room", ("go to desk 1", "go to shelf 1"))
+    at_desk = ("a mug 1", ("take mug 1 from desk 1", "go to shelf 1"))
+    holding = ("You take the mug 1.", ("put mug 1 in desk 1", "go to shelf 1"))
+    shelf, empty = (SHELF, ("put mug 1 in shelf 1", "go to desk 1")), (SHELF, ("go to desk 1",))
+    played = [walk(True, room, at_desk, holding, shelf), walk(False, room, empty)]
+    by_sight = GraphGPO().step_advantages(pack(played))
+    by_state = GraphGPO().step_advantages(pack(played, anchor_by="admissible_actions"))
+    # The first turn of each, in the same room: to the desk, and to the shelf.
+    assert by_sight[0] < 0 < by_sight[4]
+    assert by_state[0] > 0 > by_state[4]
+    # Without actions to tell states apart, what is seen does.
+    bare = [walk(True, *((seen, ()) for seen, _ in (room, at_desk, holding, shelf)))]
+    assert anchor_states(bare, by="admissible_actions").tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="allowed: observation, admissible_actions"):
+        anchor_states(bare, by="state")

@@ -32,6 +32,7 @@ def make_batch(
         width=max(of_each_rank(longest)),
         compact_filtering=settings.compact_filtering,
         anchor_similarity=settings.anchor_similarity,
+        anchor_by=settings.anchor_by,
         may_be_empty=True,
     )
     if wants_actions(modulation):

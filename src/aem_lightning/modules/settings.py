@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AllowInfNan
 
-from aem_lightning.types import Count, NonNegative, Places, Positive, Seed, Share
+from aem_lightning.types import AnchorBy, Count, NonNegative, Places, Positive, Seed, Share
 
 Packing = Literal["auto", "packed", "padded"]
 
@@ -37,6 +37,8 @@ class RolloutSettings:
         filter_share: See ``filter``.
         compact_filtering: Trajectories that a limit cut leave the loss (DeepSWE's GRPO++).
         anchor_similarity: How alike two observations are that share an anchor state; 1 is equality.
+        anchor_by: What tells anchor states apart: the ``observation``, or ``admissible_actions``,
+            where equal observations hide unlike states.
         overlap_share: Of the responses under way, how many have to finish before environments and
             waiting episodes go on; 1 is a barrier between turns.
     """
@@ -53,6 +55,7 @@ class RolloutSettings:
     filter_share: Share = 0.9
     compact_filtering: bool = False
     anchor_similarity: Annotated[float, Gt(0), Le(1)] = 1.0
+    anchor_by: AnchorBy = "observation"
     overlap_share: Share = 1.0
 
 

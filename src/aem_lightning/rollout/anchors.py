@@ -1,17 +1,22 @@
-"""Anchor states: which responses of a group answer the same observation."""
+"""Anchor states: which responses of a group are given in the same place, as far as it shows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from aem_lightning.types import Trajectory
+from aem_lightning.types import AnchorBy, Trajectory, Turn
 
 
-def anchor_states(trajectories: Sequence[Trajectory], similarity: float = 1.0) -> Tensor:
+def anchor_states(
+    trajectories: Sequence[Trajectory],
+    similarity: float = 1.0,
+    by: AnchorBy = "observation",
+) -> Tensor:
     """An id for each response, equal where group and observation are.
 
     GiGPO's grouping by anchor state (arXiv 2505.10978). With ``similarity`` under 1, an observation
@@ -21,13 +26,18 @@ def anchor_states(trajectories: Sequence[Trajectory], similarity: float = 1.0) -
     Args:
         trajectories: The episodes.
         similarity: The least ratio; in (0, 1], 1 is equality.
+        by: What tells one state from another. An ``observation`` may hide it: an empty shelf looks
+            the same to who holds the mug and to who does not. The ``admissible_actions`` differ
+            there; where an environment names none, the observation decides.
 
     Returns:
         [R], 0..K-1 in the order of first appearance.
 
     Raises:
-        ValueError: A similarity out of range.
+        ValueError: A similarity out of range, or an unknown ``by``.
     """
+    if by not in get_args(AnchorBy):
+        raise ValueError(f"anchor_by={by!r} is unknown; allowed: {', '.join(get_args(AnchorBy))}.")
     if not 0 < similarity <= 1:
         raise ValueError(
             f"anchor_similarity={similarity} is not allowed: type a share in (0, 1], e.g. 0.9"
@@ -38,19 +48,25 @@ def anchor_states(trajectories: Sequence[Trajectory], similarity: float = 1.0) -
     for trajectory in trajectories:
         known = openers.setdefault(trajectory.group, [])
         for turn in trajectory.turns:
-            key = (trajectory.group, turn.observation)
+            text = _text_of(turn, by)
+            key = (trajectory.group, text)
             if key in ids:
                 continue
-            alike = _first_alike(turn.observation, known, similarity) if similarity < 1 else None
+            alike = _first_alike(text, known, similarity) if similarity < 1 else None
             if alike is None:
-                known.append(turn.observation)
+                known.append(text)
                 ids[key], count = count, count + 1
             else:
                 ids[key] = ids[trajectory.group, alike]
     return torch.tensor(
-        [ids[tr.group, turn.observation] for tr in trajectories for turn in tr.turns],
+        [ids[tr.group, _text_of(turn, by)] for tr in trajectories for turn in tr.turns],
         dtype=torch.long,
     )
+
+
+def _text_of(turn: Turn, by: AnchorBy) -> str:
+    told = "\n".join(sorted(turn.admissible_actions)) if by == "admissible_actions" else ""
+    return told or turn.observation
 
 
 def _first_alike(text: str, known: Sequence[str], similarity: float) -> str | None:

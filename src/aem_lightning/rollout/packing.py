@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aem_lightning.rollout.anchors import anchor_states
 from aem_lightning.rollout.finite import NotFiniteError, place_of
-from aem_lightning.types import RolloutBatch, Trajectory, Turn
+from aem_lightning.types import AnchorBy, RolloutBatch, Trajectory, Turn
 
 
 def pack(
@@ -19,6 +19,7 @@ def pack(
     *,
     compact_filtering: bool = False,
     anchor_similarity: float = 1.0,
+    anchor_by: AnchorBy = "observation",
     may_be_empty: bool = False,
     width: int = 0,
 ) -> RolloutBatch:
@@ -35,6 +36,7 @@ def pack(
         compact_filtering: Trajectories that a limit cut leave the loss too. Their returns still
             count in the baseline of their group (DeepSWE's GRPO++).
         anchor_similarity: How alike two observations are that share an anchor; 1 is equality.
+        anchor_by: What tells anchors apart; see `anchor_states`.
         may_be_empty: Without any response the batch has no row, as on a rank whose episodes broke.
         width: Tokens that rows are filled up to where none is longer.
 
@@ -91,7 +93,7 @@ def pack(
             [turn.reward if counts[n] else 0.0 for n, _, turn in responses], dtype=torch.float32
         ),
         valid=torch.tensor([turn.is_valid for turn in turns], dtype=torch.bool),
-        anchor=anchor_states(trajectories, anchor_similarity),
+        anchor=anchor_states(trajectories, anchor_similarity, anchor_by),
         group=torch.tensor([tr.group for tr in trajectories], dtype=torch.long),
         returns=torch.tensor(returns, dtype=torch.float32),
         loss_mask=judged & ~truncated if compact_filtering else judged,
