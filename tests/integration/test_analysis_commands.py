@@ -216,7 +216,7 @@ def test_an_interrupted_run_starts_anew(compared: Path, analyses: Analyses) -> N
         (("prox",), "proxy|masks|compare|ablations|cost"),
         (
             ("compare", "arms=[grpo,none_such]"),
-            "'none_such' is unknown; allowed: lag_0, lag_1, empg, repo_r, graphgpo_by_state, reversed",
+            "'none_such' is unknown; allowed: lag_0, lag_1, empg, repo_r, ",
         ),
         (("compare", "sed=[0]"), "All keys: python -m aem_lightning.analysis compare --cfg job"),
         (("cost", "run=nowhere"), "there is no step_time.json in it"),

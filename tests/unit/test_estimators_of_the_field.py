@@ -22,7 +22,7 @@ from aem_lightning.algorithms import (
     response_means,
 )
 from aem_lightning.functional import aem_coefficients, empg_bonus, empg_gain, whiten
-from aem_lightning.rollout import action_mask, anchor_states, pack
+from aem_lightning.rollout import action_mask, anchor_states, hidden_states, pack
 from aem_lightning.rollout.actions import action_span
 from aem_lightning.types import Task, Trajectory, Turn
 
@@ -262,10 +262,12 @@ def test_who_stands_at_the_shelf_without_the_mug_is_taken_for_who_holds_it():
     played = [walk(True, room, at_desk, holding, shelf), walk(False, room, empty)]
     by_sight = GraphGPO().step_advantages(pack(played))
     by_state = GraphGPO().step_advantages(pack(played, anchor_by="admissible_actions"))
+    assert hidden_states(played) == (2, 6)  # the shelf, seen twice
     # The first turn of each, in the same room: to the desk, and to the shelf.
     assert by_sight[0] < 0 < by_sight[4]
     assert by_state[0] > 0 > by_state[4]
     # Without actions to tell states apart, what is seen does.
+    assert hidden_states([walk(True, ("a room", ()))]) == (0, 0)
     bare = [walk(True, *((seen, ()) for seen, _ in (room, at_desk, holding, shelf)))]
     assert anchor_states(bare, by="admissible_actions").tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="allowed: observation, admissible_actions"):

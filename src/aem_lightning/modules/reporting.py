@@ -10,6 +10,7 @@ from typing import Any
 from aem_lightning.collectives import of_each_rank
 from aem_lightning.modules.batching import entropy_sums
 from aem_lightning.modules.dynamic_sampling import judged, mixed_groups
+from aem_lightning.rollout import hidden_states
 from aem_lightning.types import Iteration, malformed_kinds
 
 Share = tuple[float, float]  # a sum, and how many it is over
@@ -64,6 +65,7 @@ def rollout_metrics(done: Iteration) -> dict[str, float]:
             len(turns),
         ),
         "rollout/truncated_rate": (sum(t.truncated for t in trained), len(trained)),
+        "rollout/hidden_states": hidden_states(trained),
         "rollout/mixed_groups": (len(mixed_groups(done.trajectories)), len(groups)),
         "rollout/entropy": (entropy, tokens),
     }

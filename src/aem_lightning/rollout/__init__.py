@@ -1,7 +1,7 @@
 """Rollouts: prompts and their encoding, engines and their protocol, the collector, packing."""
 
 from aem_lightning.rollout.actions import action_mask
-from aem_lightning.rollout.anchors import anchor_states
+from aem_lightning.rollout.anchors import anchor_states, hidden_states
 from aem_lightning.rollout.chat import ChatResponder, TextEncoder
 from aem_lightning.rollout.collector import (
     Collector,
@@ -62,6 +62,7 @@ __all__ = [
     "VllmError",
     "action_mask",
     "anchor_states",
+    "hidden_states",
     "make_groups",
     "micro_batches",
     "minibatches",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import get_args
@@ -62,6 +63,19 @@ def anchor_states(
         [ids[tr.group, _text_of(turn, by)] for tr in trajectories for turn in tr.turns],
         dtype=torch.long,
     )
+
+
+def hidden_states(trajectories: Sequence[Trajectory]) -> tuple[int, int]:
+    """How many responses answer an observation that hides the state, of how many.
+
+    It does where it was met in the same group with other admissible actions. Responses count whose
+    environment names such actions.
+    """
+    turns = [(t.group, turn) for t in trajectories for turn in t.turns if turn.admissible_actions]
+    states: dict[tuple[int, str], set[frozenset[str]]] = defaultdict(set)
+    for group, turn in turns:
+        states[group, turn.observation].add(frozenset(turn.admissible_actions))
+    return sum(len(states[group, turn.observation]) > 1 for group, turn in turns), len(turns)
 
 
 def _text_of(turn: Turn, by: AnchorBy) -> str:
