@@ -392,6 +392,19 @@ def test_a_warm_start_is_kept_when_only_the_reinforcement_changes(warm_start_fol
     assert warm_start_folder(**changes) == warm_start_folder()
 
 
+def test_a_warm_start_is_made_again_where_the_same_folder_is_typed_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def key(*words):
+        return build._warm_start_folder(composed(["experiment=quickstart", *words])).name
+
+    same = {key(), key(f"paths.root_dir={tmp_path}"), key("paths.root_dir=./a/..")}
+    same.add(key(f"datamodule.root={tmp_path}/data/alfworld_generated/quickstart"))
+    assert len(same) == 1
+    assert key("datamodule.root=elsewhere") not in same
+    assert key("datamodule.root=/elsewhere") not in same
+
+
 def test_a_warm_start_is_kept_wherever_code_runs_and_whatever_is_kept_of_it():
     cfg = composed(["experiment=swe_quickstart"])
 

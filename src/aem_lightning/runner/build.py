@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -214,12 +215,16 @@ def _warm_start_folder(cfg: DictConfig) -> Path:
     # Without them the key is what it was before there were any.
     if (recorded := policy_config["warm_start"].pop("demonstrations_from", None)) is not None:
         policy_config["warm_start"]["demonstrations"] = fingerprint(recorded)
+    data = warm_start_data(cfg)
+    if root := data.get("root"):  # one folder is one, however it was typed
+        place, here = (Path(os.path.abspath(path)) for path in (root, cfg.paths.root_dir))
+        data["root"] = f"./{place.relative_to(here)}" if place.is_relative_to(here) else str(place)
     key = warm_start_key(
         policy_config,
         plain(cfg.prompt),
         {name: cfg[name] for name in ("memory", "history_length")},
         _warm_start_limits(cfg),
-        warm_start_data(cfg),
+        data,
     )
     kind = str(cfg.datamodule.get("_target_")).rpartition(".")[2].lower()
     return Path(cfg.paths.data_dir).absolute() / "warm_start" / f"{kind}_{key}"
