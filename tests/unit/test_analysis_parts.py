@@ -230,6 +230,18 @@ def test_the_table_is_not_in_the_papers_order() -> None:
     assert text.count("50.0 [40.0, 60.0]") == 4
 
 
+def test_arms_that_played_no_evaluation_games_are_a_table_of_dashes() -> None:
+    runs = [
+        Run(arm, seed, Path(), {}, {"train/success_rate": ([0, 1], [rate, rate + 0.2])}, {})
+        for arm, rate in (("grpo", 0.3), ("grpo_aem", 0.4))
+        for seed in (0, 1)
+    ]
+    text = comparison_markdown(comparison(runs, 100))
+    assert text.startswith("Success in training, all iterations (%), mean over seeds")
+    assert "| grpo | 2 | 40.0 [40.0, 40.0] |" in text
+    assert "| *grpo_aem − grpo* | 2 | +10.0 [+10.0, +10.0] |" in text
+
+
 def test_the_effects_of_an_arm_are_no_means_over_iterations_and_runs() -> None:
     def run(seed: int, gated: list[float], up: list[float], down: list[float]) -> Run:
         curves = {

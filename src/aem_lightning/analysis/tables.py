@@ -35,23 +35,32 @@ _EFFECTS = {
 
 
 def comparison_markdown(content: Mapping[str, Any]) -> str:
-    """Final success by task type and arm, then the paired differences with their tests."""
-    kinds = ordered({ALL, *(kind for arm in content["arms"].values() for kind in arm["success"])})
+    """Final success by task type and arm, then the paired differences with their tests.
+
+    Success in training stands in its place where no arm has played the evaluation games.
+    """
+    kinds = ordered({kind for arm in content["arms"].values() for kind in arm["success"]})
     names = [COLUMNS.get(kind, kind) for kind in kinds]
+    when = "after training"
+    if not kinds:
+        kinds, names, when = ["train_success"], [ALL], "in training, all iterations"
+
+    def cells_of(found: Mapping[str, Any], *, sign: bool = False) -> list[str]:
+        known = {**found["success"], "train_success": found.get("train_success")}
+        return [_cell(known.get(kind), 100, sign=sign) for kind in kinds]
+
     lines = [
-        "Success after training (%), mean over seeds with Student's 95 % interval.",
+        f"Success {when} (%), mean over seeds with Student's 95 % interval.",
         "",
         f"| arm | seeds | {' | '.join(names)} |",
         f"|---|---:|{'---:|' * len(names)}",
     ]
     for arm, found in content["arms"].items():
         seeds = sum(run["arm"] == arm for run in content["runs"])
-        cells = [_cell(found["success"].get(kind), 100) for kind in kinds]
-        lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
+        lines.append(f"| {arm} | {seeds} | {' | '.join(cells_of(found))} |")
     for pair in content["pairs"]:
-        cells = [_cell(pair["success"].get(kind), 100, sign=True) for kind in kinds]
-        label = f"{pair['arm']} − {pair['base']}"
-        lines.append(f"| *{label}* | {len(pair['seeds'])} | {' | '.join(cells)} |")
+        cells = " | ".join(cells_of(pair, sign=True))
+        lines.append(f"| *{pair['arm']} − {pair['base']}* | {len(pair['seeds'])} | {cells} |")
     return "\n".join([*lines, *_tests(content["pairs"]), *_effects(content["arms"])])
 
 
