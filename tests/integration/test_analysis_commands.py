@@ -104,8 +104,11 @@ def test_compare_leaves_a_figure_a_table_and_curves_out(compared: Path) -> None:
 def test_a_finished_run_is_trained_again(compared: Path, analyses: Analyses) -> None:
     before = {path: path.stat().st_mtime_ns for path in compared.rglob("summary.json")}
     evaluated = {path: path.stat().st_mtime_ns for path in compared.rglob("evaluation.json")}
-    ended = analyses.trained("compare", "seeds=[0,1]", "iterations=2")
+    same = ("seeds=[0,1]", "iterations=2", f"folder={compared}")
+    ended = analyses.trained("compare", "name=again", *same)
     assert ended.status == 0, ended.said
+    words = shlex.split(read(compared / "again.json")["command"])
+    assert words[3:5] == ["compare", "name=again"]
     assert {path: path.stat().st_mtime_ns for path in compared.rglob("summary.json")} == before
     assert len(before) == len(evaluated) == 4
     after = {path: path.stat().st_mtime_ns for path in compared.rglob("evaluation.json")}

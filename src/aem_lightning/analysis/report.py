@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Where a report lies, which is nobody else's.
-_PLACES = re.compile(r"\+*(folder|paths\.\w+|name)=")
+_PLACES = re.compile(r"\+*(folder|paths\.\w+)=")
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,18 @@ def typed_command() -> str | None:
     kind, _, config = (HydraConfig.get().job.config_name or "").partition("/")
     if kind != "analysis":
         return None
-    typed = typed_overrides()
-    name = next((word[5:] for word in typed if word.startswith("name=")), config)
-    words = [word.replace("+typed_experiment=", "experiment=") for word in typed]
+    words = [word.replace("+typed_experiment=", "experiment=") for word in typed_overrides()]
     kept = [word for word in words if not _PLACES.match(word)]
-    given = shlex.join([name, *config_folders(), *kept])
+    if "name=ablations" in kept:  # a comparison with arms of its own
+        config = "ablations"
+        kept.remove("name=ablations")
+    given = " ".join(map(_quoted, [config, *config_folders(), *kept]))
     return as_typed(f"python -m aem_lightning.analysis {given}")
+
+
+def _quoted(word: str) -> str:
+    """A word as a person would quote it: in double quotes where it holds single ones."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def need_matplotlib() -> None:
