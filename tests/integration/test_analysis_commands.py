@@ -108,7 +108,8 @@ def test_a_finished_run_is_trained_again(compared: Path, analyses: Analyses) -> 
     ended = analyses.trained("compare", "name=again", *same)
     assert ended.status == 0, ended.said
     words = shlex.split(read(compared / "again.json")["command"])
-    assert words[3:5] == ["compare", "name=again"]
+    assert words[3] == "compare"
+    assert "name=again" in words
     assert {path: path.stat().st_mtime_ns for path in compared.rglob("summary.json")} == before
     assert len(before) == len(evaluated) == 4
     after = {path: path.stat().st_mtime_ns for path in compared.rglob("evaluation.json")}
