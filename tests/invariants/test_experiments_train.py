@@ -109,7 +109,9 @@ def test_every_combination_trains_or_is_refused_with_a_reason(
     words = [f"algorithm={algorithm}", f"modulation={modulation}"]
     if algorithm not in ("cispo", "dppo"):  # they are losses
         words.append(f"loss={loss}")
-    why = refusal([*SHRUNK, *words, f"paths.output_dir={tmp_path}"])
+    # No person may type that one, which would be the reason for all of them.
+    typed = [word for word in SHRUNK if "limit_val_batches" not in word]
+    why = refusal([*typed, *words, f"paths.output_dir={tmp_path}"])
     if why is None:
         assert trained(tmp_path, toy_model, *words, "iterations=1", "iterations_per_epoch=1")
     else:
