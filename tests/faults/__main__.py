@@ -80,7 +80,8 @@ def table(rows: list[dict[str, Any]], long_run: dict[str, Any] | None) -> str:
         mine = [row for row in rows if row["kind"] == kind]
         seen = Counter(row["seen"] if row["as_it_must"] else f"**{row['seen']}**" for row in mine)
         lost = Counter(row["lost"] for row in mine if row["seen"] in GOOD) or {"see above": 0}
-        cells = [", ".join(f"{n} × {word}" for word, n in seen.items()), max(lost, key=len)[:120]]
+        longest = max(lost, key=len).replace(f"{ROOT}/", "")[:120]
+        cells = [", ".join(f"{n} × {word}" for word, n in seen.items()), longest]
         lines.append(f"| {area} | {kind} | {len(mine)} | {' | '.join(cells)} |")
     if long_run:
         slopes = ", ".join(f"{value:+.4f} {name}" for name, value in long_run["slopes"].items())
