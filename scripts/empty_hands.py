@@ -5,11 +5,12 @@ python scripts/empty_hands.py logs/graphs/quickstart, the folder of an `analysis
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from aem_lightning.viewer.episodes import read_episodes
 
 
 def early_visits(episode: dict[str, Any]) -> int:
@@ -26,7 +27,7 @@ def early_visits(episode: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     for arm in sorted(Path(sys.argv[1], "evaluations").iterdir()):
-        lines = [line for file in arm.glob("*/transcripts.jsonl") for line in file.open()]
-        games = [game for game in map(json.loads, lines) if game["task_type"].startswith("pick")]
+        played = [game for run in sorted(arm.iterdir()) for game in read_episodes(run)]
+        games = [game for game in played if game["task_type"].startswith("pick")]
         mean = sum(map(early_visits, games)) / len(games)
         print(f"{arm.name}: {mean:.1f} visits a game before anything is taken, {len(games)} games")

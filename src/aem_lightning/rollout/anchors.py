@@ -18,9 +18,9 @@ def anchor_states(
     similarity: float = 1.0,
     by: AnchorBy = "observation",
 ) -> Tensor:
-    """An id for each response, equal where group and observation are.
+    """An id for each response, equal where group and observation are, or what ``by`` names.
 
-    GiGPO's grouping by anchor state (arXiv 2505.10978). With ``similarity`` under 1, an observation
+    GiGPO's grouping by anchor state (arXiv 2505.10978). With ``similarity`` under 1, such a text
     joins the first earlier one of its group that it is that much alike, by the ratio of difflib's
     ``SequenceMatcher``: 2 * matching characters / all characters.
 
@@ -43,26 +43,19 @@ def anchor_states(
         raise ValueError(
             f"anchor_similarity={similarity} is not allowed: type a share in (0, 1], e.g. 0.9"
         )
+    keys = [(tr.group, _text_of(turn, by)) for tr in trajectories for turn in tr.turns]
     ids: dict[tuple[int, str], int] = {}
     count = 0
-    openers: dict[int, list[str]] = {}  # the first observation of each anchor, by group
-    for trajectory in trajectories:
-        known = openers.setdefault(trajectory.group, [])
-        for turn in trajectory.turns:
-            text = _text_of(turn, by)
-            key = (trajectory.group, text)
-            if key in ids:
-                continue
-            alike = _first_alike(text, known, similarity) if similarity < 1 else None
-            if alike is None:
-                known.append(text)
-                ids[key], count = count, count + 1
-            else:
-                ids[key] = ids[trajectory.group, alike]
-    return torch.tensor(
-        [ids[tr.group, _text_of(turn, by)] for tr in trajectories for turn in tr.turns],
-        dtype=torch.long,
-    )
+    openers: dict[int, list[str]] = defaultdict(list)  # the first text of each anchor, by group
+    for group, text in dict.fromkeys(keys):
+        known = openers[group]
+        alike = _first_alike(text, known, similarity) if similarity < 1 else None
+        if alike is None:
+            known.append(text)
+            ids[group, text], count = count, count + 1
+        else:
+            ids[group, text] = ids[group, alike]
+    return torch.tensor([ids[key] for key in keys], dtype=torch.long)
 
 
 def hidden_states(trajectories: Sequence[Trajectory]) -> tuple[int, int]:
